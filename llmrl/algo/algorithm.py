@@ -1,0 +1,104 @@
+"""What an algorithm is: it says what it needs of the forward pass, prepares a batch, and computes a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from llmrl.types import Sample
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Which quantities an algorithm reads, so that nothing else is computed."""
+
+    ref_logprobs: bool = False
+    """Log-probabilities under the reference model."""
+    every_sample: bool = False
+    """Samples whose advantages are all zero still have a gradient (a KL or entropy term) and must be computed."""
+    entropy_gradient: bool = False
+    """The loss differentiates through the entropy."""
+
+
+class Algorithm(Protocol):
+    """One file of `llmrl/algo/` implements this for one family of methods."""
+
+    needs: Needs
+
+    def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
+        """Stage 4: set every rollout's advantage and lay out the training samples. Runs on every rank, alike."""
+        ...
+
+    def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 5: this micro-batch's share of the loss, and metrics that are shares too (added over micro-batches and
+        ranks; keys ending in `/max` take the maximum instead)."""
+        ...
+
+
+def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
+    """Rewards of all rollouts, NaN where there is no score; the reward itself, or one named part of it."""
+
+    def value(rollout) -> float:  # noqa: ANN001
+        if rollout.score is None:
+            return float("nan")
+        found = rollout.score.reward if part is None else rollout.score.parts.get(part)
+        return float("nan") if found is None else float(found)
+
+    return torch.tensor([[value(rollout) for rollout in group.rollouts] for group in groups], dtype=torch.float32)
+
+
+def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
+    """Training samples of all rollouts with a score, in order; `rollout.advantage` must be set.
+
+    Turns that extend each other (the next prompt begins with the last prompt and completion) become one sample; where a
+    prompt was rewritten, a new sample begins, with the same advantage.
+    """
+    samples = []
+    for number, group in enumerate(groups):
+        for rollout in group.rollouts:
+            if rollout.score is not None and rollout.score.reward is not None:
+                samples += _samples_of_rollout(rollout, number)
+    return samples
+
+
+def _samples_of_rollout(rollout, group: int) -> list[Sample]:  # noqa: ANN001
+    total = rollout.num_completion_tokens
+    given = rollout.advantage
+    advantages = np.full(total, given, np.float32) if np.isscalar(given) else np.asarray(given, np.float32)
+    if len(advantages) != total:
+        raise ValueError(f"task {rollout.task.id}: {len(advantages)} advantages for {total} completion tokens")
+    pieces: list[tuple[list[int], list[bool], list[float]]] = []
+    for turn in rollout.turns:
+        if not turn.completion_ids:
+            continue
+        ids, mask, logprobs = pieces[-1] if pieces else ([], [], [])
+        if not pieces or turn.prompt_ids[: len(ids)] != ids:
+            ids, mask, logprobs = [], [], []
+            pieces.append((ids, mask, logprobs))
+        new = turn.prompt_ids[len(ids) :]
+        ids += new + turn.completion_ids
+        mask += [False] * len(new) + [True] * len(turn.completion_ids)
+        logprobs += turn.rollout_logprobs
+    samples, start = [], 0
+    for ids, mask, logprobs in pieces:
+        samples.append(
+            Sample(
+                input_ids=np.asarray(ids, np.int64),
+                loss_mask=np.asarray(mask, bool),
+                advantages=advantages[start : start + len(logprobs)],
+                rollout_logprobs=np.asarray(logprobs, np.float32),
+                group=group,
+                index=rollout.index,
+            )
+        )
+        start += len(logprobs)
+    return samples

@@ -1,0 +1,381 @@
+"""Configuration: nested dataclasses (the only defaults in the project) and the parser that fills them.
+
+A recipe's YAML mirrors this tree and holds only what differs; any field can be given dotted on the command line
+(`--train.learning_rate 2e-6`). Fields that mean what a Hugging Face or TRL field means keep its name.
+Everything that can be wrong with the arguments is said here, before any model loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llmrl.errors import UserError
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft). The reference model is the same network with its adapter switched off."""
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: float = 32
+    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    """Names (or a regular expression) of the layers that get an adapter; `all-linear` is every linear layer but the head."""
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    path: str = "???"
+    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try a recipe without downloads)."""
+    revision: str | None = None
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type the weights are held in. float32 with `accelerate`'s mixed precision keeps master weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model."""
+
+
+@dataclass
+class DataConfig:
+    """Where tasks come from. Rows become tasks: a prompt the policy sees, an answer it does not."""
+
+    path: str = "???"
+    """Hub id, or a local .json / .jsonl / .csv / .parquet file, or a folder written by `datasets.save_to_disk`."""
+    name: str | None = None
+    """Configuration of a hub dataset (`main` for openai/gsm8k)."""
+    split: str = "train"
+    prompt_column: str | None = None
+    """Column with the prompt (text or messages). Default: the first of messages, prompt, question, problem, text."""
+    answer_column: str | None = None
+    """Column with the hidden answer. Default: the first of answer, solution, target. `none` where rewards need none."""
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    """Wraps a text prompt; `{prompt}` stands for it, any other `{column}` for that column."""
+    prompt_format: Literal["chat", "text"] = "chat"
+    """`chat` renders messages with the tokenizer's chat template; `text` gives the prompt to the model as it is."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the tokenizer's own chat template."""
+    limit: int | None = None
+    """Use the first so many rows only."""
+    shuffle: bool = True
+    """A fresh seeded order each epoch."""
+    max_prompt_length: int | None = None
+    """Tasks with longer prompts (tokens) are left out at start-up; how many is said."""
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are drawn."""
+
+    engine: Literal["hf"] = "hf"
+    """`hf`: the sampler of this project, in the trainer's process."""
+    num_prompts: int = 16
+    """P: tasks per step, over all processes."""
+    num_generations: int = 8
+    """G: rollouts of each task, the group."""
+    max_completion_length: int = 512
+    """Tokens per rollout."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary. Training needs the full support (top_p 1, top_k 0): see `validate`."""
+    max_num_seqs: int = 128
+    """Rows decoded together by the `hf` engine; a finished row's place goes to the next waiting one."""
+
+
+@dataclass
+class RewardConfig:
+    """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters look at."""
+
+    fn: str = "???"
+    """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry point."""
+    weight: float = 1.0
+    """0 logs it without training on it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments fixed for the whole run."""
+    time_limit_s: float = 20.0
+    """Per call, for rewards that run in the pool of worker processes."""
+
+
+@dataclass
+class VerifyConfig:
+    """How rewards are computed."""
+
+    num_workers: int | None = None
+    """Worker processes for CPU-bound rewards. Default: the cores of this machine shared by its training processes."""
+    max_unscored_frac: float = 0.05
+    """The run stops when more than this share of a step's rollouts could not be scored because something failed."""
+
+
+@dataclass
+class AlgoConfig:
+    """What turns rewards into a gradient."""
+
+    name: Literal["grpo"] = "grpo"
+    scale_rewards: Literal["group", "none"] = "group"
+    """Advantage = (reward - group mean) / group standard deviation; `none` leaves the division out (Dr. GRPO)."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    """Aggregation of token losses: mean of sequence means, mean over all tokens, or sum over B * max_completion_length."""
+    epsilon: float = 0.2
+    """The probability ratio stops mattering below 1 - epsilon."""
+    epsilon_high: float | None = None
+    """... and above 1 + epsilon_high (default: epsilon)."""
+    beta: float = 0.0
+    """Weight of the KL penalty (k3 estimator) to the reference model; 0 needs no reference."""
+    num_iterations: int = 1
+    """Passes over each batch of rollouts."""
+    num_mini_batches: int = 1
+    """Optimizer steps per pass; groups are dealt out whole."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer, the length of the run, and what is saved."""
+
+    output_dir: str = "runs/default"
+    max_steps: int = 100
+    """Batches of rollouts to train on."""
+    seed: int = 0
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After `warmup_steps` of linear warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps."""
+    max_grad_norm: float = 1.0
+    """0 leaves the gradient as it is (its norm is still logged)."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens (padding included) in one forward pass of one process. Changes memory and speed, never the result."""
+    packing: bool = True
+    """Lay short sequences behind each other in a row, so that rows need no padding."""
+    max_skipped_steps: int = 5
+    """Optimizer steps with a non-finite gradient are skipped and recorded; more than this many stop the run."""
+    save_steps: int = 50
+    """A checkpoint every so many steps; 0 only at the end."""
+    save_total_limit: int = 2
+    """Older checkpoints are deleted; 0 keeps all."""
+    resume_from_checkpoint: str | None = None
+    """`last`, or a checkpoint folder."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on held-out tasks while training."""
+
+    data: DataConfig | None = None
+    steps: int = 0
+    """Evaluate every so many steps (and at the end); 0 never."""
+    num_generations: int = 1
+    temperature: float = 0.0
+    """0 is greedy."""
+
+
+@dataclass
+class TrackConfig:
+    """What is written and shown. metrics.jsonl and rollouts.jsonl are always written."""
+
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of accelerate: tensorboard, wandb, trackio, mlflow ..."""
+    project: str = "llmrl"
+    run_name: str | None = None
+    save_rollouts: Literal["all", "sample", "none"] = "all"
+    """rollouts.jsonl: every rollout, the first group of each step, or nothing."""
+    console: Literal["auto", "rich", "plain", "quiet"] = "auto"
+    """`auto`: rich on a terminal, plain lines elsewhere."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = field(default_factory=list)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+MISSING = "???"
+
+
+def validate(config: Config) -> None:
+    """Check what types cannot say: required fields, ranges, and settings that contradict each other.
+
+    Raises:
+        UserError: with the field, its value, and the fix. All findings are listed, not only the first.
+    """
+    c, found = config, []
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            found.append(message)
+
+    check(c.model.path != MISSING, "model.path is not set: give a hub id or a local folder")
+    check(c.data.path != MISSING, "data.path is not set: give a hub id or a local file")
+    check(bool(c.rewards), "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
+    for i, reward in enumerate(c.rewards):
+        check(reward.fn != MISSING, f"rewards[{i}].fn is not set")
+        check(reward.time_limit_s > 0, f"rewards[{i}].time_limit_s is {reward.time_limit_s}: must be above 0")
+    positive = {
+        "rollout.num_prompts": c.rollout.num_prompts,
+        "rollout.max_completion_length": c.rollout.max_completion_length,
+        "rollout.max_num_seqs": c.rollout.max_num_seqs,
+        "algo.num_iterations": c.algo.num_iterations,
+        "algo.num_mini_batches": c.algo.num_mini_batches,
+        "train.max_steps": c.train.max_steps,
+        "train.max_tokens_per_micro_batch": c.train.max_tokens_per_micro_batch,
+        "eval.num_generations": c.eval.num_generations,
+    }
+    for name, value in positive.items():
+        check(value >= 1, f"{name} is {value}: must be at least 1")
+    at_least_zero = {
+        "algo.epsilon": c.algo.epsilon,
+        "algo.beta": c.algo.beta,
+        "train.learning_rate": c.train.learning_rate,
+        "train.warmup_steps": c.train.warmup_steps,
+        "train.max_grad_norm": c.train.max_grad_norm,
+        "train.save_steps": c.train.save_steps,
+        "train.save_total_limit": c.train.save_total_limit,
+        "eval.steps": c.eval.steps,
+        "eval.temperature": c.eval.temperature,
+    }
+    for name, value in at_least_zero.items():
+        check(value >= 0, f"{name} is {value}: must not be negative")
+    check(
+        c.rollout.num_generations >= 2,
+        f"rollout.num_generations is {c.rollout.num_generations}: a group-relative advantage needs at least 2 rollouts",
+    )
+    check(
+        c.rollout.temperature > 0,
+        f"rollout.temperature is {c.rollout.temperature}: greedy rollouts are all alike and carry no signal; use 1.0",
+    )
+    check(
+        c.rollout.top_p == 1.0 and c.rollout.top_k == 0,
+        f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, which "
+        "biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
+    )
+    check(
+        c.algo.num_mini_batches <= c.rollout.num_prompts,
+        f"algo.num_mini_batches {c.algo.num_mini_batches} exceeds rollout.num_prompts {c.rollout.num_prompts}: "
+        "mini-batches are made of whole groups",
+    )
+    check(
+        0 <= c.verify.max_unscored_frac <= 1,
+        f"verify.max_unscored_frac is {c.verify.max_unscored_frac}: must lie between 0 and 1",
+    )
+    check(
+        c.eval.steps == 0 or c.eval.data is not None,
+        "eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)",
+    )
+    if c.eval.data is not None:
+        check(c.eval.data.path != MISSING, "eval.data.path is not set")
+        check(c.eval.steps > 0, "eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
+    if found:
+        raise UserError("configuration:\n" + "\n".join(f"  - {line}" for line in found))
+
+
+def load_config(argv: list[str] | None = None, *, config_class: type = Config, prog: str | None = None) -> Any:
+    """Parse `--config FILE.yaml` and dotted overrides, and validate the result.
+
+    Args:
+        argv: the arguments after the program's name; default sys.argv[1:].
+        config_class: `Config`, or a recipe's subclass of it with further fields.
+        prog: program name shown in `--help`.
+
+    Returns:
+        An instance of `config_class`. `--help` and `--print_config` print and exit 0.
+
+    Raises:
+        UserError: unknown field, wrong type, missing file, contradiction; the message names file, line and field.
+    """
+    config = parse(argv, config_class=config_class, prog=prog)
+    validate(config)
+    return config
+
+
+def parse(argv: list[str] | None = None, *, config_class: type = Config, prog: str | None = None) -> Any:
+    """`load_config` without the final check of what types cannot say."""
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class, None)
+    try:
+        namespace = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), argv)) from None
+    namespace.pop("config", None)
+    config = parser.instantiate(Namespace(**vars(namespace)))
+    return config_class(**{f.name: config[f.name] for f in dataclasses.fields(config_class)})
+
+
+def _explain(message: str, argv: list[str]) -> str:
+    """Add file and line of the offending YAML key to a parser message, where one can be found."""
+    files = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
+    files += [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    for file in files:
+        if not Path(file).is_file():
+            return f"--config {file}: no such file"
+        for line, dotted in _yaml_keys(Path(file)):
+            if f'"{dotted}"' in message or f"'{dotted}'" in message or f"'{dotted.split('.')[-1]}'" in message:
+                return f"{file}, line {line}, field {dotted}: {message}"
+    return message
+
+
+def _yaml_keys(file: Path) -> list[tuple[int, str]]:
+    """(line, dotted key) of every key in a YAML file, deepest first."""
+    import yaml
+
+    try:
+        root = yaml.compose(file.read_text())
+    except yaml.YAMLError:
+        return []
+    found: list[tuple[int, str]] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                walk(value, f"{prefix}{key.value}.")
+                found.append((key.start_mark.line + 1, f"{prefix}{key.value}"))
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                walk(value, prefix)
+
+    walk(root, "")
+    return found
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, file: str | Path) -> None:
+    """Write the resolved configuration as YAML; `load_config(["--config", file])` gives it back."""
+    import yaml
+
+    Path(file).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

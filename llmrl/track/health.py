@@ -1,0 +1,68 @@
+"""Loud warnings: the ways in which a run looks alive and learns nothing. Metrics of each step in, messages out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+PATIENCE = 5
+"""Steps in a row before a symptom is called a fault."""
+
+
+class Health:
+    """Watches the metrics of every step. A warning is given once, and again only after the symptom had gone away."""
+
+    def __init__(self, *, on_policy: bool, mismatch_tolerance: float = 0.05) -> None:
+        self.on_policy = on_policy
+        self.mismatch_tolerance = mismatch_tolerance
+        self.streaks: dict[str, int] = {}
+        self.first_entropy: float | None = None
+
+    def observe(self, metrics: dict[str, float]) -> list[str]:
+        """Warnings that this step's metrics give reason for, each with its likely cause and what to do."""
+        entropy = metrics.get("policy/entropy", math.nan)
+        if self.first_entropy is None and entropy > 0:
+            self.first_entropy = entropy
+        signal = metrics.get("advantage/zero_variance_frac", 0.0) < 1.0
+        reward = metrics.get("reward/mean", math.nan)
+        symptoms = {
+            "no_signal": (
+                not signal,
+                f"all rewards inside every group have been equal (mean {reward:.3g}) for {PATIENCE} steps: nothing is "
+                "learned. If all are 0, look at rollouts.jsonl: the answer format the reward expects, the length limit, "
+                "or the task is too hard; if all are 1, the task is solved",
+            ),
+            "truncated": (
+                metrics.get("rollout/truncated_frac", 0.0) > 0.95,
+                "almost every completion is cut off at rollout.max_completion_length: raise it, or check that the model "
+                "ends its turn with one of the tokenizer's stop tokens",
+            ),
+            "unscored": (
+                metrics.get("reward/unscored_frac", 0.0) > 0.02,
+                "more than 2 % of the rollouts could not be scored; see `error` in rollouts.jsonl",
+            ),
+            "entropy": (
+                self.first_entropy is not None and entropy < 0.02 * self.first_entropy,
+                "the policy's entropy has fallen below 2 % of where it began: it hardly explores any more. A higher "
+                "algo.epsilon_high, a lower learning rate, or algo.beta > 0 slow this down",
+            ),
+        }
+        warnings = [text for name, (present, text) in symptoms.items() if self._fires(name, present, PATIENCE)]
+        gap = metrics.get("kl/mismatch/max", 0.0)
+        off = self.on_policy and gap > self.mismatch_tolerance
+        if self._fires("mismatch", off, 1):
+            warnings.append(
+                f"sampler and trainer disagree by up to {gap:.3g} nats on tokens of the current policy: check dtypes, the "
+                "temperature, and that both run the same weights"
+            )
+        return warnings
+
+    def _fires(self, name: str, present: bool, patience: int) -> bool:
+        self.streaks[name] = self.streaks.get(name, 0) + 1 if present else 0
+        return self.streaks[name] == patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"streaks": self.streaks, "first_entropy": self.first_entropy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.streaks, self.first_entropy = dict(state["streaks"]), state["first_entropy"]

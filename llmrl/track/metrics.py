@@ -1,0 +1,110 @@
+"""Groups of rollouts -> numbers for metrics.jsonl, and rows for rollouts.jsonl. Keys are `stage/name[/stat]`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+from llmrl.types import RolloutGroup, Score
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[str, float]:
+    """What a batch of scored rollouts looks like.
+
+    Args:
+        groups: all groups of the step.
+        accuracy: name of the reward part that says right or wrong, for the pass rates.
+
+    Returns:
+        reward/mean and /std, reward/PART/mean for every part, reward/unscored_frac and its two kinds, rollout lengths,
+        truncation, pass@1 and pass@G.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+    rewards = [score.reward for score in scores if score.reward is not None]
+    lengths = [rollout.num_completion_tokens for rollout in rollouts]
+    total = max(1, len(rollouts))
+    metrics = {
+        "reward/mean": _mean(rewards),
+        "reward/std": pstdev(rewards) if rewards else math.nan,
+        "reward/unscored_frac": 1 - len(rewards) / total,
+        "reward/abstained_frac": sum(s.reward is None and s.error is None for s in scores) / total,
+        "reward/error_frac": sum(s.error is not None for s in scores) / total,
+        "rollout/error_frac": sum(r.status.is_error for r in rollouts) / total,
+        "rollout/truncated_frac": sum(r.status.is_truncated for r in rollouts) / total,
+        "rollout/length/mean": _mean(lengths),
+        "rollout/length/max": float(max(lengths, default=0)),
+        "rollout/num_tokens": float(sum(lengths)),
+    }
+    for part in sorted({name for score in scores for name in score.parts}):
+        metrics[f"reward/{part}/mean"] = _mean([v for s in scores if (v := s.parts.get(part)) is not None])
+    return metrics | pass_rates(groups, accuracy=accuracy)
+
+
+def pass_rates(groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[int] = ()) -> dict[str, float]:
+    """mean@G (as pass@1) and unbiased pass@k, averaged over tasks; a rollout passes when its accuracy part is >= 1.
+
+    Rollouts without a score are left out of their group; a group without any is left out of the mean.
+
+    References:
+        Chen et al. 2021, arXiv:2107.03374, equation 1.
+    """
+    outcomes = [[v >= 1 for r in group.rollouts if (v := _part(r.score, accuracy)) is not None] for group in groups]
+    outcomes = [group for group in outcomes if group]
+    largest = min((len(group) for group in outcomes), default=0)
+    rates = {}
+    for k in sorted({1, *(ks or (largest,))}):
+        if 1 <= k <= largest:
+            rates[f"reward/pass@{k}"] = _mean([pass_at_k(len(group), sum(group), k) for group in outcomes])
+    return rates
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k drawn without replacement from n samples, c of them right, is right.
+
+    Example:
+        >>> pass_at_k(4, 1, 2)
+        0.5
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
+    """One row per rollout for rollouts.jsonl: everything needed to look at it, and to recompute the step."""
+    return [
+        {
+            "step": step,
+            "task": group.task.id,
+            "index": rollout.index,
+            "status": rollout.status.value,
+            "messages": rollout.messages,
+            "answer": group.task.answer,
+            "reward": rollout.score.reward if rollout.score else None,
+            "parts": rollout.score.parts if rollout.score else {},
+            "info": rollout.score.info if rollout.score else {},
+            "error": rollout.error or (rollout.score.error if rollout.score else None),
+            "advantage": rollout.advantage,
+            "turns": [
+                {
+                    "prompt_ids": turn.prompt_ids,
+                    "completion_ids": turn.completion_ids,
+                    "rollout_logprobs": turn.rollout_logprobs,
+                    "finish": turn.finish,
+                    "policy_version": turn.policy_version,
+                }
+                for turn in rollout.turns
+            ],
+        }
+        for group in groups
+        for rollout in group.rollouts
+    ]
+
+
+def _part(score: Score | None, name: str) -> float | None:
+    return None if score is None else score.parts.get(name)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan

@@ -1,0 +1,240 @@
+"""Stage 5: a batch of samples -> optimizer steps, on accelerate. Knows no algorithm: it is handed a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmrl.errors import RunFailed
+from llmrl.train.packing import build_micro_batch, plan_micro_batches
+from llmrl.train.policy import evaluating
+from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from llmrl.algo.algorithm import Algorithm
+    from llmrl.config import Config
+    from llmrl.train.policy import Policy
+
+
+class Learner:
+    """Owns the optimizer and turns a `TrainBatch` into updates of the policy.
+
+    The whole batch is known to every process; which process computes which sequence is a pure function of it. Losses
+    are divided by global counts before the backward pass and gradients are summed over processes, so the update does not
+    depend on micro-batch size, packing or the number of processes.
+    """
+
+    def __init__(self, config: Config, policy: Policy, accelerator: Accelerator) -> None:
+        self.config, self.policy, self.accelerator = config.train, policy, accelerator
+        self.num_iterations, self.num_mini_batches = config.algo.num_iterations, config.algo.num_mini_batches
+        self.steps_per_batch = self.num_iterations * self.num_mini_batches
+        self.parameters = [p for p in policy.bare.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.train.learning_rate,
+            betas=(config.train.adam_beta1, config.train.adam_beta2),
+            eps=config.train.adam_epsilon,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
+        policy.module, self.optimizer = accelerator.prepare(policy.bare, optimizer)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer.optimizer, _schedule(config, total=config.train.max_steps * self.steps_per_batch)
+        )
+        self.num_updates = 0
+        self.num_skipped = 0
+
+    def update(self, batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        """Take all optimizer steps of one batch.
+
+        Returns:
+            Metrics, the same on every process: means over the optimizer steps of what the loss reports, and
+            loss/total, policy/entropy, policy/grad_norm, policy/lr, kl/mismatch (sampler against trainer).
+
+        Raises:
+            RunFailed: more than `train.max_skipped_steps` optimizer steps had a non-finite gradient.
+        """
+        computed = _with_gradient(batch.samples, algorithm)
+        if algorithm.needs.ref_logprobs:
+            self._fill(computed, "ref_logprobs", self.policy.reference_logprobs)
+        if self.steps_per_batch > 1:
+            self._fill(computed, "old_logprobs", lambda micro_batch: self.policy.forward(micro_batch).logprobs)
+        self.policy.module.train()
+        reports = []
+        for iteration in range(self.num_iterations):
+            for mini_batch in self._mini_batches(batch, iteration):
+                reports.append(self._step(mini_batch, batch, algorithm))
+        means = {key: float(np.mean([report[key] for report in reports])) for key in reports[0]}
+        means["kl/mismatch"] = reports[0]["kl/mismatch"]  # later steps measure the update, not the mismatch
+        means["kl/mismatch/max"] = reports[0]["kl/mismatch/max"]
+        return means | {
+            "policy/lr": self.scheduler.get_last_lr()[0],
+            "policy/skipped_updates": self.num_skipped,
+            "train/computed_frac": len(computed) / max(1, len(batch.samples)),
+        }
+
+    def _mini_batches(self, batch: TrainBatch, iteration: int) -> list[list[Sample]]:
+        """Whole groups dealt into `num_mini_batches`, in an order that is fresh for every pass."""
+        if self.num_mini_batches == 1:
+            return [batch.samples]
+        random = np.random.Generator(np.random.Philox([self.config.seed, self.num_updates + iteration]))
+        order = random.permutation(batch.num_groups)
+        parts = [set(order[k :: self.num_mini_batches].tolist()) for k in range(self.num_mini_batches)]
+        return [[s for s in batch.samples if s.group in part] for part in parts]
+
+    def _step(self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        """One optimizer step over one mini-batch."""
+        counts = Counts(
+            num_tokens=max(1, sum(s.num_tokens for s in samples)),
+            num_sequences=max(1, len(samples)),
+            num_groups=max(1, len({s.group for s in samples})),
+            max_completion_length=batch.max_completion_length,
+        )
+        computed = _with_gradient(samples, algorithm)
+        num_computed = max(1, sum(s.num_tokens for s in computed))
+        micro_batches = self._micro_batches(computed)
+        totals: dict[str, Tensor] = {}
+        for number, micro_batch in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.module):
+                outputs = self.policy.forward(micro_batch)
+                loss, metrics = algorithm.loss(outputs, micro_batch, counts)
+                loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
+                # Data-parallel wrappers average gradients over processes; the shares of the loss are to be added.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            metrics |= {"loss/total": loss.detach(), **_mismatch(outputs.logprobs.detach(), micro_batch, num_computed)}
+            metrics["policy/entropy"] = outputs.entropy.detach().sum() / num_computed
+            _accumulate(totals, metrics)
+        totals = self._reduce(totals)
+        grad_norm = self._clip()
+        report = {key: value.item() for key, value in totals.items()} | {"policy/grad_norm": grad_norm}
+        if math.isfinite(grad_norm) and math.isfinite(report["loss/total"]):
+            self.optimizer.step()
+            self.scheduler.step()
+        else:
+            self._skip(report, samples)
+        self.optimizer.zero_grad()
+        self.num_updates += 1
+        return report
+
+    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
+        """This process's share of the samples; equally many micro-batches on every process."""
+        plans = plan_micro_batches(
+            [len(s.input_ids) for s in samples],
+            max_tokens=self.config.max_tokens_per_micro_batch,
+            num_processes=self.accelerator.num_processes,
+            packing=self.config.packing,
+        )
+        device = self.accelerator.device
+        return [build_micro_batch(samples, rows, device=device) for rows in plans[self.accelerator.process_index]]
+
+    @torch.no_grad()
+    def _fill(
+        self, samples: list[Sample], name: str, compute: Callable[[MicroBatch], Float[Tensor, " M"]]
+    ) -> None:
+        """Compute a stream once for all samples, each process its share, and set it on all of them everywhere."""
+        found: dict[int, np.ndarray] = {}
+        with evaluating(self.policy.module):
+            for micro_batch in self._micro_batches(samples):
+                values = compute(micro_batch).float().split(micro_batch.sequence_lengths.tolist())
+                pairs = zip(micro_batch.sample_indices, values, strict=True)
+                found |= {index: value.cpu().numpy() for index, value in pairs}
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = dict(gather_object(list(found.items())))
+        for index, sample in enumerate(samples):
+            setattr(sample, name, found[index])
+
+    def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add (or take the maximum of) every metric over processes, in one collective each."""
+        if self.accelerator.num_processes == 1:
+            return totals
+        keys = sorted(totals)
+        gathered = self.accelerator.gather(torch.stack([totals[key].float() for key in keys])[None])
+        return {
+            key: column.amax() if key.endswith("/max") else column.sum()
+            for key, column in zip(keys, gathered.T, strict=True)  # pyright: ignore
+        }
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.policy.module.parameters(), limit))
+
+    def _skip(self, report: dict[str, float], samples: list[Sample]) -> None:
+        """Record the mini-batch of a step that would have broken the weights; stop over the budget."""
+        self.num_skipped += 1
+        folder = Path(self.config.output_dir) / "skipped"
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"report": report, "samples": samples}, folder / f"update-{self.num_updates:08d}.pt")
+        if self.num_skipped > self.config.max_skipped_steps:
+            raise RunFailed(
+                f"{self.num_skipped} optimizer steps had a non-finite loss or gradient (loss "
+                f"{report['loss/total']}, gradient norm {report['policy/grad_norm']}), more than "
+                f"train.max_skipped_steps {self.config.max_skipped_steps}; their batches are in {folder}. Try a lower "
+                "learning rate, or model.dtype float32"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the learner that the next step depends on, but the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "num_updates": self.num_updates,
+            "num_skipped": self.num_skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
+
+
+def _with_gradient(samples: list[Sample], algorithm: Algorithm) -> list[Sample]:
+    """The samples that change the gradient; the others stay in the denominators and cost nothing."""
+    return [s for s in samples if algorithm.needs.every_sample or np.any(s.advantages)]
+
+
+def _schedule(config: Config, *, total: int) -> Callable[[int], float]:
+    """Factor on the learning rate before optimizer step n (from 0): linear warm-up, then the named shape."""
+    warmup, kind = config.train.warmup_steps, config.train.lr_scheduler_type
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total - warmup)
+        if kind == "linear":
+            return max(0.0, 1 - done)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if kind == "cosine" else 1.0
+
+    return factor
+
+
+def _mismatch(logprobs: Float[Tensor, " M"], batch: MicroBatch, num_tokens: int) -> dict[str, Tensor]:
+    """How far the trainer's log-probabilities are from the sampler's: mean k3 and largest gap (nats)."""
+    gap = batch.rollout_logprobs - logprobs
+    k3 = gap.clamp(-20, 20).exp() - 1 - gap
+    largest = gap.abs().max() if len(gap) else torch.zeros((), device=gap.device)
+    return {"kl/mismatch": k3.sum() / num_tokens, "kl/mismatch/max": largest}
+
+
+def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    for key, value in metrics.items():
+        if key not in totals:
+            totals[key] = value
+        elif key.endswith("/max"):
+            totals[key] = torch.maximum(totals[key], value)
+        else:
+            totals[key] = totals[key] + value

@@ -1,0 +1,140 @@
+"""Hidden states -> log-probabilities and entropies of given tokens, without ever holding all logits.
+
+The output head is the largest matrix product of small models and its [tokens, V] result the largest tensor. Here it is
+computed for trained positions only, a few rows at a time, and once more in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+MAX_LOGITS = 2**24
+"""Logits held at once (64 MiB in float32); at least 16 rows whatever the vocabulary."""
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " M"],
+    *,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """Log-probability of `targets` and entropy of the whole distribution, in float32, both differentiable.
+
+        logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature
+
+    Args:
+        hidden: hidden state (after the final norm) of the position that predicts each target.
+        weight: the output head.
+        targets: token ids.
+        temperature: the one the tokens were sampled at.
+        bias: of the output head, where it has one.
+        softcap: Gemma-2 style bound on the logits.
+        scale: constant factor some architectures put on their logits.
+
+    Returns:
+        (log-probabilities, entropies in nats).
+    """
+    return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        constants = (temperature, softcap, scale)
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for rows in _chunks(len(hidden), len(weight)):
+            logits, _ = _logits(hidden[rows], weight, bias, constants)
+            highest = logits.amax(dim=1, keepdim=True)
+            unnormalised = (logits - highest).exp_()
+            total = unnormalised.sum(dim=1)
+            normaliser = highest[:, 0] + total.log()
+            normalisers[rows] = normaliser
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
+            entropies[rows] = normaliser - torch.linalg.vecdot(unnormalised, logits) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+        ctx.constants = constants
+        ctx.set_materialize_grads(False)  # so that an entropy nobody differentiates costs nothing
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        grad_logprobs = torch.zeros_like(normalisers) if grads[0] is None else grads[0]
+        grad_entropies = grads[1]
+        temperature, softcap, scale = ctx.constants
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for rows in _chunks(len(hidden), len(weight)):
+            logits, slope = _logits(hidden[rows], weight, bias, ctx.constants)
+            log_p = logits.sub_(normalisers[rows, None])
+            grad = log_p.exp()
+            if grad_entropies is not None:  # dH / d logit = -p * (log p + H)
+                factor = log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
+                factor.add_(grad_logprobs[rows, None])
+                grad.mul_(factor).neg_()
+            else:
+                grad.mul_(-grad_logprobs[rows, None])
+            grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
+            grad.mul_(scale / temperature)
+            if slope is not None:
+                grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight.to(hidden.dtype), out=grad_hidden[rows])
+            if grad_weight is not None:
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[rows])
+                else:
+                    grad_weight += (grad.T @ hidden[rows]).float()
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
+    size = max(16, MAX_LOGITS // vocabulary)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple[float, float | None, float]
+) -> tuple[Tensor, Tensor | None]:
+    """Float32 logits of a few rows, divided by the temperature, and the derivative of the soft cap."""
+    temperature, softcap, scale = constants
+    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    if bias is not None:
+        logits += bias.float()
+    if softcap is None:
+        return logits.mul_(scale / temperature), None
+    bounded = logits.mul_(scale / softcap).tanh_()
+    return bounded * (softcap / temperature), 1 - bounded.square()

@@ -1,0 +1,320 @@
+"""Arguments -> the parts of a run, in the order in which mistakes are cheapest: everything is checked before a model loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
+from llmrl.errors import UserError
+from llmrl.types import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmrl.algo.algorithm import Algorithm
+    from llmrl.data.chat import Chat
+    from llmrl.data.sampler import TaskSampler
+    from llmrl.rollout.collector import Collector
+    from llmrl.rollout.engine import Engine
+    from llmrl.track.console import Console
+    from llmrl.track.health import Health
+    from llmrl.track.record import Record
+    from llmrl.train.learner import Learner
+    from llmrl.train.ledger import Ledger
+    from llmrl.train.policy import Policy
+    from llmrl.train.sync import WeightSync
+    from llmrl.verify.rubric import Rubric
+
+GIVEN = "(given in Python)"
+"""Stands in the configuration for an object that was handed over instead of named."""
+PROCESS_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for another before it gives up."""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a run consists of."""
+
+    config: Config
+    accelerator: Accelerator
+    console: Console
+    tokenizer: PreTrainedTokenizerBase
+    sampler: TaskSampler
+    eval_tasks: list[Task]
+    rubric: Rubric
+    policy: Policy
+    learner: Learner
+    engine: Engine
+    sync: WeightSync
+    collector: Collector
+    algorithm: Algorithm
+    health: Health
+    record: Record | None
+    """On the main process only, as is the ledger."""
+    ledger: Ledger | None
+
+
+def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
+    """Build all parts of a run; `given` are the keyword arguments of `Trainer`.
+
+    Raises:
+        UserError: the arguments or the data are wrong.
+    """
+    config = resolve_config(args, given)
+    tasks = _tasks(given["train_dataset"], config.data)
+    eval_tasks = _tasks(given["eval_dataset"], config.eval.data) if _wants_eval(config, given) else []
+    rubric = _rubric(config, given["reward"])
+    rubric.check(tasks[0])
+
+    from llmrl.train.policy import Policy, add_lora, load_generation_config, load_model, load_tokenizer
+
+    accelerator = make_accelerator(config)
+    if config.rollout.num_prompts < accelerator.num_processes:
+        raise UserError(
+            f"rollout.num_prompts {config.rollout.num_prompts} is less than the {accelerator.num_processes} processes"
+        )
+    model, tokenizer = given["model"], given["processing_class"]
+    named = model is None or isinstance(model, str)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
+    generation = load_generation_config(config.model) if named else model.generation_config
+    chat, sampler, notes = _prompts(config, tokenizer, generation, tasks)
+    resume = check_output_dir(config, accelerator)
+
+    console = _console(config, accelerator)
+    for note in notes:
+        console.say(note)
+    accelerator.wait_for_everyone()
+    model = load_model(config.model, tokenizer, seed=config.train.seed) if named else model
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.model.lora is not None or given["peft_config"] is not None:
+        model = add_lora(model, given["peft_config"] or config.model.lora, seed=config.train.seed)
+    algorithm = make_algorithm(config)
+    policy = Policy(
+        model.to(accelerator.device),
+        temperature=config.rollout.temperature,
+        keep_reference=algorithm.needs.ref_logprobs,
+    )
+    return _assemble(config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume)
+
+
+def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) -> Config:
+    """The configuration with what was given in Python put in its place, validated."""
+    if isinstance(args, Config):
+        config = dataclasses.replace(args)
+    else:
+        config = parse([f"--{key}={json.dumps(value)}" for key, value in (args or {}).items()])
+    model, reward, peft_config = given["model"], given["reward"], given["peft_config"]
+    if model is not None:
+        path = model if isinstance(model, str) else GIVEN
+        config.model = dataclasses.replace(config.model, path=path)
+        if path == GIVEN and given["processing_class"] is None:
+            raise UserError("a loaded model needs its tokenizer too: Trainer(model=..., processing_class=tokenizer)")
+    if reward is not None:
+        rewards = reward if isinstance(reward, (list, tuple)) else [reward]
+        config.rewards = [RewardConfig(fn=r if isinstance(r, str) else getattr(r, "__name__", GIVEN)) for r in rewards]
+    config.data = _data_config(config.data, given["train_dataset"])
+    if given["eval_dataset"] is not None:
+        config.eval = dataclasses.replace(
+            config.eval, data=_data_config(config.eval.data or DataConfig(), given["eval_dataset"])
+        )
+    if given["algorithm"] is not None:
+        config.algo = dataclasses.replace(config.algo, name=given["algorithm"])
+    if isinstance(peft_config, LoraConfig):
+        config.model = dataclasses.replace(config.model, lora=peft_config)
+    validate(config)
+    return config
+
+
+def _data_config(config: DataConfig, dataset: Any) -> DataConfig:
+    if dataset is None:
+        return config
+    return dataclasses.replace(config, path=dataset if isinstance(dataset, str) else GIVEN)
+
+
+def _wants_eval(config: Config, given: dict[str, Any]) -> bool:
+    return config.eval.data is not None or given["eval_dataset"] is not None
+
+
+def _tasks(dataset: Any, config: DataConfig | None) -> list[Task]:
+    from llmrl.data.tasks import load_tasks, tasks_from_rows
+
+    config = config or DataConfig()
+    if dataset is None or isinstance(dataset, str):
+        return load_tasks(config)
+    rows = list(dataset)
+    if rows and isinstance(rows[0], Task):
+        return rows
+    return tasks_from_rows(rows, config, "dataset")
+
+
+def _rubric(config: Config, reward: Any) -> Rubric:
+    from llmrl.verify.rubric import Rubric
+
+    if reward is not None and not all(isinstance(r, str) for r in (reward if isinstance(reward, (list, tuple)) else [reward])):
+        return Rubric(list(reward) if isinstance(reward, (list, tuple)) else [reward])
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Rubric.from_config(
+        config.rewards,
+        config.verify,
+        num_processes=num_processes,
+        conversational=config.data.prompt_format == "chat",
+    )
+
+
+def _prompts(
+    config: Config, tokenizer: Any, generation: Any, tasks: list[Task]
+) -> tuple[Chat, TaskSampler, list[str]]:
+    """How prompts are rendered, the order of tasks (too long ones left out), and what to tell the user about it."""
+    from llmrl.data.chat import Chat, filter_long
+    from llmrl.data.sampler import TaskSampler
+
+    chat = Chat(
+        tokenizer,
+        prompt_format=config.data.prompt_format,
+        chat_template=config.data.chat_template,
+        generation_config=generation,
+    )
+    chat.render(tasks[0].messages)
+    notes = [f"{len(tasks)} tasks from {config.data.path}"]
+    if config.data.max_prompt_length is not None:
+        tasks, dropped = filter_long(tasks, chat, config.data.max_prompt_length)
+        notes.append(f"{dropped} tasks left out: prompt longer than data.max_prompt_length tokens")
+    sampler = TaskSampler(tasks, seed=config.train.seed, shuffle=config.data.shuffle)
+    sampler.check(config.rollout.num_prompts)
+    return chat, sampler, notes
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """accelerate's view of the processes, checked against the launcher's.
+
+    Raises:
+        UserError: the launcher started processes that do not know of each other, or a kind of distribution that the
+            learner does not support.
+    """
+    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(
+        log_with=config.track.report_to or None,
+        project_dir=config.train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes, but each sees {accelerator.num_processes}: they would all train "
+            "alone and write the same files. On CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu --num_processes N"
+        )
+    supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in supported:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; this version trains in one process or "
+            "with data parallelism (DDP): use recipes/accelerate/ddp.yaml"
+        )
+    set_seed(config.train.seed)
+    return accelerator
+
+
+def check_output_dir(config: Config, accelerator: Accelerator) -> bool:
+    """Refuse to write over another run. Returns whether this one is resumed."""
+    folder = Path(config.train.output_dir)
+    if config.train.resume_from_checkpoint:
+        from llmrl.train.checkpoint import find_checkpoint
+
+        find_checkpoint(folder, config.train.resume_from_checkpoint)
+        return True
+    metrics = folder / "metrics.jsonl"
+    if accelerator.is_main_process and metrics.is_file() and metrics.stat().st_size:
+        raise UserError(
+            f"train.output_dir {folder} already holds a run: choose another folder, or continue it with "
+            "--train.resume_from_checkpoint last"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.output_dir {folder} cannot be created: {error}") from error
+    return False
+
+
+def make_algorithm(config: Config) -> Algorithm:
+    """The algorithm that `algo.name` names."""
+    from llmrl.algo.grpo import GRPO
+
+    algorithms = {"grpo": GRPO}
+    return algorithms[config.algo.name](config.algo, max_completion_length=config.rollout.max_completion_length)
+
+
+def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
+    """The engine that `rollout.engine` names, serving the policy's weights."""
+    import torch
+
+    from llmrl.rollout.hf_engine import HFEngine
+
+    return HFEngine(
+        model.config,
+        weights=policy.weights,
+        max_num_seqs=config.rollout.max_num_seqs,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+    )
+
+
+def _console(config: Config, accelerator: Accelerator) -> Console:
+    from llmrl.track.console import Console
+
+    return Console(config.track.console, enabled=accelerator.is_main_process)
+
+
+def _assemble(
+    config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
+) -> Parts:  # noqa: ANN001
+    from llmrl.rollout.collector import Collector
+    from llmrl.track.health import Health
+    from llmrl.track.record import Record, tracker_config
+    from llmrl.train.learner import Learner
+    from llmrl.train.ledger import Ledger
+    from llmrl.train.sync import WeightSync
+
+    learner = Learner(config, policy, accelerator)
+    causal_lm = policy.bare.causal_lm
+    engine = make_engine(config, causal_lm, policy, accelerator.device)
+    record = ledger = None
+    if accelerator.is_main_process:
+        record = Record(config, accelerator, resume=resume)
+        ledger = Ledger(Path(config.train.output_dir) / "ledger.jsonl")
+    if config.track.report_to:
+        accelerator.init_trackers(config.track.project, tracker_config(config))
+    trained = sum(p.numel() for p in learner.parameters)
+    total = sum(p.numel() for p in policy.bare.parameters())
+    console.say(
+        f"{type(causal_lm).__name__}: {trained:,} of {total:,} parameters trained, {accelerator.num_processes} "
+        f"process(es) on {accelerator.device.type}, run directory {config.train.output_dir}"
+    )
+    vocab_size = causal_lm.config.get_text_config().vocab_size
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        console=console,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        eval_tasks=eval_tasks,
+        rubric=rubric,
+        policy=policy,
+        learner=learner,
+        engine=engine,
+        sync=WeightSync(policy, engine, vocab_size=vocab_size, dtype=config.model.dtype),
+        collector=Collector(engine, chat, rubric, config.rollout, seed=config.train.seed),
+        algorithm=algorithm,
+        health=Health(on_policy=learner.steps_per_batch == 1),
+        record=record,
+        ledger=ledger,
+    )

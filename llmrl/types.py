@@ -1,0 +1,325 @@
+"""Every value that crosses a stage boundary: prompt -> rollout -> verify -> advantage -> loss -> weight sync.
+
+Letters: P prompts, G rollouts of one task (the group), N = P * G, L tokens of one sequence, B rows and T columns of a
+packed rectangle, V vocabulary. Ragged data is a list (or a one-dimensional array), rectangular data is a Tensor.
+
+One alignment holds everywhere: entry t of any log-probability row is log p(input_ids[t] | input_ids[<t]).
+Four names, never mixed: `rollout_logprobs` (the sampler's), `old_logprobs` (the trainer's when the batch was taken),
+`ref_logprobs` (the reference model's), `logprobs` (the trainer's now, with gradient).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class Message(TypedDict, total=False):
+    """One chat message in the OpenAI format."""
+
+    role: str
+    content: Any
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+
+
+# --- 1 prompt ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One row of work: what the policy sees, and what only the verifier sees. Never mutated.
+
+    Example: Task(id="gsm8k-3f2a91c07d15", messages=[{"role": "user", "content": "2 + 2 = ?"}], answer="4")
+    """
+
+    id: str
+    """Stable across runs and machines: dataset name and a hash of the row. Keys resume, the ledger and seeds."""
+    messages: list[Message]
+    """The first prompt. A plain-text dataset has a single user message."""
+    answer: Any = None
+    """What the verifier compares with; never shown to the policy."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The other columns of the row (tests, rubrics, difficulty ...), handed to environments and rewards by name."""
+
+
+# --- 2 rollout --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How an engine draws the tokens of one completion.
+
+    `seed` fixes the random numbers of this request alone, so its tokens do not depend on what else is in the batch.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends after one of these; it is part of the completion."""
+    seed: int = 0
+
+
+Finish = Literal["stop", "length", "abort"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Completion:
+    """What an engine returns for one request."""
+
+    token_ids: list[int]
+    """[L] sampled tokens, the stop token included."""
+    logprobs: list[float]
+    """[L] log-probability of each under the distribution it was drawn from (temperature applied; natural log).
+    Greedy completions carry the log-probabilities at temperature 1."""
+    finish: Finish
+    policy_version: tuple[int, int]
+    """(oldest, newest) weights that produced these tokens."""
+
+
+class Status(StrEnum):
+    """How a rollout ended. Only `completed` and the truncated ones are scored."""
+
+    COMPLETED = "completed"
+    TRUNCATED_LENGTH = "truncated_length"
+    TRUNCATED_TURNS = "truncated_turns"
+    TRUNCATED_PROMPT = "truncated_prompt"
+    ERROR_ENV = "error_env"
+    ERROR_ENGINE = "error_engine"
+
+    @property
+    def is_error(self) -> bool:
+        return self.value.startswith("error")
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.value.startswith("truncated")
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """One engine call and what the environment replied.
+
+    Turn 0: P0 -> C0, replies R0; turn 1: P1 = P0 + C0 + tokens(R0) -> C1; ... Trained tokens are the C's and nothing
+    else; tokens are never re-made from text.
+    """
+
+    prompt_ids: list[int]
+    """Exactly what the engine was given."""
+    completion_ids: list[int]
+    """Exactly what it returned, the stop token included."""
+    rollout_logprobs: list[float]
+    """One per completion token."""
+    finish: Finish
+    policy_version: tuple[int, int]
+    """(oldest, newest) weights that produced these tokens."""
+    message: Message
+    """The completion as an assistant message, for rewards and people."""
+    replies: list[Message] = field(default_factory=list)
+    """What the environment answered (tool results, user messages); never trained on."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Rollout:
+    """A complete episode: one attempt of the policy at one task."""
+
+    task: Task
+    index: int
+    """0..G-1 inside its group."""
+    turns: list[Turn] = field(default_factory=list)
+    status: Status = Status.COMPLETED
+    score: Score | None = None
+    """Filled by stage 3; None until then, and for rollouts that ended in an error."""
+    advantage: float | list[float] | None = None
+    """Filled by stage 4: one number, or one per trained token."""
+    env_rewards: dict[str, float] = field(default_factory=dict)
+    """Reward parts that the environment itself gave."""
+    error: str | None = None
+    """Traceback of what went wrong, when `status` is an error."""
+
+    @property
+    def completion(self) -> str:
+        """Text of the last assistant message ('' when there is none)."""
+        return str(self.turns[-1].message.get("content") or "") if self.turns else ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation: the task's messages, then each turn's message and replies."""
+        conversation = list(self.task.messages)
+        for turn in self.turns:
+            conversation += [turn.message, *turn.replies]
+        return conversation
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(len(turn.completion_ids) for turn in self.turns)
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutGroup:
+    """The G rollouts of one task: the unit of advantage, filtering and cancellation."""
+
+    task: Task
+    rollouts: list[Rollout]
+
+
+# --- 3 verify ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Score:
+    """A verifier's full verdict. `reward` None means "could not judge", which is never the same as 0, "wrong".
+
+    Three outcomes: a score (reward is a number), an abstention (reward None, error None) and an infrastructure error
+    (reward None, error holds the traceback). Only scores enter a baseline.
+    """
+
+    reward: float | None
+    parts: dict[str, float | None] = field(default_factory=dict)
+    """Unweighted, by reward name."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What people are shown: the extracted answer, the failing test, the judge's reason."""
+    error: str | None = None
+    token_rewards: list[float] | None = None
+    """Dense rewards, one per completion token, where a verifier gives them."""
+
+
+# --- 4 advantage, 5 loss ----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One training sequence, ragged: a rollout whose turns extend each other, or a part of one that was rewritten.
+
+    Streams hold one entry per trained token (M of them), in order; what is not trained has no entry that could leak.
+
+    Example, prompt [5 6], completion [7 8]:
+        input_ids        [5, 6, 7, 8]
+        loss_mask        [F, F, T, T]
+        advantages             [A, A]
+        rollout_logprobs       [log mu(7|5 6), log mu(8|5 6 7)]
+    """
+
+    input_ids: np.ndarray
+    """[L] int64."""
+    loss_mask: np.ndarray
+    """[L] bool: the policy sampled this token and is trained on it. Never True at 0."""
+    advantages: np.ndarray
+    """[M] float32."""
+    rollout_logprobs: np.ndarray
+    """[M] float32."""
+    group: int
+    """Position of its RolloutGroup in the batch."""
+    index: int
+    """Index of its rollout in that group."""
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further streams [M] float32 that an algorithm prepared (returns, weights ...)."""
+    old_logprobs: np.ndarray | None = None
+    """[M] float32, filled by the learner when more than one optimizer step uses the batch."""
+    ref_logprobs: np.ndarray | None = None
+    """[M] float32, filled by the learner when the algorithm asks for the reference."""
+
+    @property
+    def num_tokens(self) -> int:
+        """M, the trained tokens."""
+        return len(self.advantages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """The denominators of one optimizer step, counted over all ranks and micro-batches before anything is left out.
+
+    So micro-batch size, packing, the number of processes and skipping sequences without signal change nothing but speed.
+    """
+
+    num_tokens: int
+    """Trained tokens (True in a loss_mask)."""
+    num_sequences: int
+    """Sequences with at least one trained token."""
+    num_groups: int
+    max_completion_length: int
+    """The configured limit, Dr. GRPO's constant."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainBatch:
+    """All samples of one step, the same on every rank."""
+
+    samples: list[Sample]
+    num_groups: int
+    max_completion_length: int
+    policy_version: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What preparing it measured (fraction of groups without signal ...)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward pass sees: packed rows, and streams over their M trained tokens.
+
+    Two sequences [5 6 | 7] and [8 | 9] (prompt | completion) in one row of length 6:
+        input_ids        [[5, 6, 7, 8, 9, 0]]
+        position_ids     [[0, 1, 2, 0, 1, 0]]
+        segment_ids      [[1, 1, 1, 2, 2, 0]]     0 is padding
+        targets          [7, 9]
+        predict_from     [1, 3]                   flat positions whose hidden state predicts the targets
+        sequence_ids     [0, 1]
+        sequence_lengths [1, 1]
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
+    segment_ids: Int[Tensor, "B T"]
+    targets: Int[Tensor, " M"]
+    predict_from: Int[Tensor, " M"]
+    """Index into the B * T positions: `targets[m]` is predicted by the hidden state there."""
+    sequence_ids: Int[Tensor, " M"]
+    """Which of this micro-batch's S sequences a trained token belongs to."""
+    sequence_lengths: Int[Tensor, " S"]
+    """Trained tokens of each sequence."""
+    advantages: Float[Tensor, " M"]
+    rollout_logprobs: Float[Tensor, " M"]
+    old_logprobs: Float[Tensor, " M"] | None = None
+    ref_logprobs: Float[Tensor, " M"] | None = None
+    extras: dict[str, Float[Tensor, " M"]] = field(default_factory=dict)
+    sample_indices: list[int] = field(default_factory=list)
+    """[S] which sample of the batch each sequence is, to take results back out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ForwardOutputs:
+    """What the policy computed for the trained tokens of a micro-batch."""
+
+    logprobs: Float[Tensor, " M"]
+    """With gradient."""
+    entropy: Float[Tensor, " M"]
+    """Of the next-token distribution, in nats; with gradient where the algorithm asked for it."""
+    values: Float[Tensor, " M"] | None = None
+    """The critic's value of the state before each trained token."""
+
+
+# --- 6 weight sync ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Receipt:
+    """Proof of what an engine serves after a push: its log-probabilities on fixed probes against the learner's."""
+
+    version: int
+    max_gap: float
+    """Largest |engine - learner| log-probability over the probe tokens (nats)."""
+    change: float
+    """Largest change of the learner's probe log-probabilities since the previous push (nats)."""
+    seconds: float
