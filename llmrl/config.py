@@ -55,17 +55,17 @@ class DataConfig:
     """Where tasks come from. Rows become tasks: a prompt the policy sees, an answer it does not."""
 
     path: str = "???"
-    """Hub id, or a local .json / .jsonl / .csv / .parquet file, or a folder written by `datasets.save_to_disk`."""
-    name: str | None = None
-    """Configuration of a hub dataset (`main` for openai/gsm8k)."""
+    """A hub id, with the dataset's configuration after a colon where it has several (`openai/gsm8k:main`); or a local
+    .json / .jsonl / .csv / .parquet file, a folder of such files, or one written by `datasets.save_to_disk`."""
     split: str = "train"
+    """Of a hub dataset or a folder; a folder's split is its file of that name."""
     prompt_column: str | None = None
     """Column with the prompt (text or messages). Default: the first of messages, prompt, question, problem, text."""
     answer_column: str | None = None
     """Column with the hidden answer. Default: the first of answer, solution, target. `none` where rewards need none."""
     system_prompt: str | None = None
     prompt_template: str | None = None
-    """Wraps a text prompt; `{prompt}` stands for it, any other `{column}` for that column."""
+    """Wraps a text prompt; `{prompt}` stands for it, any other `{column}` for that column, `{{...}}` for braces."""
     prompt_format: Literal["chat", "text"] = "chat"
     """`chat` renders messages with the tokenizer's chat template; `text` gives the prompt to the model as it is."""
     chat_template: str | None = None

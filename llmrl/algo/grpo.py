@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from llmrl.algo.advantages import flat_groups, group_advantages
 from llmrl.algo.algorithm import Needs, reward_matrix, samples_of
 from llmrl.algo.kl import k3
@@ -60,7 +58,7 @@ class GRPO:
         metrics = {
             "loss/clip_low_frac": low.sum() / counts.num_tokens,
             "loss/clip_high_frac": high.sum() / counts.num_tokens,
-            "loss/ratio/max": ratio.detach().max() if ratio.numel() else torch.zeros(()),
+            "loss/ratio/max": ratio.detach().max() if ratio.numel() else ratio.new_zeros(()),
         }
         if self.config.beta > 0:
             if batch.ref_logprobs is None:

@@ -8,9 +8,9 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from llmrl.errors import LlmrlError
-from llmrl.rollout.env import EnvFactory, SingleTurnEnv
-from llmrl.types import Rollout, RolloutGroup, Sampling, Status, Task, Turn
+from llmrl.errors import LlmrlError, RunFailed
+from llmrl.rollout.env import Env, EnvFactory, SingleTurnEnv
+from llmrl.types import Completion, Rollout, RolloutGroup, Sampling, Status, Task, Turn
 
 if TYPE_CHECKING:
     from llmrl.config import RolloutConfig
@@ -62,8 +62,9 @@ class Collector:
         temperature = self.config.temperature if temperature is None else temperature
 
         async def collect_group(task: Task, position: int) -> RolloutGroup:
+            prompt_ids = self.chat.render(task.messages)
             runs = [
-                self._run(task, index, request_seed(self.seed, salt, position, index), temperature)
+                self._run(task, index, prompt_ids, request_seed(self.seed, salt, position, index), temperature)
                 for index in range(num_generations)
             ]
             group = RolloutGroup(task=task, rollouts=list(await gather_or_cancel(runs)))
@@ -72,36 +73,40 @@ class Collector:
 
         return list(await gather_or_cancel([collect_group(t, p) for t, p in zip(tasks, positions, strict=True)]))
 
-    async def _run(self, task: Task, index: int, seed: int, temperature: float) -> Rollout:
-        """One rollout, scored."""
+    async def _run(self, task: Task, index: int, prompt_ids: list[int], seed: int, temperature: float) -> Rollout:
+        """One rollout, scored; `prompt_ids` are the task's own messages, rendered once for the group."""
         rollout = Rollout(task=task, index=index)
-        env = self.env_factory(task)
         try:
-            await self._play(rollout, env, seed, temperature)
+            env = self.env_factory(task)
+            try:
+                await self._play(rollout, env, prompt_ids, seed, temperature)
+            finally:
+                await env.close()
         except LlmrlError:
             raise
         except Exception:
             rollout.status, rollout.error = Status.ERROR_ENV, traceback.format_exc()
-        finally:
-            await env.close()
         if not rollout.status.is_error:
             await self.rubric.score(rollout)
         return rollout
 
-    async def _play(self, rollout: Rollout, env, seed: int, temperature: float) -> None:  # noqa: ANN001
+    async def _play(
+        self, rollout: Rollout, env: Env, prompt_ids: list[int], seed: int, temperature: float
+    ) -> None:
         messages = await env.start()
-        prompt_ids = self.chat.render(messages)
+        if messages is not rollout.task.messages:
+            prompt_ids = self.chat.render(messages)
         start = time.perf_counter()
-        completion = await self.engine.generate(
-            prompt_ids,
-            Sampling(
-                max_tokens=self.config.max_completion_length,
-                temperature=temperature,
-                stop_token_ids=self.chat.stop_token_ids,
-                seed=seed,
-            ),
-            session=f"{rollout.task.id}/{rollout.index}",
+        sampling = Sampling(
+            max_tokens=self.config.max_completion_length,
+            temperature=temperature,
+            stop_token_ids=self.chat.stop_token_ids,
+            seed=seed,
         )
+        completion = await self._generate(prompt_ids, sampling, f"{rollout.task.id}/{rollout.index}")
+        if completion.finish == "abort":
+            rollout.status, rollout.error = Status.ERROR_ENGINE, "the engine gave up on this completion"
+            return
         turn = Turn(
             prompt_ids=prompt_ids,
             completion_ids=completion.token_ids,
@@ -119,6 +124,16 @@ class Collector:
         rollout.env_rewards |= reply.rewards
         if not reply.done:
             raise RuntimeError(f"{type(env).__name__} asks for another turn; this collector plays single turns")
+
+
+    async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:
+        """One completion; whatever the engine raises ends the step."""
+        try:
+            return await self.engine.generate(prompt_ids, sampling, session=session)
+        except LlmrlError:
+            raise
+        except Exception as error:
+            raise RunFailed(f"the engine failed:\n{traceback.format_exc()}") from error
 
 
 def request_seed(run_seed: int, salt: str, position: int, index: int) -> int:

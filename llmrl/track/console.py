@@ -7,6 +7,7 @@ from typing import Literal
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 SHOWN = (
     ("reward", "reward/mean"),
@@ -35,7 +36,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A warning; also shown when quiet, on standard error."""
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {text}")
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print("[bold yellow]warning:[/]", Text(text))
 
     def start(self, description: str, *, total: int, done: int = 0) -> None:
         """Begin a long piece of work of `total` steps."""

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,8 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
 
+    Checkpoints of later steps are deleted too: the run was resumed from an older one and has left them behind.
+
     Raises:
         RunFailed: the disk is full or not writable; what was written so far is removed, older checkpoints stay.
     """
@@ -55,12 +58,16 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        torch.save(_random_states(), unfinished / f"rng-{accelerator.process_index}.pt")
+        written = [unfinished / f"rng-{accelerator.process_index}.pt"]
+        torch.save(_random_states(), written[0])
         if accelerator.is_main_process:
+            written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
             save_file(_trained_parameters(policy), unfinished / "weights.safetensors")
             torch.save(learner.state_dict(), unfinished / "learner.pt")
             state = state | {"step": step, "num_processes": accelerator.num_processes}
             (unfinished / "state.json").write_text(json.dumps(state))
+        for file in written:
+            _to_disk(file)  # a full disk may say so only here
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunFailed(
@@ -69,13 +76,10 @@ def save_checkpoint(
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for file in unfinished.iterdir():
-            _to_disk(file)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         _to_disk(folder.parent)
-        for old in list_checkpoints(output_dir)[:-keep] if keep else []:
-            shutil.rmtree(old)
+        _delete_others(output_dir, folder, keep)
     accelerator.wait_for_everyone()
     return folder
 
@@ -94,10 +98,11 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
             states = torch.load(folder / f"rng-{accelerator.process_index}.pt", weights_only=False)
         else:
             states = None  # another number of processes: sampling is seeded per request, only dropout will differ
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        older = [str(path) for path in sorted(folder.parent.glob(PREFIX + "*")) if path.name < folder.name]
         raise UserError(
             f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); resume from an older one: "
-            f"{', '.join(str(p) for p in folder.parent.glob(PREFIX + '*') if p != folder) or 'there is none'}"
+            f"{', '.join(older) or 'there is none'}"
         ) from error
     trained = _trained_parameters(policy)
     if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
@@ -114,6 +119,14 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     return sorted((output_dir / "checkpoints").glob(PREFIX + "*"))
+
+
+def _delete_others(output_dir: Path, newest: Path, keep: int) -> None:
+    found = list_checkpoints(output_dir)
+    place = found.index(newest)
+    abandoned = found[place + 1 :]  # else `last` would mean one of them, and `keep` would count them
+    for folder in abandoned + (found[: place + 1][:-keep] if keep else []):
+        shutil.rmtree(folder)
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:

@@ -71,23 +71,24 @@ class Learner:
             self._fill(computed, "old_logprobs", lambda micro_batch: self.policy.forward(micro_batch).logprobs)
         self.policy.module.train()
         reports = []
-        for iteration in range(self.num_iterations):
-            for mini_batch in self._mini_batches(batch, iteration):
+        for _ in range(self.num_iterations):
+            for mini_batch in self._mini_batches(batch):
                 reports.append(self._step(mini_batch, batch, algorithm))
-        means = {key: float(np.mean([report[key] for report in reports])) for key in reports[0]}
-        means["kl/mismatch"] = reports[0]["kl/mismatch"]  # later steps measure the update, not the mismatch
-        means["kl/mismatch/max"] = reports[0]["kl/mismatch/max"]
+        keys = dict.fromkeys(key for report in reports for key in report)
+        means = {key: float(np.mean([report[key] for report in reports if key in report])) for key in keys}
+        # Later steps measure the update, not the mismatch.
+        means |= {key: value for key, value in reports[0].items() if key.startswith("kl/mismatch")}
         return means | {
             "policy/lr": self.scheduler.get_last_lr()[0],
             "policy/skipped_updates": self.num_skipped,
             "train/computed_frac": len(computed) / max(1, len(batch.samples)),
         }
 
-    def _mini_batches(self, batch: TrainBatch, iteration: int) -> list[list[Sample]]:
+    def _mini_batches(self, batch: TrainBatch) -> list[list[Sample]]:
         """Whole groups dealt into `num_mini_batches`, in an order that is fresh for every pass."""
         if self.num_mini_batches == 1:
             return [batch.samples]
-        random = np.random.Generator(np.random.Philox([self.config.seed, self.num_updates + iteration]))
+        random = np.random.Generator(np.random.Philox([self.config.seed, self.num_updates]))
         order = random.permutation(batch.num_groups)
         parts = [set(order[k :: self.num_mini_batches].tolist()) for k in range(self.num_mini_batches)]
         return [[s for s in batch.samples if s.group in part] for part in parts]
@@ -118,6 +119,8 @@ class Learner:
         totals = self._reduce(totals)
         grad_norm = self._clip()
         report = {key: value.item() for key, value in totals.items()} | {"policy/grad_norm": grad_norm}
+        if not computed:  # nothing was measured: no value is better than a 0 that looks like one
+            report = {key: value for key, value in report.items() if not key.startswith(("kl/", "policy/entropy"))}
         if math.isfinite(grad_norm) and math.isfinite(report["loss/total"]):
             self.optimizer.step()
             self.scheduler.step()
@@ -144,7 +147,8 @@ class Learner:
     ) -> None:
         """Compute a stream once for all samples, each process its share, and set it on all of them everywhere."""
         found: dict[int, np.ndarray] = {}
-        with evaluating(self.policy.module):
+        # accelerate puts the policy's forward pass under autocast; the reference's has to round alike.
+        with evaluating(self.policy.module), self.accelerator.autocast():
             for micro_batch in self._micro_batches(samples):
                 values = compute(micro_batch).float().split(micro_batch.sequence_lengths.tolist())
                 pairs = zip(micro_batch.sample_indices, values, strict=True)

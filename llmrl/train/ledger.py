@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmrl.track.files import JsonlFile, read_jsonl
 from llmrl.types import RolloutGroup, Task
 
@@ -40,7 +42,7 @@ class Ledger:
                     "task": group.task.id,
                     "rollouts": len(group.rollouts),
                     "scored": len(scored),
-                    "signal": any(r.advantage for r in scored),
+                    "signal": any(np.any(r.advantage) for r in scored),
                 }
             )
         self.file.append(*rows)

@@ -44,7 +44,12 @@ def token_logprobs(
     Returns:
         (log-probabilities, entropies in nats).
     """
-    return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # The backward pass computes the logits again, outside autocast: both must see the same rounded hidden states.
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
 
 
 class _Head(torch.autograd.Function):

@@ -201,6 +201,10 @@ class Policy:
             raise RunFailed("reference log-probabilities were asked for, but no reference model was kept")
         return self._reference.to(batch.input_ids.device)(*inputs)[0]
 
+    def _exact(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The forward pass in the type of the weights: accelerate's mixed precision replaces the instance's `forward`."""
+        return PolicyModule.forward(self.bare, *inputs, **options)
+
     @torch.no_grad()
     def sequence_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """log p(token | what is before it) at temperature 1 of every token after the first, one sequence at a time."""
@@ -210,7 +214,7 @@ class Policy:
             for sequence in sequences:
                 ids = torch.tensor([sequence], device=device)
                 places = torch.arange(len(sequence), device=device)
-                logprobs, _ = self.bare(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
+                logprobs, _ = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
                 rows.append(logprobs.tolist())
         return rows
 
@@ -256,8 +260,8 @@ class Policy:
             row = torch.cat([first, second])[None]
             positions = torch.cat([torch.arange(7), torch.arange(5)])[None].to(device)
             places = torch.tensor([*range(6), *range(7, 11)], device=device)
-            packed, _ = self.bare(row, positions, places, row[0, places + 1], temperature=1.0)
-            alone, _ = self.bare(first[None], positions[:, :7], places[:6], first[1:], temperature=1.0)
+            packed, _ = self._exact(row, positions, places, row[0, places + 1], temperature=1.0)
+            alone, _ = self._exact(first[None], positions[:, :7], places[:6], first[1:], temperature=1.0)
         tolerance = CHECK_TOLERANCE[next(model.parameters()).dtype]
         unknown_head = "this architecture changes its logits in a way that is not known here"
         no_packing = "set train.packing false, or try model.attn_implementation sdpa"

@@ -149,10 +149,9 @@ def _tasks(dataset: Any, config: DataConfig | None) -> list[Task]:
     config = config or DataConfig()
     if dataset is None or isinstance(dataset, str):
         return load_tasks(config)
-    rows = list(dataset)
-    if rows and isinstance(rows[0], Task):
-        return rows
-    return tasks_from_rows(rows, config, "dataset")
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], Task):
+        return dataset
+    return tasks_from_rows(dataset, config, "dataset")
 
 
 def _rubric(config: Config, reward: Any) -> Rubric:

@@ -1,0 +1,84 @@
+"""The `llmrl` command. Every subcommand answers `--help`; exit codes: 0 done, 1 the run failed, 2 the arguments are wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llmrl.errors import UserError, run_main
+
+USAGE = """usage: llmrl COMMAND ...
+
+  llmrl train RECIPE.yaml [--field value ...]    train; any field of the configuration, dotted; --print_config shows all
+  llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
+  llmrl verify --reward SPEC --self-test         run a reward's own examples
+  llmrl --version
+
+Several processes: accelerate launch -m llmrl.cli train RECIPE.yaml ..."""
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    run_main(lambda: sys.exit(run(sys.argv[1:])))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code.
+
+    Raises:
+        UserError: there is no such command, or its arguments are wrong.
+    """
+    commands = {"train": train, "verify": verify}
+    if argv[:1] == ["--version"]:
+        from llmrl import __version__
+
+        print(__version__)
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] not in commands:
+        raise UserError(f"llmrl: no command {argv[0]!r}\n{USAGE}")
+    return commands[argv[0]](argv[1:])
+
+
+def train(argv: list[str]) -> int:
+    """`llmrl train RECIPE.yaml [--field value ...]`."""
+    from llmrl.config import load_config
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]
+    config = load_config(argv, prog="llmrl train RECIPE.yaml")
+    from llmrl.train.trainer import Trainer
+
+    Trainer(config).train()
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    """`llmrl verify`: see `llmrl.verify.command`."""
+    from llmrl.verify.command import run as run_verify
+
+    return run_verify(argv)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by the name of one that is shipped (`grpo_gsm8k`, `recipes/grpo_gsm8k.yaml`).
+
+    Raises:
+        UserError: there is none; the shipped ones are listed.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    package = Path(__file__).parent
+    shipped = next((f for f in (package / "shipped" / "recipes", package.parent / "recipes") if f.is_dir()), package)
+    found = shipped / f"{given.name.removesuffix('.yaml')}.yaml"
+    if found.is_file():
+        return found
+    names = ", ".join(sorted(f.stem for f in shipped.glob("*.yaml")))
+    raise UserError(f"recipe {name!r}: no such file, and no recipe of that name is shipped ({names})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Messages <-> token ids: a conversation in, the ids a policy continues out; completion ids in, text or a message out.
+
+One `Chat` holds every decision that is taken from the tokenizer: template, bos, stop tokens, padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmrl.errors import UserError
+from llmrl.types import Message, Task
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+class Chat:
+    """Renders prompts and reads completions with one tokenizer.
+
+    Args:
+        tokenizer: the policy's.
+        prompt_format: `chat` renders with the chat template, `text` joins the contents of the messages as they are.
+        chat_template: a Jinja file used instead of the tokenizer's own template.
+        generation_config: the model's; its eos tokens end a completion too.
+
+    Raises:
+        UserError: no chat template, an unreadable template file, or no token that could end a completion.
+    """
+
+    stop_token_ids: tuple[int, ...]
+    """A completion ends with one of these: eos of tokenizer or generation configuration, the template's turn end."""
+    pad_token_id: int
+    """The tokenizer's, or a stop token where it has none; padding is always masked."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: Literal["chat", "text"] = "chat",
+        chat_template: str | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        self.tokenizer: Any = tokenizer  # transformers annotates ids as any of five types
+        self.prompt_format = prompt_format
+        self._template = _read_template(tokenizer, prompt_format, chat_template)
+        self._bos = _default_bos(tokenizer) if prompt_format == "text" else None
+        self._anchor = tokenizer.encode("a", add_special_tokens=False) if prompt_format == "text" else []
+        self.stop_token_ids = self._find_stop_tokens(generation_config)
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = self.stop_token_ids[0] if pad is None else pad
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+        """Compute the prompt's token ids, up to where the assistant's next message begins.
+
+        A bos token appears once or not at all: as the template says or, in text format, as is the tokenizer's default.
+
+        Args:
+            messages: the conversation so far.
+            tools: JSON schemas or functions that the template shows to the policy.
+
+        Raises:
+            UserError: the template refuses this conversation, or the text format cannot show it.
+        """
+        text = self._chat_text(messages, tools) if self.prompt_format == "chat" else _plain_text(messages, tools)
+        token_ids = self._encode(text)
+        if self._bos is not None and token_ids[:1] != [self._bos]:
+            token_ids = [self._bos, *token_ids]
+        if not token_ids:
+            raise UserError("the prompt is empty: check the prompt column and data.chat_template")
+        return token_ids
+
+    def decode(self, completion_ids: Sequence[int]) -> str:
+        """Compute a completion's text. A stop token at its end is left out; any other special token stays, as text.
+
+        In text format a leading space survives (code continues its prompt's line); in chat format the text is what the
+        tokenizer makes of a message's beginning.
+        """
+        token_ids = list(completion_ids)
+        if token_ids and token_ids[-1] in self.stop_token_ids:
+            token_ids.pop()
+        # Some decoders drop the first space they meet, so that of a continuation is shielded by a token before it.
+        return self._decode(self._anchor + token_ids).removeprefix(self._decode(self._anchor))
+
+    def parse(self, completion_ids: Sequence[int]) -> Message:
+        """Make the assistant message of a completion."""
+        return Message(role="assistant", content=self.decode(completion_ids))
+
+    def _encode(self, text: str) -> list[int]:
+        # Rendering and encoding apart gives a flat list in every version of transformers, and never a second bos.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _chat_text(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, *, generation_prompt: bool = True
+    ) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever the template's own code raises
+            number = getattr(error, "lineno", None)  # syntax errors have one
+            line = "" if number is None else f", line {number}"
+            roles = ", ".join(message.get("role", "?") for message in messages)
+            raise UserError(
+                f"the chat template{line} fails on messages with the roles {roles}: {error}. Change the messages "
+                "(many templates accept no system message: data.system_prompt), or give another data.chat_template"
+            ) from error
+
+    def _find_stop_tokens(self, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+        found = [self.tokenizer.eos_token_id]
+        eos = getattr(generation_config, "eos_token_id", None)
+        found += eos if isinstance(eos, list | tuple) else [eos]
+        if self.prompt_format == "chat":
+            found.append(self._turn_end())
+        stop_token_ids = tuple(dict.fromkeys(token for token in found if token is not None))
+        if not stop_token_ids:
+            raise UserError(
+                "the tokenizer has no eos token, so no completion could end: set eos_token in tokenizer_config.json "
+                "or eos_token_id in generation_config.json"
+            )
+        return stop_token_ids
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template writes after an assistant's message, if it writes one."""
+        marker = "marker"
+        conversation = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
+        try:
+            text = self._chat_text(conversation, generation_prompt=False)
+        except UserError as error:
+            if hasattr(error.__cause__, "lineno"):
+                raise  # A syntax error is one in every conversation.
+            return None  # A template for one turn only.
+        _, found, after = text.rpartition(marker)
+        token_ids = self._encode(after.lstrip()) if found else []
+        return token_ids[0] if token_ids and token_ids[0] in self.tokenizer.added_tokens_decoder else None
+
+
+def filter_long(tasks: Sequence[Task], chat: Chat, max_prompt_length: int | None) -> tuple[list[Task], int]:
+    """Leave out the tasks whose prompts are too long.
+
+    Args:
+        tasks: candidates.
+        chat: renders their prompts.
+        max_prompt_length: tokens; None keeps all.
+
+    Returns:
+        The kept tasks in their order, and how many were left out.
+
+    Raises:
+        UserError: none is left.
+    """
+    if max_prompt_length is None:
+        return list(tasks), 0
+    lengths = [len(chat.render(task.messages)) for task in tasks]
+    kept = [task for task, length in zip(tasks, lengths, strict=True) if length <= max_prompt_length]
+    if lengths and not kept:
+        raise UserError(
+            f"data.max_prompt_length {max_prompt_length} leaves out all {len(tasks)} tasks: the shortest prompt has "
+            f"{min(lengths)} tokens"
+        )
+    return kept, len(tasks) - len(kept)
+
+
+def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file: str | None) -> str | None:
+    """The text of the template file; None for the tokenizer's own."""
+    if prompt_format == "text":
+        if file is not None:
+            raise UserError("data.chat_template is set, but data.prompt_format `text` uses no template: remove one")
+        return None
+    if file is None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path or ''} has no chat template: set data.prompt_format to `text` "
+                "(base models), or data.chat_template to a Jinja file"
+            )
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template {file}: cannot be read ({error})") from None
+
+
+def _default_bos(tokenizer: Any) -> int | None:
+    """The bos token, if the tokenizer puts one before plain text of its own accord."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
+
+
+def _plain_text(messages: Sequence[Message], tools: list[Any] | None) -> str:
+    if tools:
+        raise UserError("data.prompt_format `text` cannot show tools to the policy: use `chat`")
+    parts: list[str] = []
+    for message in messages:
+        content: Any = message.get("content") or ""
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            if part.get("text") is None:
+                raise UserError(f"data.prompt_format `text` cannot show a part with {', '.join(part)}: use `chat`")
+            parts.append(part["text"])
+    return "".join(parts)

@@ -1,0 +1,158 @@
+"""The order of the tasks: a list of tasks and a seed in, batches of tasks out, resumable at any point."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmrl.errors import UserError
+from llmrl.types import RolloutGroup, Task
+
+
+class Sampler(Protocol):
+    """Chooses the tasks of each step."""
+
+    @property
+    def position(self) -> int:
+        """Tasks handed out so far. Read before `next`: task i of that batch is number `position + i` of the run."""
+        ...
+
+    def next(self, n: int) -> list[Task]:
+        """Hand out `n` different tasks."""
+        ...
+
+    def update(self, groups: Sequence[RolloutGroup]) -> None:
+        """Learn from the scored groups of a step (a curriculum does)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, as plain values that JSON keeps."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the sampler that gave `state` stood."""
+        ...
+
+
+class TaskSampler:
+    """Every task once per epoch, in a fresh order each epoch that depends on (seed, epoch) only.
+
+    A batch that an epoch ends in continues with the next epoch. Tasks of the new epoch that are already in the batch
+    are passed over and come first in the next batch, so no batch has a task twice and no epoch loses one.
+
+    Args:
+        tasks: at least one; their ids must differ.
+        seed: not negative.
+        shuffle: False gives every epoch in the order of `tasks`.
+
+    Raises:
+        UserError: no tasks, ids that repeat, or a negative seed.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True) -> None:
+        ids = [task.id for task in tasks]
+        if not ids:
+            raise UserError("there are no tasks to sample from")
+        task_id, count = Counter(ids).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{count} tasks have the id {task_id!r}: ids must differ, resuming relies on them")
+        if seed < 0:
+            raise UserError(f"train.seed is {seed}: must not be negative")
+        self._tasks = list(tasks)
+        self._identity = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "num_tasks": len(ids),
+            "fingerprint": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16],
+        }
+        self._position = 0
+        self._start_epoch(0)
+
+    @property
+    def position(self) -> int:
+        """Tasks handed out so far. Read before `next`: task i of that batch is number `position + i` of the run."""
+        return self._position
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that the next task belongs to."""
+        return self._epoch + (self._cursor == len(self._tasks) and not self._passed_over)
+
+    def check(self, n: int) -> None:
+        """Raise UserError unless batches of `n` different tasks can be made."""
+        if not 1 <= n <= len(self._tasks):
+            raise UserError(
+                f"rollout.num_prompts {n} cannot be drawn from {len(self._tasks)} tasks without repeating one in a "
+                "batch: use a number from 1 to that"
+            )
+
+    def next(self, n: int) -> list[Task]:
+        """Hand out `n` different tasks.
+
+        Raises:
+            UserError: `n` is not between 1 and the number of tasks.
+        """
+        self.check(n)
+        batch = {index: self._tasks[index] for index in self._passed_over[:n]}
+        self._passed_over = self._passed_over[n:]
+        while len(batch) < n:
+            index = self._next_index(batch)
+            batch[index] = self._tasks[index]
+        self._position += n
+        return list(batch.values())
+
+    def update(self, groups: Sequence[RolloutGroup]) -> None:
+        """Do nothing: the order does not depend on scores."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands, and which tasks and seed it stands in; JSON-able."""
+        return self._identity | {
+            "position": self._position,
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "passed_over": list(self._passed_over),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the sampler that gave `state` stood: `next` returns what that one would have.
+
+        Raises:
+            UserError: the tasks, the seed or the shuffling differ from that sampler's; the message says which.
+        """
+        changed = [
+            f"{name} was {state.get(name)} and is {value}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"cannot resume the order of the tasks: {'; '.join(changed)}. (The fingerprint is of the tasks' ids "
+                "and order.) Resume with the data and seed the run was started with, or start a new run"
+            )
+        self._position = state["position"]
+        self._start_epoch(state["epoch"])
+        self._cursor = state["cursor"]
+        self._passed_over = list(state["passed_over"])
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._cursor = 0
+        self._passed_over: list[int] = []
+        count = len(self._tasks)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._identity["seed"], epoch])))
+        self._order = generator.permutation(count).tolist() if self._identity["shuffle"] else list(range(count))
+
+    def _next_index(self, batch: dict[int, Task]) -> int:
+        """The index of the next task in order that is not in `batch`; those that are come first in the next batch."""
+        while True:
+            if self._cursor == len(self._order):
+                self._start_epoch(self._epoch + 1)
+            index = self._order[self._cursor]
+            self._cursor += 1
+            if index not in batch:
+                return index
+            self._passed_over.append(index)

@@ -1,0 +1,258 @@
+"""A decoder for every causal language model of transformers, over the model's own forward pass and cache.
+
+Same interface as the fast decoder: prompts in (`admit`), one token per row in (`step`), logits of the next token out.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from llmrl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PREFILL_TOKENS = 8192
+"""Padded tokens of one prefill pass; bounds its activations."""
+LOGPROB_TOKENS = 256
+"""Positions whose logits `logprobs` holds at once."""
+
+
+@dataclass(slots=True, eq=False)
+class _Cohort:
+    """Rows that go through the model together. Their tokens end at the same column; shorter rows begin later."""
+
+    rows: list[int]
+    cache: DynamicCache
+    mask: Int[Tensor, "n S"]
+    """1 where the column holds a token of the row; padding is on the left."""
+    positions: Int[Tensor, " n"]
+    """Of the next token."""
+
+
+class GenericDecoder:
+    """Continuous batching over a transformers model; see the module's docstring.
+
+    Rows of different lengths share a batch by padding on the left, with explicit masks and positions, where the cache is
+    made of plain or sliding-window attention layers and the model takes positions. For anything else (recurrent
+    layers, say) only prompts of equal length that arrive together share a batch, and nothing is ever padded.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str, attn_implementation: str
+    ) -> None:
+        try:
+            with torch.random.fork_rng(devices=[]):  # the caller's randomness must not move
+                self.model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), dtype=dtype, attn_implementation=attn_implementation
+                )
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"transformers cannot build {config.model_type!r} with attn_implementation {attn_implementation!r} "
+                f"(model.attn_implementation; eager always works): {error}"
+            ) from error
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+        accepted = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in accepted:
+            raise UserError(
+                f"the hf engine cannot serve {config.model_type!r}: its transformers model takes no past_key_values; "
+                "use another model, or another rollout.engine"
+            )
+        self.takes_positions = "position_ids" in accepted
+        self.takes_logits_to_keep = "logits_to_keep" in accepted
+        self.can_pad = self.takes_positions and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._new_cache().layers
+        )
+        self._tensors = _distinct_tensors(self.model)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.reset()
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Copy one parameter (or persistent buffer) to its place."""
+        self._tensors[name].copy_(tensor)
+
+    def finish_load(self) -> None:
+        """Nothing is derived from the weights."""
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.cohorts: list[_Cohort] = []
+        self.num_rows = 0
+
+    def drop_prefixes(self) -> None:
+        """Prompts are shared only by requests admitted together; none outlives that."""
+
+    def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]:
+        """Append one row per prompt and return the logits of each row's first token. Equal prompts are computed once."""
+        distinct = list(dict.fromkeys(prompts))
+        first, parts, rows = self.num_rows, [], []
+        self.num_rows += len(prompts)
+        for batch in self._batches(distinct):
+            members = {prompt: i for i, prompt in enumerate(batch)}
+            wanted = [(i, members[prompt]) for i, prompt in enumerate(prompts) if prompt in members]
+            cohort, logits = self._prefill(batch)
+            expand = torch.tensor([member for _, member in wanted], device=self.device)
+            cohort.rows = [first + i for i, _ in wanted]
+            _select(cohort, expand)
+            self.cohorts.append(cohort)
+            parts.append(logits.index_select(0, expand))
+            rows += [i for i, _ in wanted]
+        self._merge()
+        result = torch.empty_like(torch.cat(parts))
+        return result.index_copy_(0, torch.tensor(rows, device=self.device), torch.cat(parts))
+
+    def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:
+        """Append one token to every row and return the logits of the next."""
+        logits, rows = [], []
+        for cohort in self.cohorts:
+            own = torch.tensor(cohort.rows, device=self.device)
+            cohort.mask = torch.cat([cohort.mask, cohort.mask.new_ones(len(cohort.rows), 1)], 1)
+            logits.append(self._forward(tokens[own].unsqueeze(1), cohort, cohort.positions.unsqueeze(1))[:, -1])
+            cohort.positions = cohort.positions + 1
+            rows.append(own)
+        joined = torch.cat(logits)
+        return torch.empty_like(joined).index_copy_(0, torch.cat(rows), joined)
+
+    def remove(self, finished: list[int], target: list[int], source: list[int]) -> None:
+        """Forget the rows `finished`; row source[i] takes the number target[i], the rest keep theirs."""
+        gone, renamed = set(finished), dict(zip(source, target, strict=True))
+        for cohort in self.cohorts:
+            keep = [i for i, row in enumerate(cohort.rows) if row not in gone]
+            if keep and len(keep) < len(cohort.rows):
+                cohort.rows = [cohort.rows[i] for i in keep]
+                _select(cohort, torch.tensor(keep, device=self.device))
+                if self.can_pad:
+                    _realign(cohort, int(cohort.mask.sum(1).max()))
+            elif not keep:
+                cohort.rows = []
+            cohort.rows = [renamed.get(row, row) for row in cohort.rows]
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
+        self.num_rows -= len(finished)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities at temperature 1; entry t of a row is log p(sequence[t + 1] | sequence[: t + 1])."""
+        return [self._sequence_logprobs(torch.tensor([list(s)], device=self.device)) for s in sequences]
+
+    def plain_logprobs(self, sequence: Sequence[int]) -> list[float]:
+        """The same for one sequence by a single forward pass without a cache: the reference of the self-check."""
+        tokens = torch.tensor([list(sequence)], device=self.device)
+        logprobs = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, tokens[0, 1:].unsqueeze(1)).squeeze(1).tolist()
+
+    def _sequence_logprobs(self, tokens: Int[Tensor, "1 T"]) -> list[float]:
+        # The part of the head outside the model's body is not ours to know (Gemma 2 caps its logits), so the body runs in
+        # parts too. A recurrent cache may not be extended by several tokens: there the sequence goes in whole.
+        step = LOGPROB_TOKENS if self.can_pad else tokens.shape[1]
+        cohort = _Cohort([0], self._new_cache(), torch.ones_like(tokens[:, :0]), tokens.new_zeros(1))
+        result: list[float] = []
+        for first in range(0, tokens.shape[1] - 1, step):
+            part = tokens[:, first : min(first + step, tokens.shape[1] - 1)]
+            cohort.mask = torch.ones_like(tokens[:, : first + part.shape[1]])
+            positions = torch.arange(first, first + part.shape[1], device=self.device).unsqueeze(0)
+            logits = self._forward(part, cohort, positions, keep_all=True)[0].float()
+            targets = tokens[0, first + 1 : first + 1 + part.shape[1]].unsqueeze(1)
+            result += logits.log_softmax(-1).gather(1, targets).squeeze(1).tolist()
+        return result
+
+    def _batches(self, prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Split distinct prompts into prefill passes: neighbours in length, equal in length where padding is not exact."""
+        batches: list[list[tuple[int, ...]]] = []
+        for prompt in sorted(prompts, key=len):
+            last = batches[-1] if batches else None
+            fits = last is not None and (len(last) + 1) * len(prompt) <= PREFILL_TOKENS
+            if fits and (len(prompt) == len(last[0]) or (self.can_pad and len(prompt) <= 1.25 * len(last[0]) + 8)):
+                last.append(prompt)
+            else:
+                batches.append([prompt])
+        return batches
+
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[_Cohort, Float[Tensor, "n V"]]:
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        columns = torch.arange(longest, device=self.device)
+        first = (longest - lengths).unsqueeze(1)
+        cohort = _Cohort(list(range(len(prompts))), self._new_cache(), (columns >= first).long(), lengths)
+        logits = self._forward(tokens, cohort, (columns - first).clamp_(min=0))
+        return cohort, logits[:, -1]
+
+    def _forward(self, tokens: Tensor, cohort: _Cohort, positions: Tensor, *, keep_all: bool = False) -> Tensor:
+        extra = {"position_ids": positions} if self.takes_positions else {}
+        if self.takes_logits_to_keep and not keep_all:
+            extra["logits_to_keep"] = 1
+        return self.model(
+            input_ids=tokens, attention_mask=cohort.mask, past_key_values=cohort.cache, use_cache=True, **extra
+        ).logits
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def _merge(self) -> None:
+        """Join all cohorts into one, where that is exact."""
+        if not self.can_pad or len(self.cohorts) < 2:
+            return
+        width = max(cohort.mask.shape[1] for cohort in self.cohorts)
+        for cohort in self.cohorts:
+            _realign(cohort, width)
+        first = self.cohorts[0]
+        for i, layer in enumerate(first.cache.layers):
+            layers = [cohort.cache.layers[i] for cohort in self.cohorts]
+            layer.keys = torch.cat([one.keys for one in layers])
+            layer.values = torch.cat([one.values for one in layers])
+        first.mask = torch.cat([cohort.mask for cohort in self.cohorts])
+        first.positions = torch.cat([cohort.positions for cohort in self.cohorts])
+        first.rows = [row for cohort in self.cohorts for row in cohort.rows]
+        self.cohorts = [first]
+
+
+def _select(cohort: _Cohort, index: Int[Tensor, " n"]) -> None:
+    """Keep (or repeat) the batch entries `index`; `rows` is the caller's."""
+    cohort.cache.reorder_cache(index)
+    cohort.mask = cohort.mask.index_select(0, index)
+    cohort.positions = cohort.positions.index_select(0, index)
+
+
+def _realign(cohort: _Cohort, width: int) -> None:
+    """Pad or cut on the left so that the cohort is `width` columns wide; only columns of padding may be cut."""
+    shift = width - cohort.mask.shape[1]
+    if shift == 0:
+        return
+    cohort.mask = _padded(cohort.mask, 1, width)
+    for layer in cohort.cache.layers:
+        stored = width
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = width
+            stored = min(width, layer.sliding_window - 1)
+        layer.keys, layer.values = _padded(layer.keys, 2, stored), _padded(layer.values, 2, stored)
+
+
+def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The last `size` entries along `dim`, zeros before them where there are fewer."""
+    have = tensor.shape[dim]
+    if have >= size:
+        return tensor.narrow(dim, have - size, size)
+    shape = list(tensor.shape)
+    shape[dim] = size - have
+    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+
+
+def _distinct_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once: a tied one under its first name, the input embedding's."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.data
+    return found

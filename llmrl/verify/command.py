@@ -1,0 +1,264 @@
+"""`llmrl verify`: stored completions and rewards in, scores out, no model needed; or a reward's examples, checked."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llmrl.errors import LlmrlError, RunFailed, UserError
+from llmrl.types import Rollout, RolloutGroup, Score
+from llmrl.verify.contract import Verdict, run_examples
+from llmrl.verify.pool import available_cores
+from llmrl.verify.rows import is_conversational, read_rows, result_line, row_key, row_to_rollout
+from llmrl.verify.rubric import Rubric, WrongReturn
+
+PROGRESS_EVERY_S = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+DESCRIPTION = (
+    "Score stored completions. Input: one JSON object per line with `completion` (text or messages) and the columns that "
+    "the rewards name. Output: the same rows in the same order with `reward` (null: could not judge), `parts`, `info` and "
+    "`error`. Consecutive rows that differ in nothing but their completion are one group."
+)
+
+
+def run(argv: list[str]) -> int:
+    """The command. Returns its exit code: 0 done, 1 the run (or an example) failed, 2 arguments or input are wrong."""
+    try:
+        arguments = _parse(argv)
+        if arguments.self_test:
+            return asyncio.run(_self_test(arguments.reward, arguments.num_workers))
+        return asyncio.run(_verify(arguments))
+    except LlmrlError as error:
+        print(f"llmrl verify: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="llmrl verify", description=DESCRIPTION)
+    parser.add_argument("--reward", action="append", required=True, metavar="SPEC", help="repeat it to add up several")
+    parser.add_argument("--input", type=Path, metavar="ROWS.jsonl")
+    parser.add_argument("--output", type=Path, metavar="SCORES.jsonl")
+    parser.add_argument("--num_workers", type=int, default=available_cores(), help="default: all cores")
+    parser.add_argument("--answer_column", help="default: the first of answer, solution, target")
+    parser.add_argument("--self-test", action="store_true", help="score the EXAMPLES of each reward's file instead")
+    arguments = parser.parse_args(argv)
+    if arguments.num_workers < 1:
+        raise UserError(f"--num_workers {arguments.num_workers}: must be at least 1")
+    if not arguments.self_test and (arguments.input is None or arguments.output is None):
+        raise UserError("give --input ROWS.jsonl and --output SCORES.jsonl, or --self-test")
+    return arguments
+
+
+# --- scoring a file ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """What the summary says."""
+
+    scored: int = 0
+    abstained: int = 0
+    errors: int = 0
+    total: float = 0.0
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    first_error: str | None = None
+
+    def add(self, score: Score) -> None:
+        if score.error is not None:
+            self.errors += 1
+            self.first_error = self.first_error or score.error
+        elif score.reward is None:
+            self.abstained += 1
+        else:
+            self.scored += 1
+            self.total += score.reward
+        for name, value in score.parts.items():
+            if value is not None:
+                self.parts.setdefault(name, []).append(value)
+
+    @property
+    def rows(self) -> int:
+        return self.scored + self.abstained + self.errors
+
+    def summary(self) -> str:
+        mean = f"mean reward {self.total / self.scored:.4f}" if self.scored else "no mean reward"
+        line = f"{self.rows} rows: {mean}, {self.scored} scored, {self.abstained} abstained, {self.errors} errors"
+        if len(self.parts) > 1:
+            line += "".join(f"\n  {name}: mean {sum(v) / len(v):.4f} over {len(v)}" for name, v in self.parts.items())
+        return line
+
+
+@dataclass
+class _Group:
+    """Consecutive rows of one task."""
+
+    lines: list[int]
+    rows: list[dict[str, Any]]
+    rollouts: list[Rollout]
+
+
+async def _verify(arguments: argparse.Namespace) -> int:
+    rubric = Rubric(arguments.reward, num_workers=arguments.num_workers, raise_type_errors=True)
+    tally = _Tally()
+    started = time.perf_counter()
+    try:
+        with _replacing(arguments.output) as output, _progress(tally) as advance:
+            groups = _read_groups(arguments.input, rubric, arguments.answer_column)
+            await _score_all(groups, rubric, arguments, output, tally, advance)
+            if not tally.rows:
+                raise UserError(f"--input {arguments.input}: there are no rows in it")
+    finally:
+        await rubric.close()
+    print(f"{tally.summary()}\n{arguments.output}, {time.perf_counter() - started:.1f} s")
+    if tally.errors == tally.rows:
+        raise RunFailed(f"no row could be scored; the first error:\n{tally.first_error}")
+    return 0
+
+
+async def _score_all(
+    groups: Iterable[_Group],
+    rubric: Rubric,
+    arguments: argparse.Namespace,
+    output: IO[str],
+    tally: _Tally,
+    advance: Any,
+) -> None:
+    """Score groups with a bounded number in flight, and write them in their order."""
+    window = 32 + 8 * arguments.num_workers
+    waiting: deque[tuple[_Group, asyncio.Task[None]]] = deque()
+
+    async def finish_first() -> None:
+        group, task = waiting.popleft()
+        try:
+            await task
+        except WrongReturn as error:
+            raise UserError(f"{arguments.input}, line {group.lines[error.index]}, field reward: {error}") from None
+        for row, rollout in zip(group.rows, group.rollouts, strict=True):
+            assert rollout.score is not None
+            tally.add(rollout.score)
+            output.write(result_line(row, rollout.score))
+        advance()
+
+    try:
+        for group in groups:
+            scoring = rubric.score_group(RolloutGroup(task=group.rollouts[0].task, rollouts=group.rollouts))
+            waiting.append((group, asyncio.create_task(scoring)))
+            if len(waiting) >= window:
+                await finish_first()
+        while waiting:
+            await finish_first()
+    finally:
+        for _, task in waiting:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+
+
+def _read_groups(file: Path, rubric: Rubric, answer_column: str | None) -> Iterator[_Group]:
+    for i, (_, found) in enumerate(itertools.groupby(read_rows(file), key=lambda numbered: row_key(numbered[1]))):
+        numbered = list(found)
+        lines, rows = [line for line, _ in numbered], [row for _, row in numbered]
+        if i == 0:
+            rubric.conversational = is_conversational(rows[0])
+        try:
+            rollouts = [
+                row_to_rollout(row, name=f"{file.stem}-{lines[0]}", index=j, answer_column=answer_column)
+                for j, row in enumerate(rows)
+            ]
+            rubric.check(rollouts[0].task)
+        except UserError as error:
+            raise UserError(f"{_where(file, lines)}: {error}") from None
+        yield _Group(lines, rows, rollouts)
+
+
+def _where(file: Path, lines: list[int]) -> str:
+    return f"{file}, line {lines[0]}" if len(lines) == 1 else f"{file}, lines {lines[0]} to {lines[-1]}"
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of `file` when the block ends well, and leaves no trace when it does not."""
+    is_device = file.exists() and not file.is_file()  # /dev/stdout and the like are written to directly
+    beside = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        output = beside.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written: {error.strerror}") from None
+    try:
+        with output:
+            yield output
+            output.flush()
+            if not is_device:
+                os.fsync(output.fileno())
+        if not is_device:
+            beside.replace(file)
+    except OSError as error:
+        hint = "; free some space or choose another disk" if error.errno == errno.ENOSPC else ""
+        raise RunFailed(f"--output {file}: writing failed: {error.strerror}{hint}. Nothing was left behind.") from None
+    finally:
+        if not is_device:
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress(tally: _Tally) -> Iterator[Any]:
+    """A function to call after each group: a live line on a terminal, a plain one every few seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status("scoring") as status:
+            yield lambda: status.update(f"scoring: {tally.rows} rows, {tally.errors} errors")
+        return
+    last = time.monotonic()
+
+    def advance() -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_EVERY_S:
+            last = time.monotonic()
+            print(f"scoring: {tally.rows} rows, {tally.errors} errors", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+# --- self-test --------------------------------------------------------------------------------------------------------
+
+
+async def _self_test(specs: list[str], num_workers: int) -> int:
+    failed = 0
+    for spec in specs:
+        verdicts = await run_examples(spec, num_workers=num_workers)
+        _print_table(spec, verdicts)
+        failed += sum(not verdict.passed for verdict in verdicts)
+    return 1 if failed else 0
+
+
+def _print_table(spec: str, verdicts: list[Verdict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "completion", "expected", "got", title=spec)
+    for verdict in verdicts:
+        completion = ascii(verdict.row["completion"])
+        completion = completion if len(completion) <= 60 else f"{completion[:57]}..."
+        got = "error" if verdict.score.error is not None else str(verdict.score.reward)
+        mark = Text("ok", style="green") if verdict.passed else Text("FAILED", style="bold red")
+        table.add_row(mark, Text(completion), str(verdict.expected), got)
+    console = Console()
+    console.print(table)
+    for verdict in verdicts:
+        if verdict.score.error is not None:
+            console.print(Text(verdict.score.error))
+    passed = sum(verdict.passed for verdict in verdicts)
+    print(f"{spec}: {passed} of {len(verdicts)} examples hold")

@@ -1,0 +1,79 @@
+"""Runs the EXAMPLES of a reward file: completions with the reward they must get, in; a verdict for each, out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llmrl.errors import UserError
+from llmrl.types import RolloutGroup, Score
+from llmrl.verify.rows import check_row, is_conversational, row_to_rollout
+from llmrl.verify.rubric import Part, Rubric
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One example and what became of it."""
+
+    row: dict[str, Any]
+    expected: float | None
+    score: Score
+
+    @property
+    def passed(self) -> bool:
+        """The expected number within `TOLERANCE`, or the expected abstention; an error never passes."""
+        if self.score.error is not None:
+            return False
+        if self.expected is None or self.score.reward is None:
+            return self.expected is self.score.reward
+        return math.isclose(self.score.reward, self.expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def examples_of(rubric: Rubric) -> list[dict[str, Any]]:
+    """EXAMPLES of the rubric's only reward: a list, or a dict from function name to list where a file has several.
+
+    Raises:
+        UserError: there are none, or one of them has no `completion` or no `reward`.
+    """
+    (name, reward), *_ = rubric.rewards.items()
+    examples = reward.examples
+    if isinstance(examples, dict):
+        examples = examples.get(name)
+    if not examples:
+        raise UserError(
+            f"reward {name}: its file has no EXAMPLES for it. Add a list of dicts: `completion`, the columns that the "
+            "function names, and the `reward` it must give (None where it must abstain)"
+        )
+    for i, example in enumerate(examples):
+        where = f"reward {name}, EXAMPLES[{i}]"
+        check_row(example, where)
+        expected = example.get("reward", "missing")
+        if expected is not None and not isinstance(expected, (int, float)):
+            raise UserError(f"{where}, field reward: must be a number or None, not {expected!r}")
+    return examples
+
+
+async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_workers: int = 1) -> list[Verdict]:
+    """Score every example of the reward that `spec` names.
+
+    Raises:
+        UserError: unknown spec, no examples, or an example without an argument that the reward needs.
+    """
+    rubric = Rubric([Part(fn=spec, args=args or {})], num_workers=num_workers)
+    try:
+        examples = examples_of(rubric)
+        rubric.conversational = is_conversational(examples[0])
+        verdicts = []
+        for i, example in enumerate(examples):
+            row = {key: value for key, value in example.items() if key != "reward"}
+            rollout = row_to_rollout(row, name=f"example-{i}")
+            rubric.check(rollout.task)
+            await rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout]))
+            assert rollout.score is not None
+            verdicts.append(Verdict(row=row, expected=example["reward"], score=rollout.score))
+        return verdicts
+    finally:
+        await rubric.close()

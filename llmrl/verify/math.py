@@ -1,0 +1,296 @@
+"""Mathematical answers: extraction from a completion, and equivalence on top of math-verify.
+
+A completion and a gold answer go in; what was extracted and whether it equals the gold come out. Extraction is linear
+in the length of the text, and math-verify only ever sees the short extracted answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+MAX_ANSWER_LENGTH = 1000
+"""Characters; a longer "answer" is not an answer."""
+TAIL_LENGTH = 10_000
+"""Where there is no box, the answer is looked for in this many last characters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extraction:
+    """The answer a completion gives."""
+
+    answer: str | None
+    """None where the completion gives none."""
+    num_boxes: int
+    """How many \\boxed{} (or \\fbox{}) the completion holds, outside its thinking."""
+
+
+# --- extraction -------------------------------------------------------------------------------------------------------
+
+
+def strip_thinking(text: str) -> str:
+    """The text without its thinking: what follows the last `</think>`, up to a `<think>` that is never closed."""
+    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    opened = text.find("<think>")
+    return text if opened < 0 else text[:opened]
+
+
+def extract_answer(completion: str, *, require_box: bool = False) -> Extraction:
+    """Find the answer of a completion: its last box; without a box, `#### x`, then `answer is x`, then the last number.
+
+    Only the last box counts, and an unreadable last box (empty, never closed) counts as no answer: no earlier one
+    stands in for it, so several boxes never buy several guesses.
+
+    Args:
+        completion: any text; thinking (`<think>...</think>`) is left out first.
+        require_box: give no answer where there is no box.
+    """
+    text = strip_thinking(completion)
+    num_boxes = text.count("\\boxed") + text.count("\\fbox")
+    if num_boxes:
+        return Extraction(answer=last_box(text), num_boxes=num_boxes)
+    found = None if require_box else _unboxed_answer(text[-TAIL_LENGTH:])
+    return Extraction(answer=found if found is not None and len(found) <= MAX_ANSWER_LENGTH else None, num_boxes=0)
+
+
+def last_box(text: str) -> str | None:
+    r"""What is inside the last \boxed{...}, \boxed x or \fbox{...}; None where it is empty, unclosed or too long."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start : start + MAX_ANSWER_LENGTH + len("\\boxed{}")]
+    rest = rest.removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
+    if not rest.startswith("{"):  # \boxed 5
+        bare = re.match(r"[^\s${}\\]+", rest)
+        return bare.group().rstrip(".,;") or None if bare else None
+    depth, escaped = 0, False
+    for i, character in enumerate(rest):
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return rest[1:i].strip() or None
+    return None
+
+
+_NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+\u2212]?\.\d+"
+_LAST_NUMBER = re.compile(rf"(?<![\d.])(?:{_NUMBER})(?:\s*/\s*\d+(?![\d.]))?\s*(?:\\?%)?")
+_ANSWER_IS = re.compile(r"answer\s*(?:is|are|was|would be|should be|=|:)+[\s:*=]*", re.IGNORECASE)
+
+
+def _unboxed_answer(tail: str) -> str | None:
+    if "####" in tail:
+        return _first_line(tail[tail.rfind("####") + 4 :])
+    starts = [match.end() for match in _ANSWER_IS.finditer(tail)]
+    if starts and (answer := _first_sentence(tail[starts[-1] :])):
+        return answer
+    numbers = _LAST_NUMBER.findall(tail)
+    return numbers[-1].strip() if numbers else None
+
+
+def _first_line(text: str) -> str | None:
+    line = text.strip().split("\n", 1)[0].strip().strip("*").rstrip(".").strip()
+    return line if 0 < len(line) <= MAX_ANSWER_LENGTH else None
+
+
+def _first_sentence(text: str) -> str | None:
+    """Up to a full stop that ends a sentence; math in dollars is taken out of them."""
+    line = _first_line(text)
+    if line is None:
+        return None
+    in_dollars = re.match(r"\$+([^$]+)\$+", line) or re.match(r"\\[(\[](.+?)\\[)\]]", line)
+    if in_dollars:
+        return in_dollars.group(1).strip()
+    return (
+        re.split(r"\.(?:\s|$)|[!?;](?:\s|$)|,?\s(?:because|since|which)\b|,\s+(?:so|as)\b", line)[0].strip(" *`\"'")
+        or None
+    )
+
+
+# --- the gold answer --------------------------------------------------------------------------------------------------
+
+
+def gold_answers(answer: Any) -> list[str]:
+    r"""The forms of a reference answer that are accepted.
+
+    Args:
+        answer: a plain answer (text or number), a GSM8K solution that ends in `#### x`, a MATH solution with a
+            \boxed{...}, or a list of accepted forms.
+
+    Returns:
+        Short answers; empty where none can be read.
+    """
+    if isinstance(answer, (list, tuple)):
+        return [form for entry in answer for form in gold_answers(entry)]
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        return []
+    text = str(answer)
+    if "\\boxed" in text or "\\fbox" in text:
+        found = last_box(text)
+    elif "####" in text:
+        found = text[text.rfind("####") + 4 :].strip()
+    else:
+        found = text.strip()
+    usable = found and len(found) <= MAX_ANSWER_LENGTH and any(character.isalnum() for character in found)
+    return [found] if found and usable else []
+
+
+@functools.lru_cache(maxsize=4096)
+def is_readable(gold: str) -> bool:
+    """Whether a gold answer can be compared with: a number, words, or something math-verify can parse."""
+    normal = normalize(gold)
+    if _as_fraction(normal) is not None or re.fullmatch(r"[^\W\d_][\w\s.,'()-]*", words(normal)):
+        return True
+    return any(not isinstance(parsed, str) for parsed in _parse(normal))
+
+
+# --- equivalence ------------------------------------------------------------------------------------------------------
+
+
+def judge(prediction: str | None, golds: Iterable[str]) -> bool | None:
+    """Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
+
+    Must be called where a hang can be killed: some expressions take for ever to simplify.
+    """
+    golds = list(golds)
+    if prediction is not None and any(_same(normalize(prediction), normalize(gold)) for gold in golds):
+        return True
+    readable = [gold for gold in golds if is_readable(gold)]
+    if not readable:
+        return None
+    return prediction is not None and any(_equivalent(normalize(prediction), normalize(gold)) for gold in readable)
+
+
+def _same(ours: str, theirs: str) -> bool:
+    """Equal strings, words or plain numbers."""
+    if not ours or ours == theirs:
+        return bool(ours)
+    a, b = words(ours), words(theirs)
+    if a == b != "" or (len(a) > 1 and a.casefold() == b.casefold()):
+        return True
+    value = _as_fraction(ours)
+    return value is not None and value == _as_fraction(theirs)
+
+
+def _equivalent(ours: str, theirs: str) -> bool:
+    """For answers that are not the same: numbers are decided here, as math-verify would; the rest is math-verify's."""
+    if not ours or len(ours) > MAX_ANSWER_LENGTH:
+        return False
+    a, b = _as_fraction(ours), _as_fraction(theirs)
+    if (
+        a is not None and b is not None and abs(a - b) > Fraction(2, 10**6)
+    ):  # it compares decimals after rounding to 6 digits
+        return False
+    return is_tame(ours) and not _JUXTAPOSED.search(ours) and _verify(theirs, ours)
+
+
+_JUXTAPOSED = re.compile(r"\d\s+\d")
+"""Two numbers side by side: math-verify would add them up."""
+_SPACING = re.compile(r"\\[!,;:> ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|~")
+_GROUPED = re.compile(r"(?<=\d)(?:\{,\}|\s*\\[!,;: ]\s*|,\s*\\!\s*|\s)(?=\d{3}(?!\d))")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_MAGNITUDES = (
+    "hundred|thousand|million|billion|trillion|dozen|percent|half|third|quarter|or|and|pi|sqrt|sin|cos|tan|log|ln"
+)
+_TRAILING_UNIT = re.compile(
+    rf"^({_NUMBER}|-?\d+/\d+)\s*(?!\w*\s*(?:{_MAGNITUDES})\b)"
+    r"(?:\s(?:[a-zA-Z]{3,}|cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|m|g|s|h)(?:\s*\^?\d)?(?:[\s/]+[a-zA-Z]+){0,3})\.?$"
+)
+_MIXED = re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$")
+
+
+@functools.lru_cache(maxsize=4096)
+def normalize(answer: str) -> str:
+    """One spelling for what is written in many: spacing, thousands separators, currency, degrees, units, wrappers."""
+    text = answer.strip().strip("$").strip()
+    text = (
+        text.replace("\u2212", "-").replace("\u00b0", "^\\circ").replace("\\%", "%").replace("\\$", "").replace("$", "")
+    )
+    text = re.sub(r"[\u00a3\u20ac\u00a5]", "", text)
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = _GROUPED.sub("", text)
+    text = re.sub(r"^([-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?)(?=\D|$)", lambda m: m.group().replace(",", ""), text)
+    text = _SPACING.sub(" ", text)
+    whole = _TEXT.fullmatch(text.strip())
+    if whole and whole.group(1)[:1].isdigit():
+        text = whole.group(1)
+    text = re.sub(r"^\\approx(?![a-zA-Z])\s*", "", text.strip())
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", " ", text).strip().rstrip(".").strip()
+    if unit := _TRAILING_UNIT.match(text):
+        text = unit.group(1)
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+
+
+def words(answer: str) -> str:
+    r"""The answer as plain words, without \text{} and spaces around; '' where it holds mathematics."""
+    plain = " ".join(_TEXT.sub(r"\1", answer).split()).strip("() ")
+    return "" if re.search(r"[\\{}^=<>+*]", plain) else plain
+
+
+def _as_fraction(text: str) -> Fraction | None:
+    """A plain number, fraction or mixed number as an exact value; None for anything else."""
+    text = re.sub(r"(?:\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\s*\\text\s*\{[^{}\d]*\})$", "", text)
+    if match := re.fullmatch(r"([-+]?)(\d+)?\\frac(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", text):
+        sign, whole, *parts = match.groups()
+        top, bottom = int(parts[0] or parts[1]), int(parts[2] or parts[3])
+        value = int(whole or 0) + Fraction(top, bottom) if bottom else None
+        return -value if value is not None and sign == "-" else value
+    if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?", text):
+        return Fraction(text)
+    if match := re.fullmatch(r"([-+]?\d+)\s*/\s*(\d+)", text):
+        return Fraction(int(match.group(1)), int(match.group(2))) if int(match.group(2)) else None
+    return None
+
+
+def is_tame(answer: str) -> bool:
+    """False for powers and factorials too large to evaluate, which nobody gives as an answer but to stop a verifier."""
+    if re.search(r"\^\s*\{?\s*[-+]?\d{5,}|\d{5,}\s*\}*\s*!|!\s*!|\^\s*\d+\s*\^", answer):
+        return False
+    for start in (match.end() for match in re.finditer(r"\^\s*\{", answer)):
+        exponent = answer[start : _closing(answer, start)]
+        if "^" in exponent and not re.search(r"[a-zA-Z]", re.sub(r"\\(?:cdot|times)", "", exponent)):
+            return False
+    return True
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    return len(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(answer: str) -> list[Any]:
+    """math-verify's parse of one short answer, without its signal-based time limit."""
+    from math_verify import LatexExtractionConfig, parse
+
+    _silence()
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    return parse(f"\\boxed{{{answer}}}", [config], extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
+
+
+def _verify(gold: str, prediction: str) -> bool:
+    from math_verify import verify
+
+    _silence()
+    return bool(verify(_parse(gold), _parse(prediction), allow_set_relation_comp=True, timeout_seconds=None))
+
+
+@functools.cache
+def _silence() -> None:
+    """math-verify warns that its time limit is off; ours is the pool's."""
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,251 @@
+"""Killable worker processes: a spec string and arguments go in, what the function returned comes out, or a named error.
+
+A call that hangs, crashes, exits or eats its memory costs that call an error and that worker its life; no other call
+notices. Each worker has its own pipe and is watched by a thread that kills it at the time limit. Workers are started as
+fresh interpreters: they import neither the caller's script nor its threads, so a script needs no `__main__` guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+LOAD_LIMIT_S = 180.0
+"""A worker must have imported a reward's module within this time; it does not count towards the call's own limit."""
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class PoolError(Exception):
+    """A call that did not return a value. The message carries the worker's traceback where there is one."""
+
+
+class CallTimedOut(PoolError):
+    """The call was still running at its time limit; its worker was killed."""
+
+
+class WorkerDied(PoolError):
+    """The worker's process ended during the call, twice (crash, os._exit, out of memory); or the pool was closed."""
+
+
+class CallFailed(PoolError):
+    """The function raised; the message is its traceback."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """One call; `arguments` None asks a worker to start and load `specs`."""
+
+    specs: list[str]
+    arguments: dict[str, Any] | None
+    time_limit_s: float
+    future: Future[Any] = field(default_factory=Future)
+    barrier: threading.Barrier | None = None
+
+
+class Pool:
+    """Runs reward functions in worker processes. Usable from any thread and any event loop.
+
+    Args:
+        num_workers: processes; each is started when first needed, and again after it was killed.
+        memory_limit_bytes: address space of each worker; a call that needs more gets a MemoryError. 0: no limit.
+    """
+
+    def __init__(self, num_workers: int, *, memory_limit_bytes: int = 4 << 30) -> None:
+        self.num_workers = num_workers
+        self.memory_limit_bytes = memory_limit_bytes
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def call(self, spec: str, arguments: dict[str, Any], time_limit_s: float) -> Any:
+        """Run the function that `spec` names with keyword `arguments` in a worker.
+
+        Args:
+            spec: what `llmrl.verify.reward.resolve` takes; the worker loads it once.
+            arguments: anything that can be pickled.
+            time_limit_s: seconds from the start of the function; waiting for a free worker does not count.
+
+        Raises:
+            CallTimedOut, WorkerDied, CallFailed: see there.
+        """
+        return await asyncio.wrap_future(self._submit(_Job([spec], arguments, time_limit_s)))
+
+    async def warm(self, specs: Iterable[str]) -> None:
+        """Start every worker and have it import `specs`, so that the first calls are not slow.
+
+        Raises:
+            CallFailed: with the traceback, when a module cannot be imported in a worker.
+        """
+        barrier = threading.Barrier(self.num_workers)
+        jobs = [_Job(list(specs), None, LOAD_LIMIT_S, barrier=barrier) for _ in range(self.num_workers)]
+        await asyncio.gather(*(asyncio.wrap_future(self._submit(job)) for job in jobs))
+
+    async def close(self) -> None:
+        """Kill the workers and wait until they are gone. Calls still running get WorkerDied. Safe to call twice."""
+        await asyncio.to_thread(self.shut_down)
+
+    def shut_down(self) -> None:
+        """`close` for callers without an event loop."""
+        with self._lock:
+            self._closed = True
+            threads, workers = self._threads, self._workers
+            self._threads, self._workers = [], []
+        for _ in threads:
+            self._jobs.put(None)
+        for worker in workers:
+            worker.kill()
+        for thread in threads:
+            thread.join()
+
+    def _submit(self, job: _Job) -> Future[Any]:
+        with self._lock:
+            if self._closed:
+                raise WorkerDied("the pool of reward workers is closed")
+            if not self._threads:
+                self._workers = [_Worker(self.memory_limit_bytes) for _ in range(self.num_workers)]
+                self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
+                for thread in self._threads:
+                    thread.start()
+            self._jobs.put(job)
+        return job.future
+
+    def _serve(self, worker: _Worker) -> None:
+        """The life of one worker's thread: take a job, have it done, hand over the result."""
+        while (job := self._jobs.get()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                if self._closed:
+                    raise WorkerDied("the pool of reward workers was closed before this call started")
+                job.future.set_result(_run(worker, job))
+            except Exception as error:
+                job.future.set_exception(error)
+            if job.barrier is not None:  # so that each worker takes exactly one of the warm-up jobs
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    job.barrier.wait(LOAD_LIMIT_S)
+        worker.kill()
+
+
+def _run(worker: _Worker, job: _Job) -> Any:
+    """Do a job; when the worker dies, once more, since what killed it may have been left behind by an earlier call."""
+    for last_try in (False, True):
+        try:
+            for spec in job.specs:
+                worker.load(spec)
+            return None if job.arguments is None else worker.ask((job.specs[0], job.arguments), job.time_limit_s)
+        except WorkerDied as error:
+            if worker.retired:
+                raise WorkerDied("the pool of reward workers was closed during this call") from None
+            if last_try:
+                raise WorkerDied(f"{error}, and did so again when it was tried a second time") from None
+    raise AssertionError("unreachable")
+
+
+class _Worker:
+    """One process and the pipe to it. Used by one thread, except for `kill`."""
+
+    def __init__(self, memory_limit_bytes: int) -> None:
+        self.memory_limit_bytes = memory_limit_bytes
+        self.process: subprocess.Popen[bytes] | None = None
+        self.connection: Connection | None = None
+        self.loaded: set[str] = set()
+        self.retired = False
+
+    def load(self, spec: str) -> None:
+        """Have the process import `spec`, starting the process if there is none."""
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        if spec not in self.loaded:
+            self.ask((spec, None), LOAD_LIMIT_S)
+            self.loaded.add(spec)
+
+    def ask(self, request: tuple[str, dict[str, Any] | None], time_limit_s: float) -> Any:
+        """Send one request and wait for its answer; the process is killed when none comes in time."""
+        assert self.connection is not None and self.process is not None
+        data = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
+        started = time.perf_counter()
+        try:
+            self.connection.send_bytes(data)
+            if not self.connection.poll(time_limit_s):
+                self._stop()
+                raise CallTimedOut(f"timed out after {time_limit_s:g} s: {request[0]} was still running and was killed")
+            answer = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            seconds = time.perf_counter() - started
+            raise WorkerDied(f"worker died {seconds:.1f} s into {request[0]} ({self._stop(grace_s=1.0)})") from None
+        try:
+            ok, value = pickle.loads(answer)
+        except Exception as error:
+            raise CallFailed(f"{request[0]} returned something this process cannot read: {error!r}") from None
+        if ok:
+            return value
+        if value.startswith("MemoryError"):  # what is left of its heap cannot be trusted
+            self._stop()
+        raise CallFailed(value)
+
+    def _start(self) -> None:
+        self._stop()
+        if self.retired:
+            raise WorkerDied("the pool of reward workers was closed")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = (theirs.fileno(), self.memory_limit_bytes, os.getpid())
+            boot = f"import sys; sys.path[:] = {sys.path!r}; from llmrl.verify.worker import main; main{arguments!r}"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", boot],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a reward prints goes to stderr, where it disturbs no table
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # so that kill reaches what the function itself started
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.connection = Connection(ours.detach())
+        self.loaded = set()
+
+    def _stop(self, grace_s: float = 0.0) -> str:
+        """Kill the process with all it started; returns how it ended if it did so by itself within `grace_s`."""
+        if self.process is None:
+            return "not started"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace_s)
+        ended = self.process.returncode
+        _kill_group(self.process)
+        self.process.wait()
+        if self.connection is not None:
+            self.connection.close()
+        self.process = None
+        if ended is None:
+            return "killed"
+        return f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit code {ended}"
+
+    def kill(self) -> None:
+        """End the process now, from whatever thread; the thread that uses the worker sees it die."""
+        self.retired = True
+        if (process := self.process) is not None:
+            _kill_group(process)
+            process.wait()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,250 @@
+"""A reward function as the rest of the project sees it: loaded, its arguments known, its return value checked.
+
+A reward names the arguments it wants (completion, messages, rollout, task, answer, any column of the row) and they are
+filled by name. TRL reward functions and group rewards are called once per group instead. docs/rewards.md: the contract.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from llmrl.errors import UserError
+from llmrl.types import Rollout, Score, Task
+from llmrl.verify.spec import find, find_file, resolve
+
+TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+"""A function that declares one of these is called the TRL way. No per-rollout argument has these names."""
+ROLLOUT_ARGUMENTS = ("completion", "messages", "rollout", "task", "answer")
+
+
+class RewardTypeError(TypeError):
+    """A reward returned something that is neither a number, a bool, None nor a Score."""
+
+
+# --- a reward that can be called --------------------------------------------------------------------------------------
+
+
+def trl_style(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that takes TRL's keywords through `**kwargs` alone, where its signature does not show it."""
+    function.__dict__["trl_style"] = True
+    return function
+
+
+def group_reward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function `f(rollouts, ...) -> list` that scores the finished rollouts of a group together."""
+    function.__dict__["group_reward"] = True
+    return function
+
+
+Kind = Literal["rollout", "trl", "group"]
+
+
+@dataclass(kw_only=True)
+class Reward:
+    """A loaded reward function and how it is to be called."""
+
+    name: str
+    """For metrics."""
+    function: Callable[..., Any]
+    kind: Kind
+    """`rollout`: once per rollout, arguments by name; `trl`: once per group, TRL's keywords; `group`: once per group,
+    the rollouts and arguments by name."""
+    spec: str | None = None
+    """Set when the function runs in the pool of worker processes, which are given the spec and not the function."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments; they win over columns of the same name."""
+    parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
+    takes_rest: bool = False
+    """The function has `**kwargs`."""
+    examples: list[dict[str, Any]] | None = None
+    """`EXAMPLES` of the module it comes from."""
+
+    def arguments(self, rollout: Rollout) -> dict[str, Any]:
+        """Keyword arguments of a per-rollout function, or of a group function from any rollout of its group.
+
+        `**kwargs` of a per-rollout function receives the remaining columns of the row.
+
+        Raises:
+            UserError: a required parameter that nothing can fill.
+        """
+        available = available_arguments(rollout)
+        self.require(available)
+        chosen = {name: available[name] for name in self.parameters if name in available}
+        if self.takes_rest and self.kind == "rollout":
+            chosen = {k: v for k, v in available.items() if k not in ROLLOUT_ARGUMENTS} | chosen
+        return chosen | self.args
+
+    def require(self, available: Mapping[str, Any]) -> None:
+        """Raise a UserError that names the first required parameter which is neither available nor fixed."""
+        for name, parameter in self.parameters.items():
+            if parameter.default is parameter.empty and name not in available and name not in self.args:
+                names = ", ".join(sorted(available))
+                near = difflib.get_close_matches(name, list(available), n=1, cutoff=0.6)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise UserError(
+                    f"reward {self.name}: its parameter {name!r} cannot be filled: the row has no column of that "
+                    f"name.{hint} Available: {names}. Add it, fix it in `args`, or give the parameter a default."
+                )
+
+
+def available_arguments(rollout: Rollout) -> dict[str, Any]:
+    """What a function may name: the row's columns, `prompt`, and the fixed names, which win over columns."""
+    task = rollout.task
+    prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
+    available = ({"prompt": prompt} if prompt is not None else {}) | task.meta
+    if task.answer is not None or "answer" not in available:
+        available["answer"] = task.answer
+    return available | {
+        "completion": rollout.completion,
+        "messages": rollout.messages,
+        "rollout": rollout,
+        "task": task,
+    }
+
+
+def columns(task: Task) -> dict[str, Any]:
+    """The row's columns as TRL hands them over: all but prompt, completion and completion_ids."""
+    row = dict(task.meta)
+    if task.answer is not None:
+        row.setdefault("answer", task.answer)
+    return {k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")}
+
+
+def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None = None) -> Reward:
+    """A Reward from a spec or from a Python callable.
+
+    Args:
+        source: see `FORMS`; or a function (sync or async), functools.partial, or callable object.
+        args: fixed keyword arguments.
+
+    Raises:
+        UserError: unknown spec, or a key of `args` that the function does not take.
+    """
+    args = dict(args or {})
+    if isinstance(source, str):
+        function, module = resolve(source, args), find(source)[1]
+        if source.endswith("()"):
+            args = {}
+        spec: str | None = str(_absolute(source))
+    else:
+        function, module = source, sys.modules.get(getattr(_unwrap(source), "__module__", "") or "")
+        spec = _spec_of(source, module)
+    kind, called = _kind(function)
+    reward = Reward(name=_name(function, module), function=called, kind=kind, args=args)
+    reward.examples = getattr(module, "EXAMPLES", None)
+    signature = inspect.signature(called)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            reward.takes_rest = True
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UserError(
+                f"reward {reward.name}: parameter {name!r} is positional-only, but arguments are filled by name"
+            )
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            reward.parameters[name] = parameter
+    if kind == "group":
+        reward.parameters.pop(next(iter(reward.parameters), ""), None)  # the rollouts themselves
+    _check_args(reward)
+    if getattr(module, "POOL", False):
+        reward.spec = _pool_spec(reward, spec)
+    return reward
+
+
+def _check_args(reward: Reward) -> None:
+    for key in reward.args:
+        if key not in reward.parameters and not reward.takes_rest:
+            raise UserError(
+                f"reward {reward.name}: `args` has {key!r}, which the function does not take. "
+                f"Its parameters: {', '.join(reward.parameters) or 'none'}."
+            )
+
+
+def _pool_spec(reward: Reward, spec: str | None) -> str:
+    if reward.kind != "rollout":
+        raise UserError(
+            f"reward {reward.name}: `POOL = True` is for per-rollout functions; group functions run in this process"
+        )
+    if spec is None or spec.endswith("()"):
+        raise UserError(
+            f"reward {reward.name}: its module says `POOL = True`, but worker processes find a function by its "
+            "spec alone. Name it as `rewards/file.py:function`, at the top level of an importable file."
+        )
+    return spec
+
+
+def _absolute(spec: str) -> str:
+    """The same spec for a process with another working directory."""
+    place, separator, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    return f"{find_file(place)}{separator}{name}" if place.endswith(".py") else spec
+
+
+def _spec_of(function: Callable[..., Any], module: ModuleType | None) -> str | None:
+    """How a worker can find a Python function: module and name, when that leads back to the same object."""
+    name = getattr(function, "__qualname__", "")
+    if module is None or module.__name__ == "__main__" or getattr(module, name, None) is not function:
+        return None
+    return f"{module.__file__}:{name}" if module.__name__.startswith("llmrl_plugin_") else f"{module.__name__}:{name}"
+
+
+def _unwrap(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _kind(function: Any) -> tuple[Kind, Callable[..., Any]]:
+    """How to call it: what it declares, never what its values look like."""
+    inner = _unwrap(function)
+    if callable(score_group := getattr(function, "score_group", None)):
+        return "group", score_group
+    if getattr(inner, "group_reward", False) or getattr(inner, "__name__", "") == "score_group":
+        return "group", function
+    if getattr(inner, "trl_style", False) or TRL_ARGUMENTS & set(inspect.signature(function).parameters):
+        return "trl", function
+    return "rollout", function
+
+
+def _name(function: Any, module: ModuleType | None) -> str:
+    inner = _unwrap(function)
+    name = str(getattr(inner, "__name__", type(inner).__name__)).strip("<>")
+    if name == "score_group" and module is not None and module.__file__:
+        return Path(module.__file__).stem
+    return name
+
+
+# --- what it returned -------------------------------------------------------------------------------------------------
+
+
+def as_score(value: Any, name: str) -> Score:
+    """What a reward returned, as a Score.
+
+    Raises:
+        RewardTypeError: neither a number, a bool, None nor a Score.
+        ValueError: NaN or infinite.
+    """
+    score = value if isinstance(value, Score) else Score(reward=value)
+    number = score.reward
+    if number is not None and getattr(number, "ndim", None) == 0:  # a NumPy or torch scalar
+        number = number.item()
+    if number is not None and not isinstance(number, (int, float)):
+        raise RewardTypeError(
+            f"reward {name} returned {_shown(number)} of type {type(number).__name__}; it must return a number, a "
+            "bool, None (could not judge) or a Score"
+        )
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"reward {name} returned {number}; a reward is a finite number, or None for `could not judge`")
+    return replace(score, reward=None if number is None else float(number))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

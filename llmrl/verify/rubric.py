@@ -1,0 +1,347 @@
+"""Several rewards as one: rollouts go in, each comes out with a Score (a number, an abstention, or an error).
+
+reward = sum over parts of weight * part. A part with weight 0 is a metric: it never changes the outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmrl.config import RewardConfig, VerifyConfig
+from llmrl.errors import UserError
+from llmrl.types import Message, Rollout, RolloutGroup, Score, Task
+from llmrl.verify.pool import Pool, PoolError, available_cores
+from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One reward inside a rubric."""
+
+    fn: str | Callable[..., Any]
+    """Spec or callable."""
+    weight: float = 1.0
+    """0 makes it a metric."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments fixed for the whole run."""
+    time_limit_s: float = 20.0
+    """Per call, for rewards that run in the pool."""
+    gate: str | None = None
+    """Name of another reward: this part counts only where that one is above 0."""
+    scale: tuple[float, float] | None = None
+    """(low, high): the part's value is mapped from there to [0, 1] and clipped before it is weighted."""
+
+
+@dataclass(kw_only=True)
+class TrainerState:
+    """What TRL reward functions read from their `trainer_state`. The trainer keeps it up to date."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+
+
+class WrongReturn(UserError):
+    """A reward returned a wrong type for the rollout with this index in its group."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass(kw_only=True, slots=True)
+class _Result:
+    """What one part said about one rollout."""
+
+    score: Score
+
+
+@dataclass(kw_only=True, slots=True)
+class _Unfinished(Score):
+    """The score of a rollout whose group rewards are still to come."""
+
+    results: dict[str, _Result] = field(default_factory=dict)
+
+
+class Rubric:
+    """Scores rollouts with one or more rewards.
+
+    Args:
+        parts: Part objects, or bare callables or specs (weight 1). Names are made unique by a suffix.
+        num_workers: worker processes for rewards marked `POOL = True`.
+        memory_limit_bytes: address space of each worker.
+        conversational: TRL functions get completions as lists of messages; otherwise as strings.
+        raise_type_errors: a reward that returns a wrong type raises WrongReturn instead of costing its sample an error.
+
+    Raises:
+        UserError: unknown spec, argument or gate.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part | str | Callable[..., Any]],
+        *,
+        num_workers: int = 1,
+        memory_limit_bytes: int = 4 << 30,
+        conversational: bool = True,
+        raise_type_errors: bool = False,
+    ) -> None:
+        self.parts: dict[str, Part] = {}
+        self.rewards: dict[str, Reward] = {}
+        for given in parts:
+            part = given if isinstance(given, Part) else Part(fn=given)
+            reward = load_reward(part.fn, part.args)
+            reward.name = _unique(reward.name, self.rewards)
+            self.parts[reward.name], self.rewards[reward.name] = part, reward
+        self._check_parts()
+        self.conversational = conversational
+        self.raise_type_errors = raise_type_errors
+        self.trainer_state = TrainerState()
+        self.metrics: dict[str, list[float]] = {}
+        """What TRL functions reported through `log_metric` since `take_metrics`."""
+        self.pool = Pool(num_workers, memory_limit_bytes=memory_limit_bytes)
+
+    @classmethod
+    def from_config(
+        cls,
+        rewards: Sequence[RewardConfig],
+        verify: VerifyConfig,
+        *,
+        num_processes: int = 1,
+        conversational: bool = True,
+    ) -> Rubric:
+        """The rubric of a run; this machine's cores are shared by its `num_processes` training processes."""
+        workers = verify.num_workers or available_cores() // num_processes
+        known = set(Part.__dataclass_fields__)
+        parts = [Part(**{k: v for k, v in vars(reward).items() if k in known}) for reward in rewards]
+        return cls(parts, num_workers=max(1, workers), conversational=conversational)
+
+    def _check_parts(self) -> None:
+        for name, part in self.parts.items():
+            if part.gate is not None and (part.gate not in self.parts or part.gate == name):
+                others = ", ".join(n for n in self.parts if n != name) or "none"
+                raise UserError(
+                    f"reward {name}: gate {part.gate!r} is not another reward of this rubric (others: {others})"
+                )
+            if part.scale is not None and not part.scale[0] < part.scale[1]:
+                raise UserError(f"reward {name}: scale {part.scale} must be (low, high) with low < high")
+
+    @property
+    def names(self) -> list[str]:
+        """Metric names, one per part."""
+        return list(self.rewards)
+
+    @property
+    def accuracy_name(self) -> str | None:
+        """The reward that pass@k and filters look at: the first with weight > 0."""
+        return next((name for name, part in self.parts.items() if part.weight > 0), None)
+
+    def check(self, task: Task) -> None:
+        """Raise a UserError when a reward wants an argument that tasks like this one cannot fill."""
+        rollout = Rollout(task=task, index=0)
+        for reward in self.rewards.values():
+            reward.require(self._trl_keywords([rollout], {}) if reward.kind == "trl" else available_arguments(rollout))
+
+    async def warm(self) -> None:
+        """Start the worker processes and import the pooled rewards in them, so that the first step is not slow."""
+        if specs := [reward.spec for reward in self.rewards.values() if reward.spec is not None]:
+            await self.pool.warm(specs)
+
+    async def score(self, rollout: Rollout) -> Score:
+        """Run the per-rollout rewards at once, combine, and set `rollout.score`.
+
+        Rollouts that ended in an error are not scored. With group rewards in the rubric the score is final only after
+        `score_group`.
+        """
+        if rollout.status.is_error:
+            return Score(reward=None, error=rollout.error or f"the rollout ended in {rollout.status}")
+        rewards = [reward for reward in self.rewards.values() if reward.kind == "rollout"]
+        found = await asyncio.gather(*(self._call_one(reward, rollout) for reward in rewards))
+        results = {reward.name: result for reward, result in zip(rewards, found, strict=True)}
+        score = self._combine(rollout, results)
+        if len(rewards) < len(self.rewards):
+            score = _Unfinished(**{name: getattr(score, name) for name in Score.__slots__}, results=results)
+        rollout.score = score
+        return score
+
+    async def score_group(self, group: RolloutGroup) -> None:
+        """Score what `score` has not yet seen, run TRL and group rewards on the group, and set every final score."""
+        rollouts = [rollout for rollout in group.rollouts if not rollout.status.is_error]
+        await asyncio.gather(*(self.score(rollout) for rollout in rollouts if rollout.score is None))
+        batched = [reward for reward in self.rewards.values() if reward.kind != "rollout"]
+        if not rollouts or not batched:
+            return
+        found = await asyncio.gather(*(self._call_group(reward, rollouts) for reward in batched))
+        for i, rollout in enumerate(rollouts):
+            results = dict(rollout.score.results) if isinstance(rollout.score, _Unfinished) else {}
+            results |= {reward.name: scores[i] for reward, scores in zip(batched, found, strict=True)}
+            rollout.score = self._combine(rollout, results)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means of what TRL functions reported through `log_metric` since the last call."""
+        means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
+        self.metrics = {}
+        return means
+
+    async def close(self) -> None:
+        """End the worker processes."""
+        await self.pool.close()
+
+    # --- calling ---
+
+    async def _call_one(self, reward: Reward, rollout: Rollout) -> _Result:
+        try:
+            arguments = reward.arguments(rollout)
+            if reward.spec is not None:
+                value = await self.pool.call(reward.spec, arguments, self.parts[reward.name].time_limit_s)
+            else:
+                value = await _maybe_await(reward.function(**arguments))
+            return _Result(score=as_score(value, reward.name))
+        except Exception as error:
+            return self._failed(error, rollout)
+
+    async def _call_group(self, reward: Reward, rollouts: list[Rollout]) -> list[_Result]:
+        extra: dict[str, list[Any]] = {}
+        try:
+            if reward.kind == "group":
+                values = await _maybe_await(reward.function(rollouts, **reward.arguments(rollouts[0])))
+            else:
+                keywords = self._trl_keywords(rollouts, extra)
+                reward.require(keywords)
+                taken = {k: v for k, v in keywords.items() if reward.takes_rest or k in reward.parameters}
+                values = await _maybe_await(reward.function(**taken | reward.args))
+            values = _as_list(values, len(rollouts), reward.name)
+            extra = {
+                name: _as_list(entry, len(rollouts), f"{reward.name}, log_extra({name!r})")
+                for name, entry in extra.items()
+            }
+        except Exception as error:
+            return [self._failed(error, rollout) for rollout in rollouts]
+        results = []
+        for i, value in enumerate(values):
+            try:
+                score = as_score(value, reward.name)
+                score.info = score.info | {name: entry[i] for name, entry in extra.items()}
+                results.append(_Result(score=score))
+            except (RewardTypeError, ValueError) as error:
+                results.append(self._failed(error, rollouts[i]))
+        return results
+
+    def _failed(self, error: Exception, rollout: Rollout) -> _Result:
+        if isinstance(error, RewardTypeError) and self.raise_type_errors:
+            raise WrongReturn(str(error), rollout.index) from None
+        text = str(error) if isinstance(error, PoolError) else "".join(traceback.format_exception(error, limit=-30))
+        return _Result(score=Score(reward=None, error=text))
+
+    def _trl_keywords(self, rollouts: list[Rollout], extra: dict[str, list[Any]]) -> dict[str, Any]:
+        """TRL's keywords for one group; what the function gives to `log_extra` is collected in `extra`."""
+        rows = [columns(rollout.task) for rollout in rollouts]
+        keywords: dict[str, Any] = {name: [row.get(name) for row in rows] for name in rows[0]}
+        return keywords | {
+            "prompts": [_trl_prompt(r.task, self.conversational) for r in rollouts],
+            "completions": [_trl_completion(r, self.conversational) for r in rollouts],
+            "completion_ids": [_trl_completion_ids(r) for r in rollouts],
+            "trainer_state": self.trainer_state,
+            "log_extra": extra.__setitem__,
+            "log_metric": lambda name, value: self.metrics.setdefault(name, []).append(float(value)),
+        }
+
+    # --- combining ---
+
+    def _combine(self, rollout: Rollout, results: dict[str, _Result]) -> Score:
+        """The three outcomes: an error of any weighted part, else a sum, else (all of them abstained) an abstention."""
+        values = {name: result.score.reward for name, result in results.items()}
+        details = {f"{name}/{key}": v for name, result in results.items() for key, v in result.score.parts.items()}
+        environment = {f"env/{name}": value for name, value in rollout.env_rewards.items()}
+        total = Score(reward=None, parts=values | details | environment)
+        terms: list[tuple[str, float, float]] = [(name, 1.0, value) for name, value in environment.items()]
+        abstained, errors = [], []
+        for name, result in results.items():
+            info = dict(result.score.info)
+            error = result.score.error
+            weight = self.parts[name].weight
+            gate = self.parts[name].gate
+            gated = results.get(gate) if gate is not None and weight != 0 else None
+            if gated is not None and gated.score.error is not None and error is None:
+                error = f"reward {name} hangs on {gate}, which failed:\n{gated.score.error}"
+            if error is not None:
+                info["error"] = error
+                if weight != 0:
+                    errors.append(error if len(results) == 1 else f"[{name}] {error}")
+            elif weight != 0 and (values[name] is None or (gated is not None and gated.score.reward is None)):
+                abstained.append(name)
+            elif weight != 0 and (gated is None or gated.score.reward > 0):
+                terms.append((name, weight, _scaled(values[name], self.parts[name].scale)))
+            elif weight != 0:
+                terms.append((name, 0.0, 0.0))
+                info["gate"] = f"{gate} is not above 0"
+            if info:
+                total.info[name] = info
+        if abstained:
+            total.info["abstained"] = abstained
+        if errors:
+            total.error = "\n".join(errors)
+        elif terms:
+            total.reward = sum(weight * value for _, weight, value in terms)
+            total.token_rewards = _dense(terms, results)
+        return total
+
+
+def _dense(terms: list[tuple[str, float, float]], results: dict[str, _Result]) -> list[float] | None:
+    """Weighted sum of the parts' token rewards; None where no part gives any."""
+    dense = [(w, results[name].score.token_rewards) for name, w, _ in terms if name in results]
+    dense = [(w, tokens) for w, tokens in dense if tokens is not None]
+    if not dense:
+        return None
+    return [sum(w * tokens[t] for w, tokens in dense) for t in range(len(dense[0][1]))]
+
+
+def _scaled(value: float, scale: tuple[float, float] | None) -> float:
+    if scale is None:
+        return value
+    low, high = scale
+    return min(max((value - low) / (high - low), 0.0), 1.0)
+
+
+def _unique(name: str, taken: dict[str, Reward]) -> str:
+    if name not in taken:
+        return name
+    return next(f"{name}_{i}" for i in range(2, len(taken) + 3) if f"{name}_{i}" not in taken)
+
+
+async def _maybe_await(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def _as_list(values: Any, length: int, name: str) -> list[Any]:
+    try:
+        values = list(values)
+    except TypeError:
+        raise RewardTypeError(
+            f"reward {name} returned a {type(values).__name__}; a group needs a list with one entry per rollout"
+        ) from None
+    if len(values) != length:
+        raise ValueError(f"reward {name} returned {len(values)} values for {length} rollouts")
+    return values
+
+
+def _trl_prompt(task: Task, conversational: bool) -> str | list[Message]:
+    return list(task.messages) if conversational else "".join(str(m.get("content") or "") for m in task.messages)
+
+
+def _trl_completion(rollout: Rollout, conversational: bool) -> str | list[Message]:
+    """Everything after the prompt: assistant and tool messages in order, or their text."""
+    return rollout.messages[len(rollout.task.messages) :] if conversational else rollout.completion
+
+
+def _trl_completion_ids(rollout: Rollout) -> list[int]:
+    """Completion tokens of all turns with the tool results between them, as one sequence without padding."""
+    if not rollout.turns:
+        return []
+    last = rollout.turns[-1]
+    return last.prompt_ids[len(rollout.turns[0].prompt_ids) :] + last.completion_ids

@@ -1,0 +1,175 @@
+"""Plain values as JSON frames on a descriptor: the only thing that passes between the verifier and the box.
+
+In: Python values built of None, bool, int, float, str, bytes, list, tuple, set, frozenset, dict, complex, and the
+names of these classes. Out: the same values on the other side, types kept apart. Any other object travels as a handle:
+a number and a type name.
+Standard library only: this module runs on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+MAX_DEPTH = 120
+MAX_NODES = 500_000
+HEADER = struct.Struct(">I")
+_CLASSES = (int, float, bool, str, bytes, list, tuple, set, frozenset, dict, complex, object)
+_TYPES = {kind.__name__: kind for kind in _CLASSES}
+_TYPE_NAMES = {kind: name for name, kind in _TYPES.items()}
+
+
+class BadValue(ValueError):
+    """A frame does not hold a value of this encoding."""
+
+
+class _Encoder:
+    """Turns values into JSON trees. Content is read through the base types' own methods, so that a subclass with
+    an `__eq__` or `__iter__` of its own arrives as what it holds and nothing else.
+    """
+
+    def __init__(self, tree_of_object: Callable[[Any], Any]) -> None:
+        self.tree_of_object = tree_of_object
+        self.nodes = 0
+
+    def tree(self, value: Any, depth: int = 0) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise BadValue(f"the value has more than {MAX_NODES} parts")
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind is type and value in _TYPE_NAMES:
+            return {"y": _TYPE_NAMES[value]}
+        if isinstance(value, (int, float, str, bytes, bytearray, complex)):
+            return _scalar(value)
+        if depth >= MAX_DEPTH:
+            return self.tree_of_object(value)
+        return self.container(value, depth + 1)
+
+    def container(self, value: Any, depth: int) -> Any:
+        if isinstance(value, list):
+            return [self.tree(item, depth) for item in list.__iter__(value)]
+        if isinstance(value, tuple):
+            return {"t": [self.tree(item, depth) for item in tuple.__iter__(value)]}
+        if isinstance(value, set):
+            return {"s": [self.tree(item, depth) for item in set.__iter__(value)]}
+        if isinstance(value, frozenset):
+            return {"z": [self.tree(item, depth) for item in frozenset.__iter__(value)]}
+        if isinstance(value, dict):
+            return {"d": [[self.tree(key, depth), self.tree(item, depth)] for key, item in dict.items(value)]}
+        return self.tree_of_object(value)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, int):
+        number = int.__int__(value)
+        return number if -(2**63) < number < 2**63 else {"i": format(number, "x")}
+    if isinstance(value, float):
+        number = float.__float__(value)
+        return number if number - number == 0.0 else {"f": repr(number)}
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, complex):
+        plain = complex.__add__(value, 0j)
+        return {"c": [_scalar(plain.real), _scalar(plain.imag)]}
+    return {"b": (bytes.hex if isinstance(value, bytes) else bytearray.hex)(value)}
+
+
+def encode(value: Any, tree_of_object: Callable[[Any], Any]) -> Any:
+    """The JSON tree of a value.
+
+    Args:
+        value: what to send; at most `MAX_NODES` parts, nested at most `MAX_DEPTH` deep (deeper parts become handles).
+        tree_of_object: called with each object that is no plain value; returns its tree, {"h": [number, type name]}.
+
+    Raises:
+        BadValue: too many parts.
+    """
+    return _Encoder(tree_of_object).tree(value)
+
+
+def decode(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
+    """The value of a JSON tree written by `encode`.
+
+    Args:
+        tree: parsed JSON from the other side, which need not be honest.
+        object_of: called with the number and type name of each handle.
+
+    Raises:
+        BadValue: anything that `encode` does not write, or keys chosen to collide in a hash table.
+    """
+    try:
+        return _value(tree, object_of)
+    except BadValue:
+        raise
+    except (TypeError, ValueError, KeyError, RecursionError, OverflowError, MemoryError) as error:
+        raise BadValue(f"not a value: {type(error).__name__}") from None
+
+
+def _value(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
+    if type(tree) is list:
+        return [_value(item, object_of) for item in tree]
+    if type(tree) is not dict:
+        return tree
+    ((tag, content),) = tree.items()
+    if tag == "t":
+        return tuple(_value(item, object_of) for item in content)
+    if tag in ("s", "z"):
+        return (set if tag == "s" else frozenset)(_hashable([_value(item, object_of) for item in content]))
+    if tag == "d":
+        keys = _hashable([_value(key, object_of) for key, _ in content])
+        return dict(zip(keys, (_value(item, object_of) for _, item in content), strict=True))
+    if tag == "h":
+        number, name = content
+        return object_of(int(number), str(name)[:100])
+    return _tagged_scalar(tag, content)
+
+
+def _tagged_scalar(tag: str, content: Any) -> Any:
+    if tag == "i":
+        return int(content, 16)
+    if tag == "f":
+        return {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}[content]
+    if tag == "c":
+        real, imaginary = (item if type(item) is float else _tagged_scalar("f", item["f"]) for item in content)
+        return complex(real, imaginary)
+    if tag == "b":
+        return bytes.fromhex(content)
+    if tag == "y":
+        return _TYPES[content]
+    raise BadValue(f"unknown tag {tag!r}")
+
+
+def _hashable(keys: list[Any]) -> list[Any]:
+    """Refuses keys that share few hashes: building a table of n of them takes n squared steps."""
+    if len(keys) > 64 and len({hash(key) for key in keys}) < len(keys) // 4:
+        raise BadValue("keys chosen to collide")
+    return keys
+
+
+def _no_constant(name: str) -> Any:
+    raise BadValue(f"bare {name}")
+
+
+def dump(message: dict[str, Any]) -> bytes:
+    """One frame: four bytes of length and ASCII JSON."""
+    body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return HEADER.pack(len(body)) + body
+
+
+def load(body: bytes) -> dict[str, Any]:
+    """The message of one frame's body.
+
+    Raises:
+        BadValue: the body is no JSON object.
+    """
+    try:
+        message = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise BadValue(f"not JSON: {type(error).__name__}") from None
+    if type(message) is not dict:
+        raise BadValue("not a JSON object")
+    return message

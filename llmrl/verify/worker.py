@@ -1,0 +1,86 @@
+"""One worker process of the pool: reads (load | call) requests from its pipe, answers with (ok, value or traceback).
+
+Started by `llmrl.verify.pool`, which kills it when a call takes too long; nothing here guards against hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import inspect
+import os
+import pickle
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from llmrl.verify.spec import resolve
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(pipe: int, memory_limit_bytes: int, parent: int) -> None:
+    """Serve requests until the other end of the pipe closes.
+
+    Args:
+        pipe: file descriptor of this end of a socket pair.
+        memory_limit_bytes: address space this process may use (RLIMIT_AS); 0 sets no limit.
+        parent: process id of the pool's owner.
+    """
+    _confine(pipe, memory_limit_bytes, parent)
+    functions: dict[str, Callable[..., Any]] = {}
+    with Connection(pipe) as connection:
+        while True:
+            try:
+                request = connection.recv_bytes()
+            except EOFError:
+                return
+            connection.send_bytes(_answer(request, functions))
+
+
+def _confine(pipe: int, memory_limit_bytes: int, parent: int) -> None:
+    """Die with the parent, use no more memory than allowed, leave no core files, keep stdout out of the way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above took effect
+            os._exit(1)
+    os.set_inheritable(pipe, False)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_limit_bytes and sys.platform == "linux":  # other systems accept the limit and do not keep it
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = memory_limit_bytes if hard == resource.RLIM_INFINITY else min(memory_limit_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
+    """Do what the request says; whatever it raises, sys.exit included, becomes the answer."""
+    try:
+        spec, arguments = pickle.loads(request)
+        if arguments is None:
+            functions[spec] = resolve(spec)
+            value = None
+        else:
+            value = functions[spec](**arguments)
+            if inspect.isawaitable(value):
+                value = asyncio.run(_finish(value))
+        return pickle.dumps((True, value), protocol=pickle.HIGHEST_PROTOCOL)
+    except MemoryError as error:
+        text = f"MemoryError: the memory limit of this worker was reached {error}".rstrip()
+        del error
+        gc.collect()
+        return pickle.dumps((False, text))
+    except BaseException:
+        return pickle.dumps((False, traceback.format_exc(limit=-30)))
+    finally:
+        # A library that left an alarm ticking or another handler behind must not kill the next call.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable

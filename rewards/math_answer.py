@@ -1,0 +1,66 @@
+r"""Exact-answer reward for mathematics: 1.0 if the completion's answer equals the reference, else 0.0.
+
+The answer is the last \boxed{}; without a box, what follows `####`, then `answer is`, then the last number. A
+reference that cannot be read is an abstention (None), never "wrong". Runs in the pool: some expressions take for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrl.types import Score
+from llmrl.verify.math import extract_answer, gold_answers, judge
+
+POOL = True
+
+EXAMPLES = [
+    # good
+    {"completion": r"... so \boxed{1/2}", "answer": "0.5", "reward": 1.0},
+    {"completion": r"\boxed{\left(3, \dfrac{\pi}{2}\right)}", "answer": r"(3, \frac{\pi}{2})", "reward": 1.0},
+    {"completion": r"\boxed{1{,}234}", "answer": "She sells 1,000 + 234.\n#### 1,234", "reward": 1.0},
+    {"completion": r"\boxed{4}", "answer": r"We get $2 + 2 = \boxed{4}$.", "reward": 1.0},
+    {"completion": "The answer is $72.", "answer": "72", "reward": 1.0},
+    {"completion": r"<think>maybe \boxed{5}</think> It is \boxed{6}.", "answer": "6", "reward": 1.0},
+    {"completion": r"\boxed{2, 1}", "answer": r"\{1, 2\}", "reward": 1.0},
+    {"completion": r"\boxed{0.25}", "answer": ["1/4", "25%"], "reward": 1.0},
+    # bad
+    {"completion": r"... so \boxed{0.6}", "answer": "0.5", "reward": 0.0},
+    {"completion": "no answer given", "answer": "0.5", "reward": 0.0},
+    {"completion": "", "answer": "0.5", "reward": 0.0},
+    {"completion": r"<think>so \boxed{6}", "answer": "6", "reward": 0.0},
+    {"completion": "It is 72.", "answer": "72", "require_box": True, "reward": 0.0},
+    # hostile
+    {"completion": r"\boxed{1}\boxed{2}\boxed{3}", "answer": "2", "reward": 0.0},
+    {"completion": r"\boxed{1 or 2}", "answer": "2", "reward": 0.0},
+    {"completion": r"\boxed{1, 2}", "answer": "2", "reward": 0.0},
+    {"completion": r"\boxed{2} or \boxed{2", "answer": "2", "reward": 0.0},
+    {"completion": r"\boxed{2} then \boxed{2}", "answer": "2", "strict_single_box": True, "reward": 0.0},
+    {"completion": r"\boxed{9^{9^{9^{9}}}}", "answer": "9", "reward": 0.0},
+    {"completion": "\\boxed{\x00\ud800}", "answer": "1", "reward": 0.0},
+    # references that cannot be read
+    {"completion": r"\boxed{1/2}", "answer": "???", "reward": None},
+    {"completion": r"\boxed{1/2}", "answer": "", "reward": None},
+    {"completion": r"\boxed{1/2}", "answer": None, "reward": None},
+]
+
+
+def math_answer(completion: str, answer: Any, require_box: bool = False, strict_single_box: bool = False) -> Score:
+    r"""Compare the completion's answer with the reference.
+
+    Args:
+        completion: text of the last assistant message.
+        answer: plain answer, GSM8K solution (`#### x`), MATH solution (\boxed{}), or a list of accepted forms.
+        require_box: an answer that is not in a box is wrong.
+        strict_single_box: the completion must hold exactly one box.
+    """
+    extraction = extract_answer(completion, require_box=require_box or strict_single_box)
+    golds = gold_answers(answer)
+    info: dict[str, Any] = {"extracted": extraction.answer, "gold": golds[0] if len(golds) == 1 else golds}
+    correct = judge(extraction.answer, golds)
+    if correct is None:
+        return Score(
+            reward=None, info=info | {"reason": "the reference answer cannot be read", "answer": str(answer)[:200]}
+        )
+    if strict_single_box and extraction.num_boxes != 1:
+        return Score(reward=0.0, info=info | {"reason": f"{extraction.num_boxes} boxes, where there must be one"})
+    return Score(reward=float(correct), info=info)

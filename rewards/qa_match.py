@@ -1,0 +1,147 @@
+"""Reward for short-answer questions: exact match, F1 or substring against one or several gold answers, or the whole
+reward of Search-R1 or DeepResearcher. In: a completion (or a rollout) and the row's gold answers; out: a Score."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from llmrl.errors import UserError
+from llmrl.types import Message, Rollout, Score
+from llmrl.verify import answers as qa
+
+Measure = Literal["em", "f1", "substring", "search_r1", "deepresearcher"]
+_MEASURES = {"em": qa.exact_match, "f1": qa.f1, "substring": qa.substring_match}
+
+
+def qa_match(
+    completion: str | list[Message],
+    answer: Any = None,
+    golden_answers: Any = None,
+    answers: Any = None,
+    reward_model: Any = None,
+    rollout: Rollout | None = None,
+    *,
+    measure: Measure = "em",
+    normalizer: str = "squad_em",
+    answer_tag: str | None = "answer",
+    structure_format_score: float = 0.2,
+    retrieval_score: float = 0.0,
+    final_format_score: float = 0.1,
+) -> Score:
+    """Compare the completion's answer with the gold answers; the best match counts.
+
+    Args:
+        completion: text, or messages (the last assistant message is read).
+        answer: gold answer(s). So are `golden_answers` (FlashRAG's NQ rows), `answers` (SQuAD, TriviaQA) and
+            `reward_model` (Search-R1 and DeepResearcher rows); the first that is there is used.
+        rollout: gives `search_r1` and `deepresearcher` all turns and the environment's replies.
+        measure: em, f1, substring; or `search_r1` (lattice of the three format scores) or `deepresearcher` (-1 or F1).
+        normalizer: squad_em | deepresearcher_f1 | multilingual.
+        answer_tag: the answer is the last <answer>...</answer>; without one the reward is 0. None: all that follows
+            the thinking is the answer.
+
+    Raises:
+        UserError: unknown measure or normalizer, or the row has no gold answer.
+    """
+    golds = _golds(answer, golden_answers, answers, reward_model)
+    text = qa.completion_text(completion)
+    extracted = qa.after_thinking(text).strip() if answer_tag is None else qa.extract_tag(text, answer_tag)
+    # Unknown names must raise whatever the completion, so the measures are taken even where nothing was extracted.
+    parts = {name: function(extracted or "", golds, normalizer) for name, function in _MEASURES.items()}
+    if measure in _MEASURES:
+        reward = parts[measure]
+    elif measure == "deepresearcher":
+        reward = qa.deepresearcher_reward(_policy_text(text, rollout), golds)
+    elif measure == "search_r1":
+        reward = _search_r1(
+            text,
+            golds,
+            rollout,
+            normalizer=normalizer,
+            structure_format_score=structure_format_score,
+            retrieval_score=retrieval_score,
+            final_format_score=final_format_score,
+        )
+    else:
+        raise UserError(f"measure {measure!r} is unknown: use em, f1, substring, search_r1 or deepresearcher")
+    return Score(reward=reward, parts=dict(parts), info={"extracted": extracted, "gold": golds})
+
+
+def _golds(*columns: Any) -> list[str]:
+    for column in columns:
+        if golds := qa.gold_answers(column):
+            return golds
+    raise UserError("the row has no gold answer: give one of the columns answer, golden_answers, answers, reward_model")
+
+
+def _policy_text(text: str, rollout: Rollout | None) -> str:
+    if rollout is None or not rollout.turns:
+        return text
+    return "\n".join(str(turn.message.get("content") or "") for turn in rollout.turns)
+
+
+def _search_r1(text: str, golds: list[str], rollout: Rollout | None, **scores: Any) -> float:
+    if rollout is None or not rollout.turns:
+        return qa.search_r1_reward(text, golds, **scores)
+    # <information> is the environment's word: a policy that writes its own would collect the retrieval score.
+    if "information>" in _policy_text(text, rollout):
+        scores["well_formed"] = False
+    transcript = "".join(
+        str(message.get("content") or "") for turn in rollout.turns for message in [turn.message, *turn.replies]
+    )
+    return qa.search_r1_reward(transcript, golds, **scores)
+
+
+EXAMPLES: list[dict[str, Any]] = [
+    {"completion": "<think>easy</think><answer>The Eiffel Tower!</answer>", "answer": "eiffel tower", "reward": 1.0},
+    {"completion": "<answer>R\u00f6ntgen</answer>", "golden_answers": ["Wilhelm Conrad R\u00f6ntgen"], "reward": 0.0},
+    {
+        "completion": "<answer>R\u00f6ntgen</answer>",
+        "golden_answers": ["Wilhelm Conrad R\u00f6ntgen"],
+        "measure": "f1",
+        "reward": 0.5,
+    },
+    {
+        "completion": "<answer>It was Wilhelm Conrad R\u00f6ntgen.</answer>",
+        "golden_answers": ["Wilhelm Conrad R\u00f6ntgen"],
+        "measure": "substring",
+        "reward": 1.0,
+    },
+    {"completion": "<answer>NYC</answer>", "answer": ["New York City", "NYC"], "reward": 1.0},
+    {
+        "completion": "<answer>\u300c\u5317\u4eac\u5e02\u300d\u3002</answer>",
+        "answer": "\u5317\u4eac\u5e02",
+        "normalizer": "multilingual",
+        "reward": 1.0,
+    },
+    {"completion": "So it is Paris.", "answer": "Paris", "answer_tag": None, "reward": 0.0},
+    {"completion": "<think>London?</think>Paris", "answer": "Paris", "answer_tag": None, "reward": 1.0},
+    # Hostile: no tags, an unclosed tag, many answers, nothing at all, a gold answer that normalises to nothing.
+    {"completion": "Paris Paris Paris", "answer": "Paris", "reward": 0.0},
+    {"completion": "<answer>Paris", "answer": "Paris", "reward": 0.0},
+    {"completion": "<answer>Paris or London or Rome</answer>", "answer": "Paris", "reward": 0.0},
+    {"completion": "", "answer": "Paris", "reward": 0.0},
+    {"completion": "<answer>an</answer>", "answer": "The", "reward": 0.0},
+    {"completion": "<answer></answer>", "answer": "?", "measure": "substring", "reward": 0.0},
+    {
+        "completion": "<think>t</think><search>q</search><information>Paris is</information><think>t</think>"
+        "<answer>Paris</answer>",
+        "answer": "Paris",
+        "measure": "search_r1",
+        "reward": 1.0,
+    },
+    {"completion": "I say <answer>Paris</answer>", "answer": "Paris", "measure": "search_r1", "reward": 0.8},
+    {
+        "completion": "<think>t</think><answer>Rome</answer>",
+        "reward_model": {"ground_truth": {"target": ["Paris"]}},
+        "measure": "search_r1",
+        "reward": 0.2,
+    },
+    {"completion": "<answer>Paris</answer>", "answer": "Paris", "measure": "deepresearcher", "reward": 1.0},
+    {
+        "completion": "<think>no end <answer>Paris</answer>",
+        "answer": "Paris",
+        "measure": "deepresearcher",
+        "reward": -1,
+    },
+]

@@ -1,0 +1,149 @@
+"""Reward for code: the program in the completion against the unit tests of its row, run in a sandbox.
+In: a completion and a row of HumanEval, MBPP, APPS or LiveCodeBench. Out: a Score with one verdict per test.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from typing import Any
+
+from llmrl.errors import UserError
+from llmrl.types import Message, Score
+from llmrl.verify.answers import completion_text
+from llmrl.verify.code import Outcome, UnusableRow, reward_of, run_tests
+from llmrl.verify.code_rows import extract_program, read_row
+from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
+
+_OUTCOMES = ("all", "fraction", "bcoder")
+
+
+def unit_tests(
+    completion: str | list[Message],
+    prompt: Any = None,
+    test: str | None = None,
+    entry_point: str | None = None,
+    test_list: list[str] | None = None,
+    test_setup_code: str | None = None,
+    test_imports: list[str] | None = None,
+    challenge_test_list: list[str] | None = None,
+    code: str | None = None,
+    input_output: Any = None,
+    public_test_cases: Any = None,
+    private_test_cases: Any = None,
+    starter_code: str | None = None,
+    metadata: Any = None,
+    *,
+    outcome: Outcome = "all",
+    cpu_seconds: int = 6,
+    wall_seconds: float = 12.0,
+    memory_mb: int = 1024,
+    sandbox: Sandbox | None = None,
+) -> Score:
+    """Run the program of a completion against its row's tests. All columns have the names of their data sets.
+
+    Args:
+        completion: text or messages; the program is taken from its code blocks.
+        prompt: HumanEval; a body without its function continues it.
+        test: HumanEval: defines check(candidate).
+        entry_point: HumanEval: name of the function.
+        test_list: MBPP: assertions.
+        test_setup_code: MBPP: runs before them.
+        test_imports: MBPP: import statements for them.
+        challenge_test_list: MBPP: more assertions.
+        code: MBPP: the reference solution, for the names that it defines; it is not run.
+        input_output: APPS: inputs, outputs and, for calls, fn_name.
+        public_test_cases: LiveCodeBench: input, output, testtype.
+        private_test_cases: LiveCodeBench: more of them.
+        starter_code: LiveCodeBench: names the method where metadata do not.
+        metadata: LiveCodeBench: func_name.
+        outcome: `all` (1 or 0), `fraction` (share of tests passed) or `bcoder` (+1, -0.3 wrong, -0.6 run-time error or
+            time-out, -1 does not compile).
+        cpu_seconds: processor time of one run: all assertions of a row together, or one input.
+        wall_seconds: real time of one run.
+        memory_mb: memory of the program on top of the interpreter's own.
+        sandbox: where programs run; by default the process's own, chosen by LLMRL_SANDBOX.
+
+    Returns:
+        A Score; an abstention where the row's tests cannot be used; an error where no sandbox could be had.
+
+    Raises:
+        UserError: unknown outcome, or a row without the columns of any of these data sets.
+    """
+    if outcome not in _OUTCOMES:
+        raise UserError(f"unit_tests: outcome {outcome!r} is unknown: use {', '.join(_OUTCOMES)}")
+    row = read_row(
+        {
+            "prompt": prompt if isinstance(prompt, str) else None,
+            "test": test,
+            "entry_point": entry_point,
+            "test_list": test_list,
+            "test_setup_code": test_setup_code,
+            "test_imports": test_imports,
+            "challenge_test_list": challenge_test_list,
+            "code": code,
+            "input_output": input_output,
+            "public_test_cases": public_test_cases,
+            "private_test_cases": private_test_cases,
+            "starter_code": starter_code,
+            "metadata": metadata,
+        }
+    )
+    if row.tests is None:
+        return Score(reward=None, info={"reason": "the row has no tests"})
+    program = extract_program(completion_text(completion), row)
+    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+    try:
+        box = sandbox or default_sandbox()
+        results = run_tests(program, row, box, limits, stop_early=outcome == "all")
+    except UnusableRow as error:
+        return Score(reward=None, info={"reason": str(error)})
+    except SandboxUnavailable:
+        return Score(reward=None, error=traceback.format_exc())
+    failure = next((result for result in results if result.verdict != "passed"), None)
+    info = {
+        "program": program[:4000],
+        "tests": [result.verdict for result in results],
+        "counts": dict(Counter(result.verdict for result in results)),
+    }
+    if failure is not None:
+        info["first_failure"] = f"{failure.verdict}: {failure.detail}".rstrip(": ")
+    return Score(reward=reward_of(results, outcome), info=info)
+
+
+_ADD = {"test_list": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
+_ECHO = {"input_output": {"inputs": ["3\n", "4\n"], "outputs": ["9\n", "16\n"]}}
+EXAMPLES: list[dict[str, Any]] = [
+    {"completion": "```python\ndef add(a, b):\n    return a + b\n```", **_ADD, "reward": 1.0},
+    {"completion": "<think>def add(a, b): return 0</think>def add(a, b):\n    return a + b", **_ADD, "reward": 1.0},
+    {"completion": "```python\ndef add(a, b):\n    return a - b\n```", **_ADD, "reward": 0.0},
+    {"completion": "```python\ndef add(a, b):\n    return 3\n```", **_ADD, "outcome": "fraction", "reward": 0.5},
+    {"completion": "def add(a, b:", **_ADD, "outcome": "bcoder", "reward": -1.0},
+    {"completion": "def add(a, b):\n    return a / 0", **_ADD, "outcome": "bcoder", "reward": -0.6},
+    {"completion": "def add(a, b):\n    return 0", **_ADD, "outcome": "bcoder", "reward": -0.3},
+    {"completion": "I would add the two numbers.", **_ADD, "reward": 0.0},
+    {"completion": "", **_ADD, "reward": 0.0},
+    {"completion": "```python\nprint(int(input()) ** 2)\n```", **_ECHO, "reward": 1.0},
+    {"completion": "```python\nprint(9)\n```", **_ECHO, "reward": 0.0},
+    {
+        "completion": "    return x + 1\n",
+        "prompt": "def up(x):\n    '''Next number.'''\n",
+        "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+        "entry_point": "up",
+        "reward": 1.0,
+    },
+    {"completion": "def add(a, b):\n    return a + b", "test_list": [], "reward": None},
+    # hostile: leaves before it can be judged, claims success, answers with something that equals everything
+    {"completion": "import os\nos._exit(0)", **_ADD, "reward": 0.0},
+    {"completion": "print('ALL TESTS PASSED')\nimport sys\nsys.exit(0)", **_ADD, "reward": 0.0},
+    {
+        "completion": "class Any:\n    def __eq__(self, other):\n        return True\ndef add(a, b):\n    return Any()",
+        **_ADD,
+        "reward": 0.0,
+    },
+    {
+        "completion": "import builtins\nbuiltins.AssertionError = ValueError\ndef add(a, b):\n    raise AssertionError",
+        **_ADD,
+        "reward": 0.0,
+    },
+]

@@ -1,0 +1,164 @@
+"""What the grpo suite trains: a case in; a saved model, its tokenizer, rows, a reward and one configuration out.
+
+Both sides load the same folder and read the same `Config`; `benchmarks.trainers` translates it for the rival.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import REPOSITORY
+from llmrl.config import AlgoConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrackConfig, TrainConfig
+from llmrl.config import parse
+
+ALPHABET = string.digits + string.ascii_letters + string.punctuation + " "
+NEVER = "<|never|>"
+"""The tokenizer's eos and pad. Its id lies beyond the model's vocabulary, so no completion can end early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """A random model and random prompts; every completion has the same length."""
+
+    num_prompts: int
+    prompt_length: int
+    completion_length: int
+    num_generations: int = 8
+    vocab_size: int = 103
+    hidden_size: int = 96
+    intermediate_size: int = 288
+    num_layers: int = 2
+    learning_rate: float = 1e-3
+    num_steps: int = 10
+    """Measured, after the ones that are left out."""
+    rival_micro_batches: int = 1
+    """In how many parts the rival computes a batch: its fastest setting for this case."""
+
+
+@dataclass(kw_only=True)
+class Work:
+    """One case, ready for both sides."""
+
+    config: Config
+    rows: list[dict[str, Any]]
+    tokenizer: Any
+    reward: Any = None
+    """A function from completion to number, or None where `config.rewards` names one."""
+
+
+def synthetic_work(case: Synthetic, folder: Path, *, seed: int, output_dir: Path) -> Work:
+    """The work of a synthetic case; its model lies in `folder` already (`save_model`)."""
+    config = Config(
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(prompt_format="text"),
+        rollout=RolloutConfig(
+            num_prompts=case.num_prompts,
+            num_generations=case.num_generations,
+            max_completion_length=case.completion_length,
+        ),
+        algo=AlgoConfig(loss_type="dapo", scale_rewards="group"),
+        train=TrainConfig(output_dir=str(output_dir), seed=seed, learning_rate=case.learning_rate, save_steps=0),
+        track=TrackConfig(console="quiet"),
+    )
+    draw = random.Random(seed)
+    prompts = ["".join(draw.choices(ALPHABET, k=case.prompt_length)) for _ in range(64 * case.num_prompts)]
+    rows = [{"prompt": prompt, "answer": "-"} for prompt in prompts]
+    return Work(config=config, rows=rows, tokenizer=load_tokenizer(folder), reward=digit_share)
+
+
+def save_model(case: Synthetic, folder: Path) -> None:
+    """Write the case's random model and tokenizer to `folder`."""
+    from llmrl.tiny import build_tiny_model
+
+    tokenizer = endless_tokenizer(case.vocab_size)
+    model = build_tiny_model(
+        "qwen2",
+        vocab_size=case.vocab_size,
+        hidden_size=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_layers=case.num_layers,
+        max_position_embeddings=case.prompt_length + case.completion_length,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def endless_tokenizer(vocab_size: int) -> Any:
+    """One token per character of ALPHABET, then fillers that no text contains: `vocab_size` ids, and NEVER beyond them.
+
+    Half of the fillers are digits when decoded, so that `digit_share` can be learned whatever the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # In byte-level vocabularies every printable character stands for itself, and this one for the space.
+    names = [character.replace(" ", "\u0120") for character in ALPHABET]
+    letters = str.maketrans(string.digits, string.ascii_lowercase[:10])
+    while len(names) < vocab_size:
+        number = str(10_000 + len(names))
+        names.append(number if len(names) % 2 else number.translate(letters))
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=NEVER, pad_token=NEVER)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as it was saved (AutoTokenizer would make it one of the model's family)."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def digit_share(completion: str) -> float:
+    """Share of the completion's characters that are digits: cheap, never constant in a group, and learnable."""
+    return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+# --- the quickstart's task: natural lengths, a real reward ------------------------------------------------------------
+
+
+def quickstart() -> Any:
+    """The recipe recipes/quickstart.py as a module."""
+    if "quickstart" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "recipes" / "quickstart.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["quickstart"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["quickstart"]
+
+
+def quickstart_config(*arguments: str) -> Config:
+    """The recipe's configuration, with dotted overrides."""
+    file = REPOSITORY / "recipes" / "quickstart.yaml"
+    config = parse(["--config", str(file), *arguments], config_class=quickstart().QuickstartConfig)
+    spec = config.rewards[0].fn
+    config.rewards[0] = RewardConfig(fn=str(REPOSITORY / spec), args=config.rewards[0].args)
+    return config
+
+
+def warm_start(folder: Path) -> Path:
+    """`folder` with the quickstart's warm-started model; made (about a minute) where it is absent."""
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        quickstart().warm_start(quickstart_config(), folder)
+    return folder
+
+
+def natural_work(folder: Path, *, seed: int, output_dir: Path) -> Work:
+    """GRPO on additions from the warm-started model in `folder`, with the recipe's settings."""
+    recipe = quickstart()
+    config = quickstart_config("--train.output_dir", str(output_dir), "--train.seed", str(seed))
+    config.model.path = str(folder)
+    config.train.save_steps = 0
+    config.track.console = "quiet"
+    rows = recipe.rows(recipe.pairs(held_out=False))
+    from transformers import AutoTokenizer
+
+    return Work(config=config, rows=rows, tokenizer=AutoTokenizer.from_pretrained(folder))

@@ -1,0 +1,67 @@
+# Sourced by the scripts here: makes .venv in the repository, once, and installs llmrl into it with tested versions.
+#
+#   make_environment [EXTRA ...]     extras of pyproject.toml, such as dev
+#
+# A stamp in .venv remembers what was installed, so that a second call does nothing and needs no network.
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+environment="$repository/.venv"
+
+die() { echo "error: $*" >&2; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.14; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "llmrl needs Python 3.11 or newer; on Debian or Ubuntu: apt-get install python3 python3-venv"
+}
+
+make_virtual_environment() {
+    local python
+    python="$(find_python)"
+    [ -x "$environment/bin/python" ] && "$environment/bin/python" -c '' 2>/dev/null && return
+    rm -rf "$environment"
+    if ! "$python" -m venv "$environment" >/dev/null 2>&1; then
+        rm -rf "$environment"
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+            echo "installing python3-venv"
+            (apt-get update -qq && apt-get install -y -qq python3-venv) >/dev/null
+        fi
+        "$python" -m venv "$environment" || die "no virtual environment could be made; apt-get install python3-venv"
+    fi
+}
+
+install_torch() {
+    local pip=("$environment/bin/pip" install --disable-pip-version-check --no-input)
+    "$environment/bin/python" -c 'import torch' 2>/dev/null && return
+    local version
+    version="$(sed -n 's/^torch==//p' "$repository/requirements/tested.txt")"
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+        "${pip[@]}" "torch==$version"
+        return
+    fi
+    # Without a GPU the CPU build is a tenth of the size. It lies in no ordinary index: PyTorch serves it itself.
+    "${pip[@]}" --quiet "torch==$version+cpu" 2>/dev/null ||
+        "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+}
+
+make_environment() {
+    local extras stamp wanted
+    extras="$(IFS=,; echo "$*")"
+    stamp="$environment/.installed${extras:+-$extras}"
+    wanted="$(cat "$repository/pyproject.toml" "$repository/requirements/tested.txt" | sha256sum)$repository"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$environment/bin/python" ]; then
+        return
+    fi
+    echo "setting up $environment (first time only, a few minutes)"
+    make_virtual_environment
+    install_torch
+    "$environment/bin/pip" install --disable-pip-version-check --no-input --progress-bar on \
+        --constraint "$repository/requirements/tested.txt" --editable "$repository${extras:+[$extras]}" |
+        grep --line-buffered -E '^(Collecting|Building|Successfully|ERROR)' | cut -c1-100
+    echo "$wanted" >"$stamp"
+}

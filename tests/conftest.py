@@ -1,0 +1,29 @@
+"""What every test shares: one seed from the environment, no network, single-threaded arithmetic."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Seed of a test's random inputs; tests hold for any."""
+    return int(os.environ.get("LLMRL_TEST_SEED", "0"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder with real datasets, where this checkout has one beside it."""
+    if not DATA.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return DATA

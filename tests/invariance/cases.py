@@ -1,0 +1,148 @@
+"""Small models, random samples and learners that the invariance, oracle and train tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llmrl.algo.grpo import GRPO
+from llmrl.config import AlgoConfig, Config, LoraConfig, TrainConfig
+from llmrl.tiny import build_tiny_model
+from llmrl.train.learner import Learner
+from llmrl.train.policy import Policy, add_lora
+from llmrl.types import Sample, TrainBatch
+
+VOCABULARY = 61
+MAX_COMPLETION_LENGTH = 16
+
+
+def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    """A model of a few thousand parameters whose weights are large enough for its log-probabilities to differ."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
+    model = build_tiny_model(arch, vocab_size=VOCABULARY, seed=seed, **(sizes | overrides))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def make_samples(seed: int, *, groups: int = 3, size: int = 3) -> list[Sample]:
+    """Ragged samples; some with an observation inside, and one in four without advantage."""
+    random = np.random.default_rng(seed)
+    samples = []
+    for group in range(groups):
+        for index in range(size):
+            prompt, first, seen, second = random.integers([2, 1, 0, 0], [8, 9, 4, 6])
+            mask = np.array([False] * prompt + [True] * first + [False] * seen + [True] * second)
+            num_tokens = int(mask.sum())
+            advantage = 0.0 if (group * size + index) % 4 == 3 else random.standard_normal()
+            samples.append(
+                Sample(
+                    input_ids=random.integers(0, VOCABULARY, len(mask)),
+                    loss_mask=mask,
+                    advantages=np.full(num_tokens, advantage, np.float32),
+                    rollout_logprobs=random.uniform(-5, -3, num_tokens).astype(np.float32),
+                    group=group,
+                    index=index,
+                )
+            )
+    return samples
+
+
+def train_batch(samples: list[Sample]) -> TrainBatch:
+    return TrainBatch(
+        samples=[replace(sample) for sample in samples],
+        num_groups=1 + max(sample.group for sample in samples),
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        policy_version=0,
+    )
+
+
+def make_config(
+    output_dir: str | Path = "unused", *, algo: dict[str, Any] | None = None, train: dict[str, Any] | None = None
+) -> Config:
+    """`adam_epsilon` is large, so that Adam does not blow up the rounding of gradients that are nearly zero."""
+    defaults = {"learning_rate": 0.1, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
+    return Config(
+        algo=AlgoConfig(**(algo or {})),
+        train=TrainConfig(output_dir=str(output_dir), **(defaults | (train or {}))),
+    )
+
+
+def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch.nn.Module:
+    """Adapters that already do something: peft starts them at zero."""
+    wrapped = add_lora(model, LoraConfig(r=4, **options), seed=seed)  # pyright: ignore
+    generator = torch.Generator().manual_seed(seed + 2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return wrapped
+
+
+def make_learner(
+    model: torch.nn.Module, config: Config, *, accelerator: Accelerator | None = None, temperature: float = 1.0
+) -> tuple[Learner, GRPO]:
+    algorithm = GRPO(config.algo, max_completion_length=MAX_COMPLETION_LENGTH)
+    policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.ref_logprobs)
+    if algorithm.needs.ref_logprobs and not policy.has_adapters:
+        move(policy.bare, seed=5)  # away from the reference, so that the penalty has a gradient
+    return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
+
+
+def move(module: torch.nn.Module, *, seed: int) -> None:
+    """A small random step of all parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+
+
+def trained_parameters(learner: Learner) -> dict[str, Tensor]:
+    named = learner.policy.bare.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+
+
+@dataclass
+class Outcome:
+    """What one optimizer step did."""
+
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def update_and_look(learner: Learner, algorithm: GRPO, samples: list[Sample]) -> Outcome:
+    """Run `Learner.update` and keep the gradients that the (last) optimizer step saw."""
+    gradients: dict[str, Tensor] = {}
+    clip = learner._clip
+
+    def look_and_clip() -> float:
+        for name, parameter in learner.policy.bare.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} got no gradient"
+                gradients[name] = parameter.grad.clone()
+        return clip()
+
+    learner._clip = look_and_clip  # pyright: ignore
+    metrics = learner.update(train_batch(samples), algorithm)
+    return Outcome(metrics, gradients, trained_parameters(learner))
+
+
+def assert_same(found: Outcome, expected: Outcome, *, tolerance: float = 1e-6) -> None:
+    """Loss, gradient norm, gradients and parameters agree."""
+    for key in ("loss/total", "policy/grad_norm"):
+        assert abs(found.metrics[key] - expected.metrics[key]) <= tolerance, (key, found.metrics, expected.metrics)
+    for what in ("gradients", "parameters"):
+        ours, theirs = getattr(found, what), getattr(expected, what)
+        assert ours.keys() == theirs.keys()
+        gaps = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
+        worst = max(gaps, key=lambda name: gaps[name])
+        assert gaps[worst] <= tolerance, f"{what} of {worst} differ by {gaps[worst]:.2g}"

@@ -1,0 +1,70 @@
+"""Run some updates of a tiny model and write what each did; started by `accelerate launch`, or called in one process.
+
+process_worker.py OUT.pt SEED             the updates, written by the main process
+process_worker.py --refused OUTPUT_DIR    exit code 2 if make_accelerator refuses the launch
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from llmrl.errors import UserError
+from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, update_and_look
+
+CASES: dict[str, dict[str, Any]] = {
+    "packed": {"algo": {"loss_type": "dapo"}},
+    "padded, small micro-batches": {
+        "algo": {"loss_type": "grpo"},
+        "train": {"packing": False, "max_tokens_per_micro_batch": 25},
+    },
+    "penalty": {"algo": {"loss_type": "dr_grpo", "beta": 0.1}},
+    "penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1}, "lora": True},
+    "two mini-batches, two passes": {"algo": {"num_mini_batches": 2, "num_iterations": 2}},
+    "fewer sequences than processes": {"samples": {"groups": 1, "size": 1}},
+    "fewer sequences than processes, penalty": {"algo": {"beta": 0.1}, "samples": {"groups": 1, "size": 1}},
+}
+STEPS = 2
+
+
+def run_cases(seed: int, accelerator: Accelerator) -> dict[str, list[dict[str, Any]]]:
+    """Metrics and gradients of every step of every case."""
+    results = {}
+    for name, case in CASES.items():
+        model = make_lora(tiny_model()) if case.get("lora") else tiny_model()
+        config = make_config(algo=case.get("algo"), train=case.get("train"))
+        learner, algorithm = make_learner(model, config, accelerator=accelerator)
+        steps = []
+        for step in range(STEPS):
+            samples = make_samples(seed + step, **case.get("samples", {}))
+            outcome = update_and_look(learner, algorithm, samples)
+            steps.append({"metrics": outcome.metrics, "gradients": outcome.gradients})
+        results[name] = steps
+    return results
+
+
+def main() -> int:
+    if sys.argv[1] == "--refused":
+        from llmrl.train.setup import make_accelerator
+
+        try:
+            make_accelerator(make_config(sys.argv[2]))
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        return 0
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2, accelerator.num_processes
+    results = run_cases(int(sys.argv[2]), accelerator)
+    if accelerator.is_main_process:
+        torch.save(results, sys.argv[1])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+# ruff: noqa
+import ctypes
+def solve(xs):
+    ctypes.string_at(0)
+solve([])

