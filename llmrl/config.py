@@ -40,7 +40,7 @@ class ModelConfig:
     revision: str | None = None
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in. float32 with `accelerate`'s mixed precision keeps master weights."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     trust_remote_code: bool = False
@@ -108,6 +108,10 @@ class RewardConfig:
     """0 logs it without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments fixed for the whole run."""
+    gate: str | None = None
+    """Name of another reward: this one counts only where that one is above 0."""
+    scale: tuple[float, float] | None = None
+    """[low, high]: the value is mapped from there to [0, 1] and clipped before it is weighted."""
     time_limit_s: float = 20.0
     """Per call, for rewards that run in the pool of worker processes."""
 
@@ -118,28 +122,120 @@ class VerifyConfig:
 
     num_workers: int | None = None
     """Worker processes for CPU-bound rewards. Default: the cores of this machine shared by its training processes."""
+    memory_limit_gb: float = 4.0
+    """Address space of each worker process."""
     max_unscored_frac: float = 0.05
     """The run stops when more than this share of a step's rollouts could not be scored because something failed."""
 
 
+Preset = Literal[
+    "grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "clip_cov",
+    "kl_cov", "rloo", "opo", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr", "nthr",
+    "c_grpo",
+]  # fmt: skip
+
+
 @dataclass
 class AlgoConfig:
-    """What turns rewards into a gradient."""
+    """What turns rewards into a gradient. A field left out has the value of the preset that `name` names.
 
-    name: Literal["grpo"] = "grpo"
-    scale_rewards: Literal["group", "none"] = "group"
-    """Advantage = (reward - group mean) / group standard deviation; `none` leaves the division out (Dr. GRPO)."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
-    """Aggregation of token losses: mean of sequence means, mean over all tokens, or sum over B * max_completion_length."""
-    epsilon: float = 0.2
-    """The probability ratio stops mattering below 1 - epsilon."""
+    An option that the other choices leave without a reader stays None, and giving it is an error.
+    """
+
+    name: Preset = "grpo"
+    """The preset: a row of `llmrl/algo/presets.py`. What is given below wins over it."""
+    baseline: Literal["group", "batch", "none", "leave_one_out", "length_weighted", "optimal_token", "passk"] | None = (
+        None
+    )
+    """What is subtracted from a reward: its group's mean, the batch's mean, nothing; the mean of the others (RLOO); the
+    mean weighted by length (OPO); one per token (optimal token baseline); or the analytic pass@k advantage."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """... and what it is divided by: the standard deviation of its group, of the batch, or nothing (Dr. GRPO)."""
+    batch_std_of: Literal["raw", "centred"] | None = None
+    """The batch's deviation is that of the rewards, or of the rewards less the baseline."""
+    whiten_advantages: bool | None = None
+    """Then shift and scale all tokens' advantages of the batch to mean 0, deviation 1 (REINFORCE++)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = None
+    """Several rewards: add them up, or standardise each in its group first and the sum over the batch (GDPO)."""
+    passk_k: int | None = None
+    """k of the pass@k advantage."""
+    passk_mix: float | None = None
+    """Share of the pass@k advantage; the rest is the group-standardised one."""
+    rubric_alpha: float | None = None
+    """C-GRPO: share of the rubric part in the reward of correct rollouts; 0 takes the reward as it is."""
+    rubric_norm: Literal["none", "group_max", "group_max_correct"] | None = None
+    """C-GRPO: the rubric part is divided by the group's largest (the paper), that of correct rollouts, or not."""
+    overlong_buffer: float | None = None
+    """Soft punishment of length: over the last so large a share of max_completion_length the reward falls by 1; 0 off."""
+    mask_truncated_completions: bool | None = None
+    """Leave truncated rollouts out of the loss and its denominators; their rewards still enter the baselines."""
+    dynamic_sampling: bool | None = None
+    """Draw further tasks in place of groups whose accuracies are all equal, until the batch is full."""
+    dynamic_sampling_max_batches: int | None = None
+    """... at most so many times num_prompts tasks; then groups without signal fill the rest."""
+    policy_loss: Literal["clip", "cispo", "sapo", "gmpo", "vespo", "clip_cov", "kl_cov"] | None = None
+    """The loss of a token, as a function of its probability ratio and advantage."""
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    """The ratio is a token's, the geometric mean over its sequence (GSPO), or that with a token's gradient."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "sequence_sum", "prompt_mean"] | None = None
+    """Aggregation of token losses: mean of sequence means, mean over all tokens, sum over B * max_completion_length, mean
+    of sequence sums, or mean over prompts of their token means."""
+    epsilon: float | None = None
+    """The ratio stops mattering below 1 - epsilon (gmpo: the log-ratio beyond +- epsilon)."""
     epsilon_high: float | None = None
-    """... and above 1 + epsilon_high (default: epsilon)."""
-    beta: float = 0.0
-    """Weight of the KL penalty (k3 estimator) to the reference model; 0 needs no reference."""
-    num_iterations: int = 1
+    """... and above 1 + epsilon_high (default: the preset's, else epsilon)."""
+    delta: float | None = None
+    """Two-sided clipping: the ratio of tokens with negative advantage is capped here too; above 1 + epsilon_high."""
+    dual_clip: float | None = None
+    """Dual clipping: a token with negative advantage loses at most dual_clip * |A|; above 1."""
+    max_ratio: float | None = None
+    """cispo: the weight of a token is its ratio, at most this (an absolute cap)."""
+    sapo_temperature_pos: float | None = None
+    """sapo: steepness of the soft gate for positive advantages."""
+    sapo_temperature_neg: float | None = None
+    vespo_k_pos: float | None = None
+    """vespo: weight W^k exp(lambda (1 - W)) of the sequence ratio W, for positive and negative advantages."""
+    vespo_lambda_pos: float | None = None
+    vespo_k_neg: float | None = None
+    vespo_lambda_neg: float | None = None
+    cov_fraction: float | None = None
+    """clip_cov, kl_cov: share of the batch's tokens with a high covariance that is held back."""
+    kl_cov_coef: float | None = None
+    """kl_cov: weight of |logprobs - old_logprobs| on those tokens."""
+    off_policy_mask_threshold: float | None = None
+    """Drop sequences with negative advantage whose mean log(sampler / policy) exceeds this (nats; about 0.5); unset: off."""
+    beta: float | None = None
+    """Weight of the KL penalty to the reference model; 0 needs no reference."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """The penalty is a term of the loss, or is subtracted from the reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] | None = None
+    """Per-token estimator. k1 belongs in the reward, the others in the loss."""
+    use_bias_correction_kl: bool | None = None
+    """Multiply the penalty by the (differentiated) ratio: unbiased when the batch is off-policy."""
+    kl_target: float | None = None
+    """Adapt beta so that the measured KL (nats per token) stays near this; unset: constant."""
+    kl_horizon: int | None = None
+    """Rollouts over which an adaptive beta changes by a factor of about e^0.2."""
+    entropy_coef: float | None = None
+    """Weight of the mean token entropy, which the loss then raises."""
+    top_entropy_quantile: float | None = None
+    """Policy loss on this share of the tokens only, those with the highest entropy; 1 is all."""
+    token_weighting: Literal["none", "thr", "nthr"] | None = None
+    """Token Hidden Reward: reweight advantages by each token's influence on the correct responses' likelihood."""
+    thr_p: float | None = None
+    """thr: factor 1 + p on tokens that raise it, 1 - p on those that lower it: above 0 exploits, below 0 explores."""
+    thr_p_end: float | None = None
+    """thr: p moves linearly to here over `thr_p_steps` (default: thr_p)."""
+    thr_p_steps: int | None = None
+    thr_threshold: Literal["nthr_min", "mean", "quantile", "none"] | None = None
+    """Tokens whose |score| is not above it get no advantage (thr): scale * least mean score of a correct response; scale *
+    the mean of those; the quantile `thr_threshold_value` of |score|; or no threshold."""
+    thr_threshold_value: float | None = None
+    nthr_eta: float | None = None
+    """nthr: factor on the selected tokens of incorrect responses (default: 2 |0.5 - success rate|)."""
+    num_iterations: int | None = None
     """Passes over each batch of rollouts."""
-    num_mini_batches: int = 1
+    num_mini_batches: int | None = None
     """Optimizer steps per pass; groups are dealt out whole."""
 
 
@@ -166,6 +262,8 @@ class TrainConfig:
     """Tokens (padding included) in one forward pass of one process. Changes memory and speed, never the result."""
     packing: bool = True
     """Lay short sequences behind each other in a row, so that rows need no padding."""
+    share_prefixes: bool = True
+    """Compute what a group's sequences have in common (their prompt) once, where the model allows it and it pays."""
     max_skipped_steps: int = 5
     """Optimizer steps with a non-finite gradient are skipped and recorded; more than this many stop the run."""
     save_steps: int = 50
@@ -226,7 +324,9 @@ def validate(config: Config) -> None:
     Raises:
         UserError: with the field, its value, and the fix. All findings are listed, not only the first.
     """
-    c, found = config, []
+    from llmrl.algo.presets import contradictions
+
+    c, found = config, contradictions(config)
 
     def check(ok: bool, message: str) -> None:
         if not ok:
@@ -242,8 +342,6 @@ def validate(config: Config) -> None:
         "rollout.num_prompts": c.rollout.num_prompts,
         "rollout.max_completion_length": c.rollout.max_completion_length,
         "rollout.max_num_seqs": c.rollout.max_num_seqs,
-        "algo.num_iterations": c.algo.num_iterations,
-        "algo.num_mini_batches": c.algo.num_mini_batches,
         "train.max_steps": c.train.max_steps,
         "train.max_tokens_per_micro_batch": c.train.max_tokens_per_micro_batch,
         "eval.num_generations": c.eval.num_generations,
@@ -251,8 +349,6 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         check(value >= 1, f"{name} is {value}: must be at least 1")
     at_least_zero = {
-        "algo.epsilon": c.algo.epsilon,
-        "algo.beta": c.algo.beta,
         "train.learning_rate": c.train.learning_rate,
         "train.warmup_steps": c.train.warmup_steps,
         "train.max_grad_norm": c.train.max_grad_norm,
@@ -264,10 +360,6 @@ def validate(config: Config) -> None:
     for name, value in at_least_zero.items():
         check(value >= 0, f"{name} is {value}: must not be negative")
     check(
-        c.rollout.num_generations >= 2,
-        f"rollout.num_generations is {c.rollout.num_generations}: a group-relative advantage needs at least 2 rollouts",
-    )
-    check(
         c.rollout.temperature > 0,
         f"rollout.temperature is {c.rollout.temperature}: greedy rollouts are all alike and carry no signal; use 1.0",
     )
@@ -275,11 +367,6 @@ def validate(config: Config) -> None:
         c.rollout.top_p == 1.0 and c.rollout.top_k == 0,
         f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, which "
         "biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
-    )
-    check(
-        c.algo.num_mini_batches <= c.rollout.num_prompts,
-        f"algo.num_mini_batches {c.algo.num_mini_batches} exceeds rollout.num_prompts {c.rollout.num_prompts}: "
-        "mini-batches are made of whole groups",
     )
     check(
         0 <= c.verify.max_unscored_frac <= 1,

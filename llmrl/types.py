@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -144,6 +144,8 @@ class Rollout:
     """Filled by stage 3; None until then, and for rollouts that ended in an error."""
     advantage: float | list[float] | None = None
     """Filled by stage 4: one number, or one per trained token."""
+    token_scores: dict[str, list[float]] = field(default_factory=dict)
+    """What stage 5 found out about each trained token, for the report (Token Hidden Reward ...)."""
     env_rewards: dict[str, float] = field(default_factory=dict)
     """Reward parts that the environment itself gave."""
     error: str | None = None
@@ -263,6 +265,8 @@ class TrainBatch:
     policy_version: int
     metrics: dict[str, float] = field(default_factory=dict)
     """What preparing it measured (fraction of groups without signal ...)."""
+    groups: list[RolloutGroup] = field(default_factory=list)
+    """Where the samples come from: `groups[sample.group]`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,6 +286,8 @@ class MicroBatch:
     input_ids: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B 1 T T"] | None
+    """Only where sequences share a prefix; otherwise restarting positions keep the sequences of a row apart."""
     targets: Int[Tensor, " M"]
     predict_from: Int[Tensor, " M"]
     """Index into the B * T positions: `targets[m]` is predicted by the hidden state there."""

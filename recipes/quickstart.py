@@ -95,6 +95,7 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     from llmrl.tiny import build_tiny_model, char_tokenizer
 
     start, cpu = time.perf_counter(), time.process_time()
+    unfinished = folder.with_name(folder.name + ".writing")
     seed, options = config.train.seed, config.warm_start
     tokenizer = char_tokenizer(ALPHABET, [THINK, END_THINK, BOX])
     model = build_tiny_model(
@@ -116,7 +117,7 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(folder.with_name("sft")),
+            output_dir=str(unfinished),
             seed=seed,
             per_device_train_batch_size=16,
             max_steps=options.max_steps,
@@ -138,7 +139,6 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
         callbacks=[gate],
     )
     trainer.train()
-    unfinished = folder.with_name(folder.name + ".writing")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
@@ -165,7 +165,7 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
 
     options = config.warm_start
     chat = Chat(tokenizer, prompt_format="text")
-    reward = resolve(config.rewards[0].fn, config.rewards[0].args)
+    reward, fixed = resolve(config.rewards[0].fn), config.rewards[0].args
     questions = held_out_rows()[:64]
 
     async def accuracy(model: Any, step: int) -> float:
@@ -180,7 +180,7 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
             )
             prompt_ids = chat.render([{"role": "user", "content": row["prompt"]}])
             drawn = await engine.generate(prompt_ids, sampling, session=str(index))
-            verdict = reward(completion=chat.decode(drawn.token_ids), answer=row["answer"])
+            verdict = reward(completion=chat.decode(drawn.token_ids), answer=row["answer"], **fixed)
             return verdict.reward or 0.0
 
         outcomes = await asyncio.gather(*(attempt(i, questions[i // 4]) for i in range(4 * len(questions))))

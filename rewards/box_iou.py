@@ -1,5 +1,6 @@
 """Reward for grounding and detection: boxes in the completion's <answer> against the gold boxes of the row.
-In: a completion, gold boxes in pixels of the original image and, where the model saw another size, both sizes."""
+In: a completion, gold boxes in pixels of the original image and, where the model saw another size, both sizes.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +33,18 @@ def box_iou(
     """Score the boxes of an answer (VLM-R1, arXiv 2504.07615). No closed <answer>...</answer>: 0.
 
     Args:
-        answer: gold; `solution` (VLM-R1 rows) is read where there is no answer. For `iou` one box, else a list of
-            {"bbox_2d", "label"}, empty or the word None where the image has no such object. Always in pixels of the original image.
+        completion: text, or messages of which the last assistant message is read.
+        answer: gold, always in pixels of the original image. For `iou` one box, else a list of {"bbox_2d", "label"},
+            empty or the word None where the image has no such object.
+        solution: gold, read where there is no `answer` (VLM-R1 rows).
         image_size: (width, height) of the original image; needed unless `coordinates` is "original".
-        input_size: (width, height) the model saw, for `coordinates="input"`; or give `image_grid_thw`.
+        input_size: (width, height) the model saw, for `coordinates="input"`.
+        image_grid_thw: the same as a grid of patches, read where there is no `input_size`.
         measure: `iou` of the first box with the gold box; `map` COCO mAP@[.5:.95]; `map50` at 0.5; `od_length` mAP
             times n_gold / n_predicted where more boxes are predicted than there are.
         coordinates: what the model answers in: pixels of the original image, pixels of its input, or thousandths of
             the width and height.
+        patch_size: pixels per patch of `image_grid_thw`.
 
     Raises:
         UserError: unknown measure, a gold answer that is no box, a size that is missing.

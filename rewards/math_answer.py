@@ -44,6 +44,11 @@ EXAMPLES = [
 ]
 
 
+def warm_up() -> None:
+    """Load math-verify, which takes half a second; each worker does it once, outside any time limit."""
+    judge("x", ["y"])
+
+
 def math_answer(completion: str, answer: Any, require_box: bool = False, strict_single_box: bool = False) -> Score:
     r"""Compare the completion's answer with the reference.
 

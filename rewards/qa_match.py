@@ -1,5 +1,6 @@
 """Reward for short-answer questions: exact match, F1 or substring against one or several gold answers, or the whole
-reward of Search-R1 or DeepResearcher. In: a completion (or a rollout) and the row's gold answers; out: a Score."""
+reward of Search-R1 or DeepResearcher. In: a completion (or a rollout) and the row's gold answers; out: a Score.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ def qa_match(
     measure: Measure = "em",
     normalizer: str = "squad_em",
     answer_tag: str | None = "answer",
+    observations_inline: bool = False,
     structure_format_score: float = 0.2,
     retrieval_score: float = 0.0,
     final_format_score: float = 0.1,
@@ -32,13 +34,21 @@ def qa_match(
 
     Args:
         completion: text, or messages (the last assistant message is read).
-        answer: gold answer(s). So are `golden_answers` (FlashRAG's NQ rows), `answers` (SQuAD, TriviaQA) and
-            `reward_model` (Search-R1 and DeepResearcher rows); the first that is there is used.
+        answer: gold answer(s), in any form `answers.gold_answers` takes. The first of the four columns that holds one
+            is used.
+        golden_answers: gold answers (Natural Questions rows of FlashRAG).
+        answers: gold answers (SQuAD, TriviaQA).
+        reward_model: gold answers (Search-R1 and DeepResearcher rows).
         rollout: gives `search_r1` and `deepresearcher` all turns and the environment's replies.
         measure: em, f1, substring; or `search_r1` (lattice of the three format scores) or `deepresearcher` (-1 or F1).
         normalizer: squad_em | deepresearcher_f1 | multilingual.
         answer_tag: the answer is the last <answer>...</answer>; without one the reward is 0. None: all that follows
             the thinking is the answer.
+        observations_inline: for `search_r1`: the completion holds the environment's <information> blocks as well, as
+            in stored transcripts. Otherwise such a block is the policy's forgery, and the transcript malformed.
+        structure_format_score: of `search_r1`, as are the next two; see `answers.search_r1_reward`.
+        retrieval_score: for a transcript whose retrieved text holds a gold answer.
+        final_format_score: for a wrong answer in a malformed transcript.
 
     Raises:
         UserError: unknown measure or normalizer, or the row has no gold answer.
@@ -57,6 +67,7 @@ def qa_match(
             text,
             golds,
             rollout,
+            observations_inline,
             normalizer=normalizer,
             structure_format_score=structure_format_score,
             retrieval_score=retrieval_score,
@@ -80,16 +91,13 @@ def _policy_text(text: str, rollout: Rollout | None) -> str:
     return "\n".join(str(turn.message.get("content") or "") for turn in rollout.turns)
 
 
-def _search_r1(text: str, golds: list[str], rollout: Rollout | None, **scores: Any) -> float:
-    if rollout is None or not rollout.turns:
-        return qa.search_r1_reward(text, golds, **scores)
+def _search_r1(text: str, golds: list[str], rollout: Rollout | None, inline: bool, **scores: Any) -> float:
     # <information> is the environment's word: a policy that writes its own would collect the retrieval score.
-    if "information>" in _policy_text(text, rollout):
-        scores["well_formed"] = False
-    transcript = "".join(
-        str(message.get("content") or "") for turn in rollout.turns for message in [turn.message, *turn.replies]
-    )
-    return qa.search_r1_reward(transcript, golds, **scores)
+    forged = not inline and "information>" in _policy_text(text, rollout)
+    if rollout is not None and rollout.turns:
+        messages = [message for turn in rollout.turns for message in [turn.message, *turn.replies]]
+        text = "".join(str(message.get("content") or "") for message in messages)
+    return qa.search_r1_reward(text, golds, well_formed=False if forged else None, **scores)
 
 
 EXAMPLES: list[dict[str, Any]] = [
@@ -128,7 +136,16 @@ EXAMPLES: list[dict[str, Any]] = [
         "<answer>Paris</answer>",
         "answer": "Paris",
         "measure": "search_r1",
+        "observations_inline": True,
         "reward": 1.0,
+    },
+    {
+        "completion": "<think>t</think><search>q</search><information>Paris is</information><think>t</think>"
+        "<answer>Rome</answer>",
+        "answer": "Paris",
+        "measure": "search_r1",
+        "retrieval_score": 0.3,
+        "reward": 0.1,
     },
     {"completion": "I say <answer>Paris</answer>", "answer": "Paris", "measure": "search_r1", "reward": 0.8},
     {

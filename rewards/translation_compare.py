@@ -39,7 +39,7 @@ async def translation_compare(
         target_language: ISO 639-1 code.
         exemplar: the translation to compare with (mode compare).
         reference: a human translation (metrics chrf, bleu, ter).
-        judge: mapping with the fields of JudgeConfig, or a judge object (modes compare and grade).
+        judge: see `llmrl.verify.judge.get_judge` (modes compare and grade).
         options: fields of TranslationConfig.
     """
     row = Row(

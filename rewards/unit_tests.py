@@ -15,6 +15,8 @@ from llmrl.verify.code import Outcome, UnusableRow, reward_of, run_tests
 from llmrl.verify.code_rows import extract_program, read_row
 from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
 
+POOL = True
+"""Judging takes seconds for some programs: it runs in the pool's worker processes, each with a box of its own."""
 _OUTCOMES = ("all", "fraction", "bcoder")
 
 
@@ -37,6 +39,7 @@ def unit_tests(
     outcome: Outcome = "all",
     cpu_seconds: int = 6,
     wall_seconds: float = 12.0,
+    total_seconds: float = 15.0,
     memory_mb: int = 1024,
     sandbox: Sandbox | None = None,
 ) -> Score:
@@ -61,6 +64,7 @@ def unit_tests(
             time-out, -1 does not compile).
         cpu_seconds: processor time of one run: all assertions of a row together, or one input.
         wall_seconds: real time of one run.
+        total_seconds: real time of all runs of one completion; keep it below the time limit of the worker pool.
         memory_mb: memory of the program on top of the interpreter's own.
         sandbox: where programs run; by default the process's own, chosen by LLMRL_SANDBOX.
 
@@ -95,7 +99,7 @@ def unit_tests(
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
     try:
         box = sandbox or default_sandbox()
-        results = run_tests(program, row, box, limits, stop_early=outcome == "all")
+        results = run_tests(program, row, box, limits, stop_early=outcome == "all", total_seconds=total_seconds)
     except UnusableRow as error:
         return Score(reward=None, info={"reason": str(error)})
     except SandboxUnavailable:

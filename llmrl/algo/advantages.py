@@ -6,6 +6,7 @@ advantage is 0, so they carry no gradient.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,34 +17,64 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it (the value TRL uses)."""
+PASSK_EPSILON = 1e-6
+
+Over = Literal["group", "batch", "none"]
 
 
 def group_advantages(
-    rewards: Float[Tensor, "P G"], *, scale: Literal["group", "none"] = "group"
+    rewards: Float[Tensor, "P G"],
+    *,
+    scale: Over = "group",
+    mean: Over = "group",
+    batch_std_of: Literal["raw", "centred"] = "raw",
 ) -> Float[Tensor, "P G"]:
-    """Reward relative to the group: A = (r - mean_g r) / (std_g r + 1e-4).
+    """Reward relative to a mean, in units of a standard deviation: A = (r - mean r) / (std r + 1e-4).
 
-    The standard deviation is the unbiased one (n - 1). A group with fewer than two scores, or whose scores are all
-    equal, gets 0 everywhere.
+    Standard deviations are unbiased (n - 1). With `mean` "group", a group with fewer than two scores or whose scores are
+    all equal gets 0 everywhere. A deviation of fewer than two scores, or of equal ones, divides nothing.
 
     Args:
         rewards: NaN where a rollout has no score.
-        scale: "none" leaves out the division by the standard deviation.
+        scale: whose deviation divides; "none" leaves the division out.
+        mean: whose mean is subtracted; "none" subtracts nothing.
+        batch_std_of: the batch's deviation is that of the rewards, or of the rewards less the mean (then differences
+            between tasks do not count).
 
     References:
-        Shao et al. 2024, arXiv:2402.03300, section 4.1.2 (GRPO); Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO: no
-        division).
+        Shao et al. 2024, arXiv:2402.03300, section 4.1.2 (GRPO: group, group); Liu et al. 2025, arXiv:2503.20783
+        (Dr. GRPO: group, none); Liu et al. 2025, arXiv:2508.08221 (Lite PPO: mean group, scale batch).
     """
     scored = ~torch.isnan(rewards)
-    count = scored.sum(dim=1, keepdim=True)
-    filled = torch.where(scored, rewards, 0.0)
-    mean = filled.sum(dim=1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(scored, rewards - mean, 0.0)
-    constant = flat_groups(rewards)[:, None] | (count < 2)
-    if scale == "group":
-        variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + EPSILON)
-    return torch.where(constant, 0.0, centred)
+    centred = torch.where(scored, rewards - _mean(rewards, mean), 0.0)
+    if scale != "none":
+        of_centred = scale == "batch" and batch_std_of == "centred"
+        deviation = _deviation(torch.where(scored, centred, torch.nan) if of_centred else rewards, scale)
+        centred = torch.where(deviation > 0, centred / (deviation + EPSILON), centred)
+    if mean == "group":
+        constant = flat_groups(rewards)[:, None] | (scored.sum(dim=1, keepdim=True) < 2)
+        centred = torch.where(constant, 0.0, centred)
+    return centred
+
+
+def _mean(values: Float[Tensor, "P G"], over: Over) -> Tensor:
+    if over == "none":
+        return values.new_zeros(())
+    scored = ~torch.isnan(values)
+    filled = torch.where(scored, values, 0.0)
+    if over == "batch":
+        return filled.sum() / scored.sum().clamp(min=1)
+    return filled.sum(dim=1, keepdim=True) / scored.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _deviation(values: Float[Tensor, "P G"], over: Over) -> Tensor:
+    """Unbiased standard deviation of the scored values; exactly 0 where they are all equal."""
+    if over == "batch":
+        values = values.reshape(1, -1)
+    scored = ~torch.isnan(values)
+    centred = torch.where(scored, values - _mean(values, "group"), 0.0)
+    variance = centred.square().sum(dim=1, keepdim=True) / (scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    return torch.where(flat_groups(values)[:, None], 0.0, variance.sqrt())
 
 
 def flat_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
@@ -51,3 +82,135 @@ def flat_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     lowest = torch.where(torch.isnan(rewards), torch.inf, rewards).amin(dim=1)
     highest = torch.where(torch.isnan(rewards), -torch.inf, rewards).amax(dim=1)
     return highest <= lowest
+
+
+def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """A_i = r_i - mean of the other scores of the group = n / (n - 1) (r_i - mean r). 0 where there is no other.
+
+    References:
+        Ahmadian et al. 2024, arXiv:2402.14740, equation 8 (RLOO).
+    """
+    count = (~torch.isnan(rewards)).sum(dim=1, keepdim=True)
+    return group_advantages(rewards, scale="none") * count / (count - 1).clamp(min=1)
+
+
+def length_weighted(rewards: Float[Tensor, "P G"], lengths: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """A_i = r_i - sum_j |y_j| r_j / sum_j |y_j|: the baseline of least gradient variance when every token counts alike.
+
+    References:
+        Hao et al. 2025, arXiv:2505.23585 (OPO).
+    """
+    scored = ~torch.isnan(rewards)
+    weights = torch.where(scored, lengths, 0.0)
+    total = (weights * torch.where(scored, rewards, 0.0)).sum(dim=1, keepdim=True)
+    baseline = total / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    dead = ~scored | flat_groups(rewards)[:, None] | (scored.sum(dim=1, keepdim=True) < 2)
+    return torch.where(dead, 0.0, rewards - baseline)
+
+
+def greedy_baseline(rewards: Float[Tensor, "P G"], greedy: Float[Tensor, " P"]) -> Float[Tensor, "P G"]:
+    """A_i = r_i - r(greedy completion of the same prompt). 0 where either has no score.
+
+    References:
+        Li et al. 2023, arXiv:2310.10505 (ReMax).
+    """
+    return torch.nan_to_num(rewards - greedy[:, None], nan=0.0)
+
+
+def pass_at_k_advantages(correct: Float[Tensor, "P G"], k: int) -> Float[Tensor, "P G"]:
+    """Advantage of a rollout for the reward "at least one of k is right", averaged over all k-subsets that contain it.
+
+    With N rollouts, W of them wrong:
+        R = 1 - C(W, k) / C(N, k),  s = sqrt(R (1 - R))
+        A_right = (1 - R) / (s + 1e-6)
+        A_wrong = (1 - R - C(W - 1, k - 1) / C(N - 1, k - 1)) / (s + 1e-6)
+    They add up to 0 over a group. Easy prompts (W < k) get 0.
+
+    Args:
+        correct: 1 right, 0 wrong, NaN without a score.
+        k: groups with fewer scores use as many as they have.
+
+    References:
+        Chen et al. 2025, arXiv:2508.10751, section 2.4 (analytic form).
+    """
+    rows = []
+    for row in correct.tolist():
+        outcomes = [value for value in row if not math.isnan(value)]
+        right, wrong = _pass_at_k_pair(len(outcomes), sum(value < 1 for value in outcomes), k)
+        rows.append([0.0 if math.isnan(value) else right if value >= 1 else wrong for value in row])
+    return torch.tensor(rows, dtype=torch.float32, device=correct.device)
+
+
+def _pass_at_k_pair(count: int, wrong: int, k: int) -> tuple[float, float]:
+    """(advantage of a right, of a wrong rollout) in a group of `count`."""
+    k = min(k, count)
+    if k == 0:
+        return 0.0, 0.0
+    failure = math.comb(wrong, k) / math.comb(count, k)
+    scale = math.sqrt(failure * (1 - failure)) + PASSK_EPSILON
+    without = math.comb(wrong - 1, k - 1) / math.comb(count - 1, k - 1) if wrong else 0.0
+    return failure / scale, (failure - without) / scale
+
+
+def multi_reward_advantages(parts: Float[Tensor, "R P G"], weights: Float[Tensor, " R"]) -> Float[Tensor, "P G"]:
+    """Standardise each reward within its group, add up with weights, standardise the sum over the batch (GDPO).
+
+    A rollout's sum is over the rewards that scored it. Where no group has signal everything is 0.
+
+    References:
+        Liu et al. 2026, arXiv:2601.05242; TRL's `normalize_then_sum`.
+    """
+    scored = ~torch.isnan(parts)
+    each = torch.stack([group_advantages(part) for part in parts])
+    total = (each * weights[:, None, None]).sum(dim=0)
+    total = torch.where(scored.any(dim=0), total, torch.nan)
+    return group_advantages(total, mean="batch", scale="batch")
+
+
+def optimal_token_advantages(
+    rewards: Float[Tensor, " G"], logprobs: list[Float[Tensor, " T"]], collisions: list[Float[Tensor, " T"]]
+) -> list[Float[Tensor, " T"]]:
+    """One baseline per token position of a group: the one of least variance of the gradient so far.
+
+        w_t = 1 - 2 pi(y_t) + sum_v pi(v)^2    (squared norm of the gradient of log pi(y_t) with respect to the logits)
+        W_t = w_1 + ... + w_t,   B_t = sum_i r_i W_{i,t} / sum_i W_{i,t},   A_{i,t} = r_i - B_t
+
+    Args:
+        rewards: of the group's scored rollouts; no NaN.
+        logprobs: of each rollout's tokens under the policy that took the batch.
+        collisions: sum_v pi(v)^2 there.
+
+    References:
+        verl, `optimal_token_baseline`.
+    """
+    energies = [(1 - 2 * lp.exp() + c).cumsum(dim=0) for lp, c in zip(logprobs, collisions, strict=True)]
+    longest = max((len(energy) for energy in energies), default=0)
+    padded = torch.stack([torch.nn.functional.pad(energy, (0, longest - len(energy))) for energy in energies])
+    baseline = (rewards[:, None] * padded).sum(dim=0) / padded.sum(dim=0).clamp(min=1e-8)
+    return [reward - baseline[: len(energy)] for reward, energy in zip(rewards, energies, strict=True)]
+
+
+def returns_to_go(token_rewards: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Sum of this token's reward and all later ones of its sequence (no discount)."""
+    return token_rewards.flip(0).cumsum(dim=0).flip(0)
+
+
+def whiten(values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """(x - mean) / sqrt(var + 1e-8) over all tokens of a batch, with the unbiased variance (PPO's convention)."""
+    if len(values) < 2:
+        return torch.zeros_like(values)
+    return (values - values.mean()) * torch.rsqrt(values.var() + 1e-8)
+
+
+def overlong_penalty(lengths: Float[Tensor, "P G"], *, limit: int, buffer: float) -> Float[Tensor, "P G"]:
+    """Soft punishment of long completions, added to the reward: 0 up to limit - buffer, then falling linearly to -1.
+
+    Args:
+        lengths: completion tokens.
+        limit: the length at which the penalty is -1.
+        buffer: tokens over which it falls.
+
+    References:
+        Yu et al. 2025, arXiv:2503.14476, equation 13 (DAPO).
+    """
+    return ((limit - buffer - lengths) / buffer).clamp(-1.0, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,17 @@ class Needs:
     """Samples whose advantages are all zero still have a gradient (a KL or entropy term) and must be computed."""
     entropy_gradient: bool = False
     """The loss differentiates through the entropy."""
+    old_logprobs: bool = False
+    """Log-probabilities under the policy that took the batch, before `refine` (otherwise they are computed only when
+    several optimizer steps use the batch)."""
+    old_entropies: bool = False
+    """`extras["old_entropies"]`: entropies (nats) under that policy."""
+    collisions: bool = False
+    """`extras["collisions"]`: sum_v p(v)^2 under that policy."""
+    influence: bool = False
+    """`extras["influence"]`: each token's influence on the tokens that `influence_weights` chooses."""
+    refine: bool = False
+    """`refine` is called once the quantities above are there."""
 
 
 class Algorithm(Protocol):
@@ -38,16 +49,41 @@ class Algorithm(Protocol):
         """Stage 4: set every rollout's advantage and lay out the training samples. Runs on every rank, alike."""
         ...
 
+    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
+        """W of each sample's tokens in M = sum_k w_k g_k h_k^T of its group; only asked with `needs.influence`."""
+        ...
+
+    def refine(self, batch: TrainBatch) -> None:
+        """Between stages 4 and 5: change the advantages by what the policy that took the batch thinks of its tokens.
+
+        Runs on every process alike, over the whole batch, and only with `needs.refine`. Samples whose advantages are all
+        zero carry the quantities asked for only with `needs.every_sample`.
+        """
+        ...
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """What the update measured, the same on every process."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        ...
+
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 5: this micro-batch's share of the loss, and metrics that are shares too (added over micro-batches and
-        ranks; keys ending in `/max` take the maximum instead)."""
+        ranks; keys ending in `/max` take the maximum instead).
+        """
         ...
 
 
 def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
     """Rewards of all rollouts, NaN where there is no score; the reward itself, or one named part of it."""
 
-    def value(rollout) -> float:  # noqa: ANN001
+    def value(rollout) -> float:
         if rollout.score is None:
             return float("nan")
         found = rollout.score.reward if part is None else rollout.score.parts.get(part)
@@ -70,7 +106,7 @@ def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
     return samples
 
 
-def _samples_of_rollout(rollout, group: int) -> list[Sample]:  # noqa: ANN001
+def _samples_of_rollout(rollout, group: int) -> list[Sample]:
     total = rollout.num_completion_tokens
     given = rollout.advantage
     advantages = np.full(total, given, np.float32) if np.isscalar(given) else np.asarray(given, np.float32)
@@ -90,6 +126,10 @@ def _samples_of_rollout(rollout, group: int) -> list[Sample]:  # noqa: ANN001
         logprobs += turn.rollout_logprobs
     samples, start = [], 0
     for ids, mask, logprobs in pieces:
+        if mask[0] or len(logprobs) != sum(mask):
+            raise ValueError(
+                f"task {rollout.task.id}: an empty prompt, or {len(logprobs)} rollout_logprobs for {sum(mask)} tokens"
+            )
         samples.append(
             Sample(
                 input_ids=np.asarray(ids, np.int64),

@@ -1,17 +1,27 @@
-"""GRPO: group-relative advantages and a clipped policy-gradient loss, with an optional KL penalty."""
+"""GRPO and its family: rewards of groups -> advantages -> a policy-gradient loss. Which member is configuration.
+
+The order of operations: reward (C-GRPO mixing, overlong punishment) -> baseline and scale -> [`refine`, where the policy's
+own view of its tokens is needed: KL in the reward, token baselines, whitening, Token Hidden Reward, entropy and covariance
+masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, entropy bonus) -> aggregation.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmrl.algo.advantages import flat_groups, group_advantages
+import torch
+
+from llmrl.algo import advantages as adv
+from llmrl.algo import kl, losses, masks
 from llmrl.algo.algorithm import Needs, reward_matrix, samples_of
-from llmrl.algo.kl import k3
-from llmrl.algo.losses import clip_masks, clipped_surrogate, token_ratio
-from llmrl.algo.reduce import aggregate
-from llmrl.types import TrainBatch
+from llmrl.algo.mixing import mixed_rewards
+from llmrl.algo.presets import resolve
+from llmrl.algo.reduce import GROUP_TOKENS, aggregate
+from llmrl.algo.refine import KL_COV, Refinement
+from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from llmrl.config import AlgoConfig
@@ -19,51 +29,214 @@ if TYPE_CHECKING:
 
 
 class GRPO:
-    """Group Relative Policy Optimization and its nearest relatives; which one is configuration.
+    """Group Relative Policy Optimization and its relatives.
+
+    Args:
+        config: what is chosen; gaps are filled from its preset.
+        max_completion_length: tokens of a rollout, Dr. GRPO's constant and the limit of the overlong punishment.
+        rewards: weight by name of reward; the first above 0 is the accuracy. Without any, the reward itself is.
 
     References:
-        Shao et al. 2024, arXiv:2402.03300.
+        Shao et al. 2024, arXiv:2402.03300; for the others see `docs/algorithms.md`.
     """
 
-    def __init__(self, config: AlgoConfig, *, max_completion_length: int) -> None:
-        self.config = config
+    def __init__(
+        self, config: AlgoConfig, *, max_completion_length: int, rewards: dict[str, float] | None = None
+    ) -> None:
+        self.config = c = resolve(config)
         self.max_completion_length = max_completion_length
-        self.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-        self.needs = Needs(ref_logprobs=config.beta > 0, every_sample=config.beta > 0)
+        self.rewards = rewards or {}
+        self.num_rollouts = 0
+        self.beta: float = c.beta or 0.0
+        in_reward = c.kl_in == "reward"
+        entropies, token_baseline = (c.top_entropy_quantile or 1) < 1, c.baseline == "optimal_token"
+        covariance, influence = c.policy_loss in ("clip_cov", "kl_cov"), c.token_weighting != "none"
+        self.needs = Needs(
+            ref_logprobs=self.beta > 0,
+            every_sample=self.beta > 0 or bool(c.entropy_coef) or bool(c.whiten_advantages),
+            entropy_gradient=bool(c.entropy_coef),
+            old_logprobs=in_reward or covariance or token_baseline,
+            old_entropies=entropies,
+            collisions=token_baseline,
+            influence=influence,
+            refine=in_reward or entropies or token_baseline or covariance or influence,
+        )
+
+    # --- stage 4 ---
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: the group-relative advantage of every rollout, and one sample per rollout."""
-        rewards = reward_matrix(groups)
-        advantages = group_advantages(rewards, scale=self.config.scale_rewards)
-        for group, row in zip(groups, advantages.tolist(), strict=True):
+        """Stage 4: every rollout's advantage, and one sample per rollout."""
+        rewards = self.shaped_rewards(groups)
+        self.num_rollouts = rewards.numel()
+        for group, row in zip(groups, self.advantages(rewards, groups).tolist(), strict=True):
             for rollout, advantage in zip(group.rollouts, row, strict=True):
                 rollout.advantage = advantage
-        return TrainBatch(
-            samples=samples_of(groups),
+        batch = TrainBatch(
+            samples=self._samples(groups),
             num_groups=len(groups),
             max_completion_length=self.max_completion_length,
             policy_version=policy_version,
-            metrics={"advantage/zero_variance_frac": flat_groups(rewards).float().mean().item()},
+            metrics={"advantage/zero_variance_frac": adv.flat_groups(rewards).float().mean().item()},
+            groups=groups,
+        )
+        if self.config.whiten_advantages and not self.needs.refine:
+            Refinement(self, batch).whiten()
+        return batch
+
+    def shaped_rewards(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+        """Rewards as the advantage sees them: mixed (C-GRPO), punished for length. NaN without a score."""
+        c = self.config
+        rewards = mixed_rewards(groups, c.rubric_alpha, c.rubric_norm) if c.rubric_alpha else reward_matrix(groups)
+        if c.overlong_buffer:
+            limit = self.max_completion_length
+            rewards = rewards + adv.overlong_penalty(lengths(groups), limit=limit, buffer=c.overlong_buffer * limit)
+        return rewards
+
+    def advantages(self, rewards: Float[Tensor, "P G"], groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+        """One advantage per rollout from rewards that are shaped (and, by `refine`, reduced by the KL)."""
+        c = self.config
+        if c.multi_objective_aggregation == "normalize_then_sum":
+            weights = {name: weight for name, weight in self.rewards.items() if weight > 0}
+            parts = torch.stack([reward_matrix(groups, name) for name in weights])
+            return adv.multi_reward_advantages(parts, torch.tensor(list(weights.values())))
+        if c.baseline == "leave_one_out":
+            return adv.leave_one_out(rewards)
+        if c.baseline == "length_weighted":
+            return adv.length_weighted(rewards, lengths(groups))
+        if c.baseline == "passk":
+            by_subsets = adv.pass_at_k_advantages(self.correct(groups), c.passk_k)
+            return c.passk_mix * by_subsets + (1 - c.passk_mix) * adv.group_advantages(rewards)
+        if c.baseline == "optimal_token":  # `refine` puts the baseline per token in its place
+            return adv.group_advantages(rewards, scale="none")
+        return adv.group_advantages(
+            rewards, mean=c.baseline, scale=c.scale_rewards, batch_std_of=c.batch_std_of or "raw"
         )
 
+    def correct(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+        """1 for rollouts whose accuracy is at least 1, 0 for others, NaN without a score."""
+        name = next((name for name, weight in self.rewards.items() if weight > 0), None)
+        accuracy = reward_matrix(groups, name)
+        return torch.where(torch.isnan(accuracy), torch.nan, (accuracy >= 1).float())
+
+    def _samples(self, groups: list[RolloutGroup]) -> list[Sample]:
+        samples = samples_of(groups)
+        if self.config.mask_truncated_completions:
+            cut = {(p, r.index) for p, group in enumerate(groups) for r in group.rollouts if r.status.is_truncated}
+            samples = [s for s in samples if (s.group, s.index) not in cut]
+        if self.config.loss_type == "prompt_mean":
+            totals = [0] * len(groups)
+            for s in samples:
+                totals[s.group] += s.num_tokens
+            for s in samples:
+                s.extras[GROUP_TOKENS] = s.advantages * 0 + totals[s.group]
+        return samples
+
+    # --- between 4 and 5 ---
+
+    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
+        """THR's 1 / response length (NTHR's 1) for samples of correct responses, 0 for others and for groups whose
+        responses are all correct: those are not reweighted.
+        """
+        correct, total = self.correct(batch.groups), lengths(batch.groups)
+        mixed = ~adv.flat_groups(correct)
+        places = {(p, r.index): (p, g) for p, group in enumerate(batch.groups) for g, r in enumerate(group.rollouts)}
+        weights = []
+        for s in samples:
+            place = places[s.group, s.index]
+            right = bool(mixed[s.group]) and correct[place].item() == 1
+            unit = 1.0 if self.config.token_weighting == "nthr" else 1.0 / total[place].item()
+            weights.append(unit if right else 0.0)
+        return weights
+
+    def refine(self, batch: TrainBatch) -> None:
+        """Change advantages by what the policy that took the batch thinks of its tokens; see `refine.py`."""
+        Refinement(self, batch).run()
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Adapt beta to the measured KL, where it is adaptive."""
+        c, measured = self.config, metrics.get("kl/ref")
+        if c.kl_target is not None and measured is not None:
+            self.beta = kl.adapted_beta(
+                self.beta,
+                measured,
+                target=c.kl_target,
+                horizon=c.kl_horizon,
+                num_rollouts=self.num_rollouts,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adaptive coefficient."""
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        if self.config.kl_target is not None:
+            self.beta = state["beta"]
+
+    # --- stage 5 ---
+
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: clipped surrogate plus beta * k3, aggregated as `loss_type` says."""
-        logprobs, advantages = outputs.logprobs, batch.advantages
+        """Stage 5: policy loss, masked where off-policy, plus KL penalty, aggregated; less the entropy bonus."""
+        c, logprobs = self.config, outputs.logprobs
         # Without old_logprobs the policy is the one that took the batch: the ratio is 1, its gradient is not zero.
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        ratio = token_ratio(logprobs, old_logprobs)
-        bounds = {"epsilon": self.config.epsilon, "epsilon_high": self.epsilon_high}
-        token_losses = clipped_surrogate(ratio, advantages, **bounds)
-        low, high = clip_masks(ratio.detach(), advantages, **bounds)
-        metrics = {
-            "loss/clip_low_frac": low.sum() / counts.num_tokens,
-            "loss/clip_high_frac": high.sum() / counts.num_tokens,
-            "loss/ratio/max": ratio.detach().max() if ratio.numel() else ratio.new_zeros(()),
-        }
-        if self.config.beta > 0:
+        sequences = (batch.sequence_ids, batch.sequence_lengths)
+        level = c.importance_sampling_level or "token"
+        ratio = losses.importance_ratio(logprobs, old_logprobs, *sequences, level)
+        token_losses = self._policy_loss(ratio, logprobs, old_logprobs, batch)
+        metrics = self._ratio_metrics(ratio.detach(), batch, counts)
+        if c.off_policy_mask_threshold is not None:
+            keep = masks.off_policy_keep(
+                logprobs, batch.rollout_logprobs, batch.advantages, *sequences, threshold=c.off_policy_mask_threshold
+            )
+            token_losses = token_losses * keep
+            metrics["loss/off_policy_frac"] = (~keep).sum() / counts.num_tokens
+        if c.kl_in == "loss":
             if batch.ref_logprobs is None:
                 raise ValueError("beta > 0 needs ref_logprobs in the batch")
-            penalty = k3(logprobs, batch.ref_logprobs)
-            token_losses = token_losses + self.config.beta * penalty
+            penalty = kl.penalty(c.kl_estimator, logprobs, batch.ref_logprobs)
             metrics["kl/ref"] = penalty.detach().sum() / counts.num_tokens
-        return aggregate(token_losses, batch, counts, self.config.loss_type), metrics
+            if c.use_bias_correction_kl:
+                penalty = penalty * ratio
+            token_losses = token_losses + self.beta * penalty
+        total = aggregate(token_losses, batch, counts, c.loss_type)
+        if c.entropy_coef:
+            total = total - c.entropy_coef * outputs.entropy.sum() / counts.num_tokens
+        return total, metrics
+
+    def _policy_loss(self, ratio: Tensor, logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        c, advantages = self.config, batch.advantages
+        log_ratio = logprobs - old_logprobs
+        sequences = (batch.sequence_ids, batch.sequence_lengths)
+        if c.policy_loss == "cispo":
+            return losses.cispo_loss(ratio, logprobs, advantages, max_ratio=c.max_ratio)
+        if c.policy_loss == "sapo":
+            temperatures = {"temperature_pos": c.sapo_temperature_pos, "temperature_neg": c.sapo_temperature_neg}
+            return losses.sapo_loss(ratio, advantages, **temperatures)
+        if c.policy_loss == "gmpo":
+            return losses.gmpo_loss(log_ratio, advantages, *sequences, epsilon=c.epsilon)
+        if c.policy_loss == "vespo":
+            shape = {"k_pos": c.vespo_k_pos, "lambda_pos": c.vespo_lambda_pos}
+            shape |= {"k_neg": c.vespo_k_neg, "lambda_neg": c.vespo_lambda_neg}
+            return losses.vespo_loss(log_ratio, logprobs, advantages, *sequences, **shape)
+        if c.policy_loss == "kl_cov":
+            selected = batch.extras.get(KL_COV, torch.zeros_like(advantages))
+            return losses.kl_cov_loss(ratio, log_ratio, advantages, selected, coef=c.kl_cov_coef)
+        bounds = {"epsilon": c.epsilon, "epsilon_high": c.epsilon_high}
+        return losses.clipped_surrogate(ratio, advantages, **bounds, delta=c.delta, dual_clip=c.dual_clip)
+
+    def _ratio_metrics(self, ratio: Tensor, batch: MicroBatch, counts: Counts) -> dict[str, Tensor]:
+        c, metrics = self.config, {"loss/ratio/max": ratio.max() if ratio.numel() else ratio.new_zeros(())}
+        if c.policy_loss in ("clip", "clip_cov"):
+            bounds = {"epsilon": c.epsilon, "epsilon_high": c.epsilon_high}
+            low, high = losses.clip_masks(ratio, batch.advantages, **bounds)
+            metrics["loss/clip_low_frac"] = low.sum() / counts.num_tokens
+            metrics["loss/clip_high_frac"] = high.sum() / counts.num_tokens
+        elif c.policy_loss == "cispo":
+            metrics["loss/clip_high_frac"] = (ratio > c.max_ratio).sum() / counts.num_tokens
+        return metrics
+
+
+def lengths(groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+    """Completion tokens of every rollout."""
+    return torch.tensor([[float(r.num_completion_tokens) for r in group.rollouts] for group in groups])

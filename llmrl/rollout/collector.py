@@ -142,7 +142,7 @@ def request_seed(run_seed: int, salt: str, position: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-async def gather_or_cancel(coroutines):  # noqa: ANN001, ANN201
+async def gather_or_cancel(coroutines):
     """Like asyncio.gather, but the first failure cancels the rest and waits for them before it is raised."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

@@ -9,7 +9,6 @@ import asyncio
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout.hf_fast import FastDecoder
 from llmrl.rollout.hf_generic import GenericDecoder
+from llmrl.rollout.hf_rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
 from llmrl.rollout.hf_weights import unsupported_reason
-from llmrl.rollout.token_sampling import SamplingRows, check_sampling, sample_tokens, uniform_stream
+from llmrl.rollout.token_sampling import SamplingRows, check_sampling, sample_tokens
 from llmrl.types import Completion, Sampling
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 SELF_CHECK_PARAMETERS = 50_000_000
 """Up to this size the fast decoder is compared with transformers when an engine is built."""
-RUNNING, LENGTH, STOP, BAD_LOGITS = 0, 1, 2, 3
-"""What became of a row in a step."""
 
 
 class Decoder(Protocol):
@@ -47,85 +45,6 @@ class Decoder(Protocol):
     def finish_load(self) -> None: ...
     def drop_prefixes(self) -> None: ...
     def reset(self) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    session: str
-    future: asyncio.Future[Completion]
-    oldest_version: int = field(default=0)
-
-
-class _RowState:
-    """What the engine knows of each running row, in tensors: settings, the random stream, and the tokens so far."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = device
-        self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(0, 0, dtype=torch.float32, device=device)
-        self.uniforms = torch.zeros(0, 0, dtype=torch.float64, device=device)
-        self.stops = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self.count = torch.zeros(0, dtype=torch.int64, device=device)
-        self.limit = torch.zeros(0, dtype=torch.int64, device=device)
-        self.last = torch.zeros(0, dtype=torch.int64, device=device)
-
-    def append(self, first: int, requests: list[_Request]) -> None:
-        """Take in rows first, first + 1, ... ."""
-        samplings = [request.sampling for request in requests]
-        last = first + len(requests)
-        self._reserve(
-            last, max(s.max_tokens for s in samplings), max((len(s.stop_token_ids) for s in samplings), default=0)
-        )
-        rows = slice(first, last)
-        self.count[rows] = 0
-        self.limit[rows] = torch.tensor([s.max_tokens for s in samplings], device=self.device)
-        width = self.stops.shape[1]
-        stops = [list(s.stop_token_ids) + [-1] * (width - len(s.stop_token_ids)) for s in samplings]
-        self.stops[rows] = torch.tensor(stops, dtype=torch.int64, device=self.device).view(len(stops), width)
-        for row, s in enumerate(samplings, first):
-            self.uniforms[row, : s.max_tokens] = torch.from_numpy(uniform_stream(s.seed, s.max_tokens))
-
-    def record(
-        self, rows: slice, tokens: Tensor, logprobs: Tensor, usable: Tensor
-    ) -> list[int]:
-        """Append one token to each of `rows`; the new state of each."""
-        count = self.count[rows].unsqueeze(1)
-        self.tokens[rows].scatter_(1, count, tokens.unsqueeze(1))
-        self.logprobs[rows].scatter_(1, count, logprobs.unsqueeze(1))
-        self.last[rows] = tokens
-        count += 1
-        state = (self.count[rows] >= self.limit[rows]).long()
-        state.masked_fill_((self.stops[rows] == tokens.unsqueeze(1)).any(1), STOP)
-        state.masked_fill_(~usable, BAD_LOGITS)
-        return state.tolist()
-
-    def next_uniforms(self, rows: slice) -> Tensor:
-        return self.uniforms[rows].gather(1, self.count[rows].unsqueeze(1)).squeeze(1)
-
-    def move(self, target: list[int], source: list[int]) -> None:
-        """Row source[i] takes the number target[i]."""
-        into, out_of = (torch.tensor(rows, device=self.device) for rows in (target, source))
-        for name in ("tokens", "logprobs", "uniforms", "stops", "count", "limit", "last"):
-            stored = getattr(self, name)
-            stored[into] = stored[out_of]
-
-    def _reserve(self, rows: int, length: int, stops: int) -> None:
-        rows = max(self.count.shape[0], rows)
-        for name, width, fill in (("tokens", length, 0), ("logprobs", length, 0), ("uniforms", length, 0)):
-            self._grow(name, rows, width, fill)
-        self._grow("stops", rows, stops, -1)
-        for name in ("count", "limit", "last"):
-            self._grow(name, rows, None, 0)
-
-    def _grow(self, name: str, rows: int, width: int | None, fill: int) -> None:
-        old = getattr(self, name)
-        shape = (rows,) if width is None else (rows, max(old.shape[1], width))
-        if tuple(old.shape) != shape:
-            new = old.new_full(shape, fill)
-            new[tuple(slice(0, size) for size in old.shape)] = old
-            setattr(self, name, new)
 
 
 class HFEngine:
@@ -180,9 +99,9 @@ class HFEngine:
         self.version = 0
         self._attn_implementation = attn_implementation
         self._decoder: Decoder = self._build_decoder(config, dtype, decoder)
-        self._rows: list[_Request] = []
-        self._waiting: deque[_Request] = deque()
-        self._state = _RowState(device)
+        self._rows: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._state = RowState(device)
         self._settings = SamplingRows.build([], device)
         self._task: asyncio.Task[None] | None = None
         self._broken: str | None = None
@@ -200,7 +119,7 @@ class HFEngine:
         self._check_open()
         self._check_request(prompt_ids, sampling)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Request(tuple(prompt_ids), sampling, session, future))
+        self._waiting.append(Request(tuple(prompt_ids), sampling, session, future))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="hf engine")
         return await future
@@ -248,8 +167,8 @@ class HFEngine:
         total = len(prompt_ids) + sampling.max_tokens
         if self.max_model_len is not None and total > self.max_model_len:
             raise UserError(
-                f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the model "
-                f"holds {self.max_model_len} positions: shorten the prompt or lower max_completion_length"
+                f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the "
+                f"model holds {self.max_model_len} positions: shorten the prompt or lower max_completion_length"
             )
 
     def _check_tokens(self, token_ids: list[int]) -> None:
@@ -313,7 +232,7 @@ class HFEngine:
         for request in requests:
             request.oldest_version = self.version
         self._rows += requests
-        self._state.append(first, requests)
+        self._state.append(first, [request.sampling for request in requests])
         logits = self._decoder.admit([request.prompt for request in requests])
         self._settings = SamplingRows.build([request.sampling for request in requests], self.device)
         self._accept(logits, first=first)
@@ -327,28 +246,22 @@ class HFEngine:
         if not any(states):
             return
         finished = [first + i for i, state in enumerate(states) if state != RUNNING]
-        for row in finished:
-            self._hand_over(row, states[row - first])
-        self._remove(finished)
-
-    def _hand_over(self, row: int, state: int) -> None:
-        request = self._rows[row]
-        count = int(self._state.count[row])
-        if state == BAD_LOGITS:
-            raise RunFailed(
-                f"the model gave NaN or infinite logits for token {count} of the completion of session "
-                f"{request.session!r} (prompt of {len(request.prompt)} tokens, weights of version {self.version}): the "
-                "weights are broken, usually by a diverged update; lower the learning rate or train in float32"
-            )
-        if not request.future.done():
-            request.future.set_result(
-                Completion(
-                    token_ids=self._state.tokens[row, :count].tolist(),
-                    logprobs=self._state.logprobs[row, :count].tolist(),
-                    finish="stop" if state == STOP else "length",
-                    policy_version=(request.oldest_version, self.version),
+        results = self._state.results(finished)
+        for row, (token_ids, logprobs) in zip(finished, results, strict=True):
+            request, state = self._rows[row], states[row - first]
+            if state == BAD_LOGITS:
+                raise RunFailed(
+                    f"the model gave NaN or infinite logits for token {len(token_ids)} of the completion of session "
+                    f"{request.session!r} (prompt of {len(request.prompt)} tokens, weights of version {self.version}): "
+                    "the weights are broken, usually by a diverged update; lower the learning rate or train in float32"
                 )
-            )
+            if not request.future.done():
+                finish = "stop" if state == STOP else "length"
+                versions = (request.oldest_version, self.version)
+                request.future.set_result(
+                    Completion(token_ids=token_ids, logprobs=logprobs, finish=finish, policy_version=versions)
+                )
+        self._remove(finished)
 
     def _remove(self, finished: list[int]) -> None:
         """Free rows; rows from the end take the numbers that became free, so that none is missing."""
@@ -378,9 +291,7 @@ class HFEngine:
         return FastDecoder(config, dtype=dtype, device=self.device)
 
     def _build_generic(self, config: PretrainedConfig, dtype: torch.dtype) -> GenericDecoder:
-        return GenericDecoder(
-            config, dtype=dtype, device=self.device, attn_implementation=self._attn_implementation
-        )
+        return GenericDecoder(config, dtype=dtype, device=self.device, attn_implementation=self._attn_implementation)
 
     @torch.inference_mode()
     def _load(self, source: WeightSource) -> None:
@@ -399,6 +310,8 @@ class HFEngine:
     @torch.inference_mode()
     def _self_check(self, config: PretrainedConfig, dtype: torch.dtype, weights: WeightSource, wanted: str) -> None:
         """Compare prompts, steps and whole sequences with a plain forward pass of transformers' model."""
+        if self.max_model_len is not None and self.max_model_len < 4:
+            return
         reference = self._decoder
         if isinstance(self._decoder, FastDecoder):
             if sum(torch.Size(shape).numel() for shape in self._decoder.shapes.values()) > SELF_CHECK_PARAMETERS:
@@ -407,7 +320,7 @@ class HFEngine:
             _copy_into(reference, weights(), set())
         gap = _largest_gap(self._decoder, reference, self.vocab_size, self.max_model_len or 12)
         tolerance = 1e-3 if dtype == torch.float32 else 0.5
-        if gap <= tolerance or self.max_model_len is not None and self.max_model_len < 4:
+        if gap <= tolerance:
             return
         finding = f"log-probabilities differ from transformers' plain forward pass by {gap:.3g} (at most {tolerance})"
         if reference is self._decoder:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex64, Float, Float32, Int
 from torch import Tensor
 
+from llmrl.rollout.hf_memory import KeyValueMemory, grown
 from llmrl.rollout.hf_weights import FusedWeights, LayerWeights
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ class FastDecoder:
     def reset(self) -> None:
         """Forget all rows and prompts and release their memory."""
         w = self.weights
-        # Zeros, not empty: a masked value counts 0 times, which a stray NaN would survive.
-        self.suffix = self._zeros(len(w.layers), 2, 0, w.kv_heads, 32, w.head_dim)
-        self.prefix = self._zeros(len(w.layers), 2, 0, w.kv_heads, 32, w.head_dim)
-        self.suffix_bias = self._zeros(0, 32)
+        shape = (len(w.layers), w.kv_heads, w.head_dim)
+        self.suffix = KeyValueMemory(*shape, dtype=self.dtype, device=self.device)
+        self.prefix = KeyValueMemory(*shape, dtype=self.dtype, device=self.device)
+        self.suffix_bias = self._zeros(0, self.suffix.num_columns)
         self.positions = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.lane_hidden = self._zeros(0, w.hidden)
         self.lane_length = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -94,7 +95,7 @@ class FastDecoder:
     # --- rows come and go -----------------------------------------------------------------------------------------
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]:
-        """Append one row per prompt and return the logits of each row's first token. Equal prompts are computed once."""
+        """Append one row per prompt; the logits of each row's first token. Equal prompts are computed once."""
         lanes = self._find_lanes(prompts)
         first, count = len(self.row_lane), len(prompts)
         if first == 0:
@@ -117,8 +118,7 @@ class FastDecoder:
             self.row_lane[row].rows -= 1
         if target:
             into, out_of = self._index(target), self._index(source)
-            window = slice(min(self.row_start), self.column)
-            self.suffix[:, :, into, :, window] = self.suffix[:, :, out_of, :, window]
+            self.suffix.copy(into, out_of, slice(min(self.row_start), self.column))
             self.suffix_bias[into] = self.suffix_bias[out_of]
             self.positions[into] = self.positions[out_of]
         for new, old in zip(target, source, strict=True):
@@ -154,17 +154,14 @@ class FastDecoder:
         for lane in lanes:
             lane.index = len(self.lanes)
             self.lanes.append(lane)
-        longest = max((len(lane.prompt) for lane in lanes), default=0)
-        if len(self.lanes) > self.prefix.shape[2] or longest > self.prefix.shape[4]:
-            size = max(self.prefix.shape[2], _rounded(len(self.lanes), 8))
-            length = max(self.prefix.shape[4], _rounded(longest, 32))
-            self.prefix = _grown(_grown(self.prefix, 2, size), 4, length)
-            self.lane_hidden = _grown(self.lane_hidden, 0, size)
-            self.lane_length = _grown(self.lane_length, 0, size)
+        size = _rounded(len(self.lanes), 8)
+        self.prefix.reserve(size, _rounded(max((len(lane.prompt) for lane in lanes), default=0), 32))
+        self.lane_hidden, self.lane_length = grown(self.lane_hidden, 0, size), grown(self.lane_length, 0, size)
 
     def _copy_lane(self, target: int, source: int) -> None:
-        for stored in (self.prefix.transpose(0, 2), self.lane_hidden, self.lane_length):
-            stored[target] = stored[source]
+        columns = slice(0, int(self.lane_length[source]))
+        self.prefix.copy(self._index([target]), self._index([source]), columns)
+        self.lane_hidden[target], self.lane_length[target] = self.lane_hidden[source], self.lane_length[source]
 
     def _drop_idle_lanes(self) -> None:
         """Forget lanes that no row reads, moving the last one into each gap."""
@@ -178,29 +175,27 @@ class FastDecoder:
                 self.lanes[last.index] = last
 
     def _reserve_rows(self, count: int) -> None:
-        if count > self.suffix.shape[2]:
-            size = _rounded(count, 16)
-            self.suffix = _grown(self.suffix, 2, size)
-            self.suffix_bias = _grown(self.suffix_bias, 0, size)
-            self.positions = _grown(self.positions, 0, size)
+        size = _rounded(count, 16)
+        self.suffix.reserve(size, 0)
+        self.suffix_bias, self.positions = grown(self.suffix_bias, 0, size), grown(self.positions, 0, size)
 
     def _reserve_column(self) -> None:
         """Make room for one more column: move the part still in use to the front, or double the memory."""
-        size = self.suffix.shape[4]
+        size = self.suffix.num_columns
         if self.column < size:
             return
         low = min(self.row_start)
         if low >= size // 2:
             used = self.column - low
-            self.suffix[..., :used, :] = self.suffix[..., low : self.column, :].clone()
+            self.suffix.shift(low, self.column)
             self.suffix_bias[:, :used] = self.suffix_bias[:, low : self.column].clone()
             self.suffix_bias[:, used:] = 0
             self.row_start = [start - low for start in self.row_start]
             self.column = used
             self.arranged = False
         else:
-            self.suffix = _grown(self.suffix, 4, 2 * size)
-            self.suffix_bias = _grown(self.suffix_bias, 1, 2 * size)
+            self.suffix.reserve(0, 2 * size)
+            self.suffix_bias = grown(self.suffix_bias, 1, 2 * size)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -249,21 +244,19 @@ class FastDecoder:
         kv_heads, dim = self.weights.kv_heads, self.weights.head_dim
         num_rows, num_lanes, width = q.shape[0], len(self.lanes), self.width
         repeat = q.shape[1] // kv_heads
-        memory = self.suffix[layer, :, :num_rows]
-        memory[0, :, :, self.column] = k
-        memory[1, :, :, self.column] = v
-        used = slice(self.low, self.column + 1)
-        suffix_k, suffix_v = memory.flatten(1, 2)[:, :, used].unbind(0)
-        prefix_k, prefix_v = self.prefix[layer, :, :num_lanes].flatten(1, 2)[:, :, : self.prefix_length].unbind(0)
+        newest, used = slice(self.column, self.column + 1), slice(self.low, self.column + 1)
+        self.suffix.write(layer, slice(0, num_rows), newest, k.unsqueeze(2), v.unsqueeze(2))
+        suffix_k, suffix_v = self.suffix.read(layer, num_rows, used)
+        prefix_k, prefix_v = self.prefix.read(layer, num_lanes, slice(0, self.prefix_length))
 
         q = q.reshape(num_rows * kv_heads, repeat, dim)
-        own = torch.bmm(q, suffix_k.transpose(1, 2))
+        own = torch.bmm(q, suffix_k)
         if self.ragged:
             own.view(num_rows, kv_heads * repeat, -1).add_(self.suffix_bias[:num_rows, None, used])
         # Rows -> places, so that all rows of a lane meet its prompt in one product.
         own = own.view(num_rows * kv_heads, -1).index_select(0, self.to_place)
         q = q.view(num_rows * kv_heads, -1).index_select(0, self.to_place)
-        shared = torch.bmm(q.view(num_lanes * kv_heads, width * repeat, dim), prefix_k.transpose(1, 2))
+        shared = torch.bmm(q.view(num_lanes * kv_heads, width * repeat, dim), prefix_k)
         if self.prefix_bias is not None:
             shared.view(num_lanes, -1, self.prefix_length).add_(self.prefix_bias)
         scores = torch.cat([shared, own.view(num_lanes * kv_heads, width * repeat, -1)], 2)
@@ -279,8 +272,7 @@ class FastDecoder:
 
     def _prefill(self, lanes: list[_Lane]) -> None:
         """Compute and store prompts, shorter ones padded on the right, where causal attention never looks."""
-        stored = self.prefix[:, :, lanes[0].index : lanes[-1].index + 1]
-        hidden = self._causal([lane.prompt for lane in lanes], store=stored)
+        hidden = self._causal([lane.prompt for lane in lanes], store=slice(lanes[0].index, lanes[-1].index + 1))
         lengths = torch.tensor([len(lane.prompt) for lane in lanes], device=self.device)
         ids = self._index([lane.index for lane in lanes])
         self.lane_length[ids] = lengths
@@ -301,8 +293,8 @@ class FastDecoder:
                     results[i] += logits.log_softmax(-1).gather(1, part.unsqueeze(1)).squeeze(1).tolist()
         return results
 
-    def _causal(self, sequences: Sequence[Sequence[int]], store: Tensor | None = None) -> Float[Tensor, "B T C"]:
-        """Final hidden states of whole sequences; with `store` [L 2 B K T' D], their keys and values are kept there."""
+    def _causal(self, sequences: Sequence[Sequence[int]], store: slice | None = None) -> Float[Tensor, "B T C"]:
+        """Final hidden states of whole sequences; keys and values are kept in the lanes `store`."""
         longest = max(map(len, sequences))
         tokens = np.zeros((len(sequences), longest), dtype=np.int64)
         for row, sequence in enumerate(sequences):
@@ -311,14 +303,16 @@ class FastDecoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             if store is not None:
-                store[layer, 0, :, :, :longest], store[layer, 1, :, :, :longest] = k, v
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+                self.prefix.write(layer, store, slice(0, longest), k, v)
+            # Repeated here and not by the kernel: not every fused kernel can.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
             return out.transpose(1, 2).flatten(2)
 
         rotations = self._rotations(torch.arange(longest, device=self.device)).unsqueeze(1)
         return self._forward(self._index(tokens), rotations, attend)
 
-    def _forward(self, tokens: Int[Tensor, "..."], rotations: Tensor, attend: Attend) -> Float[Tensor, "... C"]:
+    def _forward(self, tokens: Int[Tensor, ...], rotations: Tensor, attend: Attend) -> Float[Tensor, "... C"]:
         """The transformer up to its last norm. `rotations` must broadcast to [..., heads, D/2]."""
         w = self.weights
         x = F.embedding(tokens, w.embed)
@@ -353,7 +347,7 @@ class FastDecoder:
         return q.to(self.dtype), k.to(self.dtype), v
 
     def _norm(self, x: Float[Tensor, "T C"], gain: Float32[Tensor, " C"]) -> Float[Tensor, "T C"]:
-        """x / rms(x) * gain; where the weights are folded only x / sqrt(|x|^2 + C epsilon), the rest being theirs."""
+        """Scale by 1 / rms(x) and the gain; where the weights are folded, by 1 / sqrt(|x|^2 + C epsilon) alone."""
         if not self.weights.folded:
             return F.rms_norm(x.float(), (x.shape[-1],), gain, self.epsilon).to(self.dtype)
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.norm_floor)
@@ -380,15 +374,6 @@ def _chunks(lengths: list[int]) -> list[slice]:
             chunks.append(slice(first, i))
             first = i
     return [*chunks, slice(first, len(lengths))] if lengths else []
-
-
-def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """A copy with dimension `dim` extended to `size` by zeros."""
-    shape = list(tensor.shape)
-    shape[dim] = size
-    larger = tensor.new_zeros(shape)
-    larger.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return larger
 
 
 def _rounded(count: int, step: int) -> int:

@@ -43,8 +43,8 @@ class _Cohort:
 class GenericDecoder:
     """Continuous batching over a transformers model; see the module's docstring.
 
-    Rows of different lengths share a batch by padding on the left, with explicit masks and positions, where the cache is
-    made of plain or sliding-window attention layers and the model takes positions. For anything else (recurrent
+    Rows of different lengths share a batch by padding on the left, with explicit masks and positions, where the cache
+    is made of plain or sliding-window attention layers and the model takes positions. For anything else (recurrent
     layers, say) only prompts of equal length that arrive together share a batch, and nothing is ever padded.
     """
 
@@ -59,7 +59,7 @@ class GenericDecoder:
         except (ValueError, ImportError) as error:
             raise UserError(
                 f"transformers cannot build {config.model_type!r} with attn_implementation {attn_implementation!r} "
-                f"(model.attn_implementation; eager always works): {error}"
+                f"(model.attn_implementation; try eager): {error}"
             ) from error
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
@@ -94,7 +94,7 @@ class GenericDecoder:
         """Prompts are shared only by requests admitted together; none outlives that."""
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]:
-        """Append one row per prompt and return the logits of each row's first token. Equal prompts are computed once."""
+        """Append one row per prompt; the logits of each row's first token. Equal prompts are computed once."""
         distinct = list(dict.fromkeys(prompts))
         first, parts, rows = self.num_rows, [], []
         self.num_rows += len(prompts)
@@ -151,8 +151,8 @@ class GenericDecoder:
         return logprobs.gather(1, tokens[0, 1:].unsqueeze(1)).squeeze(1).tolist()
 
     def _sequence_logprobs(self, tokens: Int[Tensor, "1 T"]) -> list[float]:
-        # The part of the head outside the model's body is not ours to know (Gemma 2 caps its logits), so the body runs in
-        # parts too. A recurrent cache may not be extended by several tokens: there the sequence goes in whole.
+        # The part of the head outside the model's body is not ours to know (Gemma 2 caps its logits), so the body runs
+        # in parts too. A recurrent cache may not be extended by several tokens: there the sequence goes in whole.
         step = LOGPROB_TOKENS if self.can_pad else tokens.shape[1]
         cohort = _Cohort([0], self._new_cache(), torch.ones_like(tokens[:, :0]), tokens.new_zeros(1))
         result: list[float] = []
@@ -166,7 +166,7 @@ class GenericDecoder:
         return result
 
     def _batches(self, prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Split distinct prompts into prefill passes: neighbours in length, equal in length where padding is not exact."""
+        """Split distinct prompts into passes: neighbours in length, or of equal length where padding is not exact."""
         batches: list[list[tuple[int, ...]]] = []
         for prompt in sorted(prompts, key=len):
             last = batches[-1] if batches else None

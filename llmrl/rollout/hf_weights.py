@@ -154,9 +154,7 @@ class FusedWeights:
             qkv_bias=self._empty(rows) if self.has_bias else None,
             q_gain=self._empty(self.head_dim, dtype=torch.float32) if normed else None,
             k_gain=self._empty(self.head_dim, dtype=torch.float32) if normed else None,
-            qk_gain=(
-                self._empty(self.heads + self.kv_heads, self.head_dim, dtype=torch.float32) if normed else None
-            ),
+            qk_gain=(self._empty(self.heads + self.kv_heads, self.head_dim, dtype=torch.float32) if normed else None),
             o=self._empty(self.hidden, self.heads * self.head_dim),
             post_gain=self._empty(self.hidden, dtype=torch.float32),
             gate_up=self._empty(2 * self.intermediate, self.hidden),

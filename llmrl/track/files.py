@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ class JsonlFile:
         self._file = path.open("ab")
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows; values that JSON does not know (tensors, exceptions ...) are written as their text."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        """Write rows; values that JSON does not know (tensors, exceptions ...) are written as their text, NaN and
+        infinity as null."""
+        lines = "".join(_to_json(row) + "\n" for row in rows)
         try:
             self._file.write(lines.encode("utf-8", errors="backslashreplace"))
             self._file.flush()
@@ -41,6 +43,21 @@ class JsonlFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _to_json(row: Any) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # what Python writes for NaN is refused by browsers and most other readers
+        return json.dumps(_finite(row), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

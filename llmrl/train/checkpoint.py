@@ -129,6 +129,13 @@ def _delete_others(output_dir: Path, newest: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def drop_newer(folder: Path) -> None:
+    """Delete the checkpoints taken after `folder`, whose run is about to be left behind by resuming from it."""
+    for other in folder.parent.glob(PREFIX + "*"):
+        if other.name > folder.name:
+            shutil.rmtree(other)
+
+
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The folder meant by `train.resume_from_checkpoint`: `last`, or a path.
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmrl.algo.presets import resolve
 from llmrl.errors import RunFailed
 from llmrl.train.packing import build_micro_batch, plan_micro_batches
+from llmrl.train.prefixes import share_prefixes, single_trees
 from llmrl.train.policy import evaluating
 from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
 
@@ -36,7 +38,8 @@ class Learner:
 
     def __init__(self, config: Config, policy: Policy, accelerator: Accelerator) -> None:
         self.config, self.policy, self.accelerator = config.train, policy, accelerator
-        self.num_iterations, self.num_mini_batches = config.algo.num_iterations, config.algo.num_mini_batches
+        algo = resolve(config.algo)
+        self.num_iterations, self.num_mini_batches = algo.num_iterations or 1, algo.num_mini_batches or 1
         self.steps_per_batch = self.num_iterations * self.num_mini_batches
         self.parameters = [p for p in policy.bare.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -65,10 +68,9 @@ class Learner:
             RunFailed: more than `train.max_skipped_steps` optimizer steps had a non-finite gradient.
         """
         computed = _with_gradient(batch.samples, algorithm)
-        if algorithm.needs.ref_logprobs:
-            self._fill(computed, "ref_logprobs", self.policy.reference_logprobs)
-        if self.steps_per_batch > 1:
-            self._fill(computed, "old_logprobs", lambda micro_batch: self.policy.forward(micro_batch).logprobs)
+        self._fill_all(computed, batch, algorithm)
+        if algorithm.needs.refine:
+            algorithm.refine(batch)
         self.policy.module.train()
         reports = []
         for _ in range(self.num_iterations):
@@ -130,35 +132,99 @@ class Learner:
         self.num_updates += 1
         return report
 
-    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
-        """This process's share of the samples; equally many micro-batches on every process."""
+    def _micro_batches(self, samples: list[Sample], *, alone: bool = False) -> list[MicroBatch]:
+        """This process's share of the samples, equally many micro-batches on every process; `alone`: all of them."""
+        num_processes = 1 if alone else self.accelerator.num_processes
+        share = self.config.share_prefixes and self.policy.can_share_prefixes
+        trees = share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
         plans = plan_micro_batches(
-            [len(s.input_ids) for s in samples],
+            [tree.length for tree in trees],
             max_tokens=self.config.max_tokens_per_micro_batch,
-            num_processes=self.accelerator.num_processes,
+            num_processes=num_processes,
             packing=self.config.packing,
         )
-        device = self.accelerator.device
-        return [build_micro_batch(samples, rows, device=device) for rows in plans[self.accelerator.process_index]]
+        rows_of = plans[0 if alone else self.accelerator.process_index]
+        return [build_micro_batch(samples, rows, trees=trees, device=self.accelerator.device) for rows in rows_of]
+
+    def _fill_all(self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm) -> None:
+        """Compute what the loss and `refine` need of the policy as it is now, and of the reference."""
+        needs = algorithm.needs
+        if needs.ref_logprobs:
+            self._fill(samples, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
+        if needs.influence:
+            self._fill_influence(samples, algorithm.influence_weights(samples, batch))
+        if self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies:
+            names = ["old_logprobs", "old_entropies"] if needs.old_entropies else ["old_logprobs"]
+            self._fill(samples, lambda micro_batch: self._old_streams(micro_batch, names))
+        if needs.collisions:
+            self._fill(samples, self._collisions)
+
+    def _old_streams(self, micro_batch: MicroBatch, names: list[str]) -> dict[str, Tensor]:
+        outputs = self.policy.forward(micro_batch)
+        streams = {"old_logprobs": outputs.logprobs, "old_entropies": outputs.entropy}
+        return {name: streams[name] for name in names}
+
+    def _collisions(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        hidden = self.policy.token_hidden_states(micro_batch)
+        return {"collisions": self.policy.token_statistics(hidden, micro_batch.targets, micro_batch.targets[:0])[1]}
 
     @torch.no_grad()
-    def _fill(
-        self, samples: list[Sample], name: str, compute: Callable[[MicroBatch], Float[Tensor, " M"]]
-    ) -> None:
-        """Compute a stream once for all samples, each process its share, and set it on all of them everywhere."""
-        found: dict[int, np.ndarray] = {}
+    def _fill(self, samples: list[Sample], compute: Callable[[MicroBatch], dict[str, Tensor]]) -> None:
+        """Compute streams once for all samples, each process its share, and set them on all of them everywhere."""
+        found: dict[int, dict[str, np.ndarray]] = {}
         # accelerate puts the policy's forward pass under autocast; the reference's has to round alike.
         with evaluating(self.policy.module), self.accelerator.autocast():
             for micro_batch in self._micro_batches(samples):
-                values = compute(micro_batch).float().split(micro_batch.sequence_lengths.tolist())
-                pairs = zip(micro_batch.sample_indices, values, strict=True)
-                found |= {index: value.cpu().numpy() for index, value in pairs}
+                _split(compute(micro_batch), micro_batch, micro_batch.sample_indices, found)
+        self._share_streams(samples, found)
+
+    @torch.no_grad()
+    def _fill_influence(self, samples: list[Sample], weights: list[float]) -> None:
+        """`extras["influence"]` of the samples of groups with a weight above 0. A group is whole on one process, which
+        holds the hidden states of one group at a time."""
+        groups: dict[int, list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.group, []).append(index)
+        chosen = [indices for indices in groups.values() if any(weights[i] for i in indices)]
+        tokens = [sum(len(samples[i].input_ids) for i in indices) for indices in chosen]
+        plans = plan_micro_batches(tokens, max_tokens=1, num_processes=self.accelerator.num_processes, packing=False)
+        found: dict[int, dict[str, np.ndarray]] = {}
+        with evaluating(self.policy.module), self.accelerator.autocast():
+            for number in (i for rows in plans[self.accelerator.process_index] for row in rows for i in row):
+                self._influence_of_group(samples, weights, chosen[number], found)
+        self._share_streams(samples, found)
+
+    def _influence_of_group(
+        self, samples: list[Sample], weights: list[float], indices: list[int], found: dict[int, dict[str, np.ndarray]]
+    ) -> None:
+        from llmrl.algo.token_hidden_reward import influence, influence_matrix, prediction_errors
+
+        micro_batches = self._micro_batches([samples[i] for i in indices], alone=True)
+        order = [indices[i] for micro_batch in micro_batches for i in micro_batch.sample_indices]
+        lengths = torch.cat([micro_batch.sequence_lengths for micro_batch in micro_batches])
+        targets = torch.cat([micro_batch.targets for micro_batch in micro_batches])
+        hidden = torch.cat([self.policy.token_hidden_states(micro_batch) for micro_batch in micro_batches])
+        token_weights = torch.tensor([weights[i] for i in order], device=hidden.device).repeat_interleave(lengths)
+        vocabulary, columns = targets.unique(return_inverse=True)
+        _, _, probabilities = self.policy.token_statistics(hidden, targets, vocabulary)
+        hidden, errors = hidden.float(), prediction_errors(probabilities, columns)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = influence(errors, hidden, influence_matrix(errors, hidden, token_weights))
+        for index, values in zip(order, scores.split(lengths.tolist()), strict=True):
+            found[index] = {"influence": values.cpu().numpy()}
+
+    def _share_streams(self, samples: list[Sample], found: dict[int, dict[str, np.ndarray]]) -> None:
+        """Set streams, by index of sample, on every process: on the sample itself where it has the field, else in extras."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             found = dict(gather_object(list(found.items())))
-        for index, sample in enumerate(samples):
-            setattr(sample, name, found[index])
+        for index, streams in found.items():
+            for name, values in streams.items():
+                if hasattr(samples[index], name):
+                    setattr(samples[index], name, values)
+                else:
+                    samples[index].extras[name] = values
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add (or take the maximum of) every metric over processes, in one collective each."""
@@ -232,6 +298,16 @@ def _mismatch(logprobs: Float[Tensor, " M"], batch: MicroBatch, num_tokens: int)
     k3 = gap.clamp(-20, 20).exp() - 1 - gap
     largest = gap.abs().max() if len(gap) else torch.zeros((), device=gap.device)
     return {"kl/mismatch": k3.sum() / num_tokens, "kl/mismatch/max": largest}
+
+
+def _split(
+    streams: dict[str, Tensor], micro_batch: MicroBatch, indices: list[int], found: dict[int, dict[str, np.ndarray]]
+) -> None:
+    """Cut streams of a micro-batch into sequences; `indices` says which sample each of them is."""
+    lengths = micro_batch.sequence_lengths.tolist()
+    for name, values in streams.items():
+        for index, part in zip(indices, values.float().split(lengths), strict=True):
+            found.setdefault(index, {})[name] = part.cpu().numpy()
 
 
 def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:

@@ -52,6 +52,41 @@ def token_logprobs(
         return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def token_statistics(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " M"],
+    vocabulary: Int[Tensor, " W"],
+    *,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
+    """Without gradient: log-probability of `targets`, sum_v p(v)^2, and the probabilities of the tokens in `vocabulary`.
+
+    The arguments are those of `token_logprobs`.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+    collisions = torch.empty_like(logprobs)
+    probabilities = hidden.new_empty((len(hidden), len(vocabulary)), dtype=torch.float32)
+    with torch.autocast(device, enabled=False):
+        for rows in _chunks(len(hidden), len(weight)):
+            logits, _ = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))
+            chosen = logits.gather(1, targets[rows, None])[:, 0]
+            highest = logits.amax(dim=1, keepdim=True)
+            unnormalised = logits.sub_(highest).exp_()
+            total = unnormalised.sum(dim=1)
+            logprobs[rows] = chosen - highest[:, 0] - total.log()
+            collisions[rows] = torch.linalg.vecdot(unnormalised, unnormalised) / total.square()
+            torch.div(unnormalised[:, vocabulary], total[:, None], out=probabilities[rows])
+    return logprobs, collisions, probabilities
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from llmrl.train.prefixes import Tree, single_trees, tree_mask
 from llmrl.types import MicroBatch, Sample
 
 Rows = list[list[int]]
-"""One micro-batch: the samples of each row, by index."""
+"""One micro-batch: what lies in each row, by index (samples, or trees of samples that share a prefix)."""
 
 
 def plan_micro_batches(
@@ -77,28 +78,49 @@ def _fill_micro_batches(share: list[int], lengths: Sequence[int], max_tokens: in
     return batches
 
 
-def build_micro_batch(samples: Sequence[Sample], rows: Rows, *, device: torch.device | str = "cpu") -> MicroBatch:
-    """Lay the samples of one plan entry out in a rectangle, with streams over their trained tokens.
+def build_micro_batch(
+    samples: Sequence[Sample],
+    rows: Rows,
+    *,
+    trees: Sequence[Tree] | None = None,
+    device: torch.device | str = "cpu",
+) -> MicroBatch:
+    """Lay one plan entry out in a rectangle, with streams over the trained tokens.
 
     An empty plan entry gives a micro-batch without trained tokens, whose loss is zero but whose backward pass runs.
+
+    Args:
+        samples: of the batch.
+        rows: indices of `trees`.
+        trees: how samples share prefixes; by default every sample lies alone.
+        device: of the tensors.
     """
-    width = max((sum(len(samples[i].input_ids) for i in row) for row in rows), default=2)
+    trees = single_trees(samples) if trees is None else trees
+    width = max((sum(trees[i].length for i in row) for row in rows), default=2)
     shape = (max(1, len(rows)), width)
-    input_ids, position_ids, segment_ids = (np.zeros(shape, np.int64) for _ in range(3))
+    input_ids, position_ids, segment_ids, branch_ids = (np.zeros(shape, np.int64) for _ in range(4))
     chosen: list[int] = []
     predict_from, targets = [], []
     for r, row in enumerate(rows):
         column = 0
-        for segment, i in enumerate(row, start=1):
-            ids = samples[i].input_ids
-            place = slice(column, column + len(ids))
-            input_ids[r, place], segment_ids[r, place] = ids, segment
-            position_ids[r, place] = np.arange(len(ids))
-            trained = np.flatnonzero(samples[i].loss_mask)
-            predict_from.append(r * width + column + trained - 1)  # the hidden state one before predicts a token
-            targets.append(ids[trained])
-            chosen.append(i)
-            column += len(ids)
+        for segment, tree in enumerate((trees[i] for i in row), start=1):
+            root, prefix = column, tree.prefix
+            segment_ids[r, root : root + tree.length] = segment
+            column += prefix
+            for branch, i in enumerate(tree.samples, start=1):
+                ids = samples[i].input_ids
+                input_ids[r, root : root + prefix] = ids[:prefix]
+                position_ids[r, root : root + prefix] = np.arange(prefix)
+                place = slice(column, column + len(ids) - prefix)
+                input_ids[r, place], branch_ids[r, place] = ids[prefix:], branch
+                position_ids[r, place] = np.arange(prefix, len(ids))
+                # A token is predicted by the hidden state one before it, which may be the last of the prefix.
+                trained = np.flatnonzero(samples[i].loss_mask)
+                before = trained - 1
+                predict_from.append(r * width + np.where(before < prefix, root + before, column - prefix + before))
+                targets.append(ids[trained])
+                chosen.append(i)
+                column = place.stop
     picked = [samples[i] for i in chosen]
     lengths = [len(t) for t in targets]
 
@@ -106,10 +128,13 @@ def build_micro_batch(samples: Sequence[Sample], rows: Rows, *, device: torch.de
         values = [getattr(sample, name) for sample in picked]
         return None if any(v is None for v in values) else _to_device(_concatenate(values, np.float32), device)
 
+    segments = _to_device(segment_ids, device)
+    shared = any(len(trees[i].samples) > 1 for row in rows for i in row)
     return MicroBatch(
         input_ids=_to_device(input_ids, device),
         position_ids=_to_device(position_ids, device),
-        segment_ids=_to_device(segment_ids, device),
+        segment_ids=segments,
+        attention_mask=tree_mask(segments, _to_device(branch_ids, device)) if shared else None,
         targets=_to_device(_concatenate(targets, np.int64), device),
         predict_from=_to_device(_concatenate(predict_from, np.int64), device),
         sequence_ids=_to_device(np.repeat(np.arange(len(picked)), lengths), device),

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
+from pathlib import Path
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from llmrl.errors import RunFailed, UserError
-from llmrl.train.logprob_head import token_logprobs
-from llmrl.types import ForwardOutputs
+from llmrl.train.logprob_head import token_logprobs, token_statistics
+from llmrl.train.packing import build_micro_batch
+from llmrl.train.prefixes import Cost, Tree
+from llmrl.types import ForwardOutputs, Sample
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
     from llmrl.types import MicroBatch
 
 TINY = "tiny:"
-CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Largest log-probability gap (nats) that rounding explains between two ways of computing the same thing."""
 
 
@@ -44,13 +50,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = config.tokenizer or config.path
+    hint = "save one beside the model, or name another folder or hub id with --model.tokenizer"
+    if Path(source).is_dir() and not any(file for kind in TOKENIZER_FILES for file in Path(source).glob(kind)):
+        # transformers would make an empty tokenizer of the model's class, without a word.
+        raise UserError(f"model {source!r}: the folder holds no tokenizer; {hint}")
     options = {} if config.tokenizer else {"revision": config.revision}
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(
-            f"model {source!r}: no tokenizer can be loaded from it ({_first_line(error)}); save one beside the model, or "
-            "name another folder or hub id with --model.tokenizer"
+            f"model {source!r}: no tokenizer can be loaded from it ({_first_line(error)}); {hint}"
         ) from error
 
 
@@ -137,15 +146,21 @@ class PolicyModule(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
 
     def hidden_states(
-        self, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]
+        self,
+        input_ids: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states (after the final norm).
 
-        Packed rows are told apart by their restarting positions alone. That is right only without a cache and without
-        an attention mask; with either, transformers silently lets sequences see each other. `check_forward` proves it.
+        Without a mask packed rows are told apart by their restarting positions. That is right only without a cache and
+        without a two-dimensional mask; with either, transformers silently lets sequences see each other.
+        `check_forward` proves it on the model at hand.
         """
         decoder = self.causal_lm.get_decoder()
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return decoder(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
 
     def forward(
         self,
@@ -153,21 +168,30 @@ class PolicyModule(nn.Module):
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
+        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
         temperature: float | None = None,
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
         """(log-probabilities, entropies) of `targets`, each predicted by the hidden state at its `predict_from`."""
-        hidden = self.hidden_states(input_ids, position_ids).flatten(0, 1)[predict_from]
-        head = self.causal_lm.get_output_embeddings()
+        hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
+        options = self.head_options()
+        if temperature is not None:
+            options["temperature"] = temperature
+        return token_logprobs(hidden, self.head_weight, targets, **options)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V H"]:
+        """The output head."""
+        return self.causal_lm.get_output_embeddings().weight
+
+    def head_options(self) -> dict[str, Any]:
+        """What the log-prob head has to know about the output head besides its weight."""
         config = self.causal_lm.config
-        return token_logprobs(
-            hidden,
-            head.weight,
-            targets,
-            temperature=self.temperature if temperature is None else temperature,
-            bias=getattr(head, "bias", None),
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
-        )
+        return {
+            "temperature": self.temperature,
+            "bias": getattr(self.causal_lm.get_output_embeddings(), "bias", None),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+            "scale": (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        }
 
 
 class Policy:
@@ -181,25 +205,39 @@ class Policy:
         self.bare = PolicyModule(model, temperature=temperature)
         self.module: nn.Module = self.bare
         self.has_adapters = hasattr(model, "disable_adapter")
+        self.can_share_prefixes = False  # until check_forward has proved it
         self._reference: PolicyModule | None = None
         if keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.bare).eval().requires_grad_(False)
 
     def forward(self, batch: MicroBatch) -> ForwardOutputs:
         """Log-probabilities (with gradient) of the trained tokens, through the data-parallel wrapper."""
-        logprobs, entropy = self.module(batch.input_ids, batch.position_ids, batch.predict_from, batch.targets)
+        logprobs, entropy = self.module(*_inputs(batch))
         return ForwardOutputs(logprobs=logprobs, entropy=entropy)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """The same under the reference: the adapters switched off, or the frozen copy taken at the start."""
-        inputs = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets)
+        inputs = _inputs(batch)
         if self.has_adapters:
             with self.bare.model.disable_adapter():  # pyright: ignore[reportCallIssue]
                 return self.module(*inputs)[0]
         if self._reference is None:
             raise RunFailed("reference log-probabilities were asked for, but no reference model was kept")
         return self._reference.to(batch.input_ids.device)(*inputs)[0]
+
+    @torch.no_grad()
+    def token_hidden_states(self, batch: MicroBatch) -> Float[Tensor, "M H"]:
+        """The input of the output head that predicts each trained token. It goes round the data-parallel wrapper, so
+        processes may call it differently often."""
+        hidden = self.bare.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+        return hidden.flatten(0, 1)[batch.predict_from]
+
+    def token_statistics(
+        self, hidden: Float[Tensor, "M H"], targets: Int[Tensor, " M"], vocabulary: Int[Tensor, " W"]
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
+        """Log-probabilities of `targets`, sum_v p(v)^2, and probabilities of `vocabulary`, from `token_hidden_states`."""
+        return token_statistics(hidden, self.bare.head_weight, targets, vocabulary, **self.bare.head_options())
 
     def _exact(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """The forward pass in the type of the weights: accelerate's mixed precision replaces the instance's `forward`."""
@@ -208,12 +246,11 @@ class Policy:
     @torch.no_grad()
     def sequence_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """log p(token | what is before it) at temperature 1 of every token after the first, one sequence at a time."""
-        device = next(self.bare.parameters()).device
         with evaluating(self.bare):
             rows = []
             for sequence in sequences:
-                ids = torch.tensor([sequence], device=device)
-                places = torch.arange(len(sequence), device=device)
+                ids = torch.tensor([sequence], device=self.device)
+                places = torch.arange(len(sequence), device=self.device)
                 logprobs, _ = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
                 rows.append(logprobs.tolist())
         return rows
@@ -243,38 +280,85 @@ class Policy:
 
     @torch.no_grad()
     def check_forward(self, *, packing: bool = True) -> None:
-        """Prove on this model that the log-prob head and packed rows equal the model's own plain forward pass.
+        """Prove on this model that the log-prob head and packed rows equal the model's own plain forward pass, and find
+        out whether sequences can share a prefix (`can_share_prefixes`: not with sliding windows, say).
 
         Raises:
-            RunFailed: with the measured gap, when either differs by more than rounding.
+            RunFailed: with the measured gap, when the head or packing differs by more than rounding.
         """
         model = self.bare.causal_lm
-        device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(0)
-        first, second = (torch.randint(vocabulary, (n,), generator=generator).to(device) for n in (7, 5))
-        with evaluating(self.bare):
-            plain = []
-            for ids in (first, second):
-                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-                plain.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-            row = torch.cat([first, second])[None]
-            positions = torch.cat([torch.arange(7), torch.arange(5)])[None].to(device)
-            places = torch.tensor([*range(6), *range(7, 11)], device=device)
-            packed, _ = self._exact(row, positions, places, row[0, places + 1], temperature=1.0)
-            alone, _ = self._exact(first[None], positions[:, :7], places[:6], first[1:], temperature=1.0)
-        tolerance = CHECK_TOLERANCE[next(model.parameters()).dtype]
+        vocabulary = model.config.get_text_config().vocab_size
+        random = np.random.Generator(np.random.Philox(key=0))
+        prompt = random.integers(0, vocabulary, 4)
+        samples = [_probe(prompt, random.integers(0, vocabulary, length)) for length in (3, 1, 5)]
+        plain = self._plain_logprobs(samples)
+        lay_out = partial(build_micro_batch, samples, device=self.device)
         unknown_head = "this architecture changes its logits in a way that is not known here"
         no_packing = "set train.packing false, or try model.attn_implementation sdpa"
-        checks = [("log-prob head", alone, plain[0], unknown_head)]
+        self._compare("log-prob head", lay_out([[0], [1], [2]]), plain, unknown_head)
         if packing:
-            checks.append(("packed row", packed, torch.cat(plain), no_packing))
-        for what, ours, reference, fix in checks:
-            gap = (ours - reference).abs().max().item()
-            if not gap <= tolerance:
-                raise RunFailed(
-                    f"{type(model).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from the model's "
-                    f"plain forward pass (rounding explains {tolerance:g}); {fix}"
-                )
+            self._compare("packed row", lay_out([[0, 1, 2]]), plain, no_packing)
+        tree = Tree(samples=(0, 1, 2), prefix=len(prompt), length=len(prompt) + 9)
+        try:
+            self._compare("shared prefix", lay_out([[0]], trees=[tree]), plain, "")
+            self.can_share_prefixes = True
+        except (RunFailed, RuntimeError, ValueError, TypeError):
+            self.can_share_prefixes = False
+
+    def _plain_logprobs(self, samples: list[Sample]) -> Float[Tensor, " M"]:
+        """Trained tokens of each sample through the transformers model as anybody would call it."""
+        model = self.bare.causal_lm
+        found = []
+        with evaluating(self.bare):
+            for sample in samples:
+                ids = torch.from_numpy(sample.input_ids).to(self.device)[None]
+                logprobs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+                chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+                found.append(chosen[torch.from_numpy(sample.loss_mask[1:]).to(self.device)])
+        return torch.cat(found)
+
+    def _compare(self, what: str, batch: MicroBatch, plain: Float[Tensor, " M"], fix: str) -> None:
+        with evaluating(self.bare):
+            ours, _ = self._exact(*_inputs(batch), temperature=1.0)
+        tolerance = CHECK_TOLERANCE[next(self.bare.parameters()).dtype]
+        gap = (ours - plain).abs().max().item()
+        if not gap <= tolerance:
+            raise RunFailed(
+                f"{type(self.bare.causal_lm).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from the "
+                f"model's plain forward pass (rounding explains {tolerance:g}); {fix}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.bare.parameters()).device
+
+    def cost(self) -> Cost:
+        """Arithmetic of one decoder layer, for the decision which prefixes to share."""
+        config = self.bare.causal_lm.config.get_text_config()
+        embeddings = {id(m.weight) for m in self.bare.causal_lm.modules() if isinstance(m, nn.Embedding)}
+        embeddings.add(id(self.bare.causal_lm.get_output_embeddings().weight))
+        inside = sum(p.numel() for p in self.bare.causal_lm.parameters() if id(p) not in embeddings)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Cost(
+            per_token=inside / config.num_hidden_layers, per_pair=2.0 * head_dim * config.num_attention_heads
+        )
+
+
+def _inputs(batch: MicroBatch) -> tuple[Tensor | None, ...]:
+    return (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
+
+
+def _probe(prompt: np.ndarray, completion: np.ndarray) -> Sample:
+    """A sample for checking a forward pass."""
+    trained = np.zeros(len(completion), np.float32)
+    return Sample(
+        input_ids=np.concatenate([prompt, completion]).astype(np.int64),
+        loss_mask=np.concatenate([np.zeros(len(prompt), bool), np.ones(len(completion), bool)]),
+        advantages=trained,
+        rollout_logprobs=trained,
+        group=0,
+        index=0,
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algo.presets import describe, resolve
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
 from llmrl.types import Task
@@ -88,7 +89,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     resume = check_output_dir(config, accelerator)
 
     console = _console(config, accelerator)
-    for note in notes:
+    for note in notes + describe(config.algo):
         console.say(note)
     accelerator.wait_for_everyone()
     model = load_model(config.model, tokenizer, seed=config.train.seed) if named else model
@@ -96,13 +97,15 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         model.gradient_checkpointing_enable()
     if config.model.lora is not None or given["peft_config"] is not None:
         model = add_lora(model, given["peft_config"] or config.model.lora, seed=config.train.seed)
-    algorithm = make_algorithm(config)
+    algorithm = make_algorithm(config, rubric)
     policy = Policy(
         model.to(accelerator.device),
         temperature=config.rollout.temperature,
         keep_reference=algorithm.needs.ref_logprobs,
     )
-    return _assemble(config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume)
+    return _assemble(
+        config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
+    )
 
 
 def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) -> Config:
@@ -130,6 +133,7 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     if isinstance(peft_config, LoraConfig):
         config.model = dataclasses.replace(config.model, lora=peft_config)
     validate(config)
+    config.algo = resolve(config.algo)
     return config
 
 
@@ -157,7 +161,9 @@ def _tasks(dataset: Any, config: DataConfig | None) -> list[Task]:
 def _rubric(config: Config, reward: Any) -> Rubric:
     from llmrl.verify.rubric import Rubric
 
-    if reward is not None and not all(isinstance(r, str) for r in (reward if isinstance(reward, (list, tuple)) else [reward])):
+    if reward is not None and not all(
+        isinstance(r, str) for r in (reward if isinstance(reward, (list, tuple)) else [reward])
+    ):
         return Rubric(list(reward) if isinstance(reward, (list, tuple)) else [reward])
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Rubric.from_config(
@@ -168,9 +174,7 @@ def _rubric(config: Config, reward: Any) -> Rubric:
     )
 
 
-def _prompts(
-    config: Config, tokenizer: Any, generation: Any, tasks: list[Task]
-) -> tuple[Chat, TaskSampler, list[str]]:
+def _prompts(config: Config, tokenizer: Any, generation: Any, tasks: list[Task]) -> tuple[Chat, TaskSampler, list[str]]:
     """How prompts are rendered, the order of tasks (too long ones left out), and what to tell the user about it."""
     from llmrl.data.chat import Chat, filter_long
     from llmrl.data.sampler import TaskSampler
@@ -212,6 +216,13 @@ def make_accelerator(config: Config) -> Accelerator:
             f"the launcher started {launched} processes, but each sees {accelerator.num_processes}: they would all train "
             "alone and write the same files. On CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu --num_processes N"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"accelerate is configured with gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, which "
+            "would scale the loss: remove it; train.max_tokens_per_micro_batch decides what is computed at once"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("accelerate is configured with mixed_precision fp16, which is not supported: use bf16 or no")
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in supported:
         raise UserError(
@@ -243,12 +254,12 @@ def check_output_dir(config: Config, accelerator: Accelerator) -> bool:
     return False
 
 
-def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that `algo.name` names."""
+def make_algorithm(config: Config, rubric: Rubric | None = None) -> Algorithm:
+    """The algorithm that `algo.name` names, told the names and weights of the rewards."""
     from llmrl.algo.grpo import GRPO
 
-    algorithms = {"grpo": GRPO}
-    return algorithms[config.algo.name](config.algo, max_completion_length=config.rollout.max_completion_length)
+    rewards = {name: part.weight for name, part in rubric.parts.items()} if rubric is not None else {}
+    return GRPO(config.algo, max_completion_length=config.rollout.max_completion_length, rewards=rewards)
 
 
 def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:

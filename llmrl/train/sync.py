@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmrl.train.policy import Policy
 
 PROBE_LENGTH = 16
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 """Largest gap (nats) between two correct implementations, by the type the engine computes in."""
 
 
@@ -34,7 +34,9 @@ class WeightSync:
         self.engine = engine
         self.tolerance = TOLERANCE[dtype]
         self.probe = np.random.Generator(np.random.Philox(key=0)).integers(0, vocab_size, PROBE_LENGTH).tolist()
+        self.exact = dtype == "float32"
         self.previous: np.ndarray | None = None
+        self.previous_served: np.ndarray | None = None
 
     async def push(self, version: int) -> Receipt:
         """Make the engine serve the learner's weights as `version`.
@@ -49,9 +51,14 @@ class WeightSync:
         served = np.asarray((await self.engine.logprobs([self.probe]))[0])
         gap = float(np.abs(served - expected).max())
         change = 0.0 if self.previous is None else float(np.abs(expected - self.previous).max())
-        if not gap <= self.tolerance:
+        if served.shape != expected.shape or not gap <= self.tolerance:
             raise RunFailed(self._explain(version, gap, served))
-        self.previous = expected
+        if self.exact and change > 0 and self.previous_served is not None and np.array_equal(served, self.previous_served):
+            raise RunFailed(
+                f"weight sync: the learner's log-probabilities moved by {change:.3g} nats, but after pushing policy "
+                f"version {version} the engine's are those of version {version - 1}, bit for bit: the push did not arrive"
+            )
+        self.previous, self.previous_served = expected, served
         return Receipt(version=version, max_gap=gap, change=change, seconds=time.perf_counter() - start)
 
     def _explain(self, version: int, gap: float, served: np.ndarray) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmrl.algo.dynamic_sampling import collect_informative
 from llmrl.config import Config
 from llmrl.errors import RunFailed
 from llmrl.train import checkpoint
@@ -99,11 +100,9 @@ class Trainer:
         for step in range(self.first_step, config.train.max_steps):
             clock = Clock()
             position = self.sampler.position
-            tasks = self.sampler.next(config.rollout.num_prompts)  # 1 prompt
-            if self.ledger is not None:
-                self.ledger.issued(step + 1, position, tasks)
-            groups = await self._collect(tasks, position)  # 2 rollout, 3 verify (overlapped)
-            self._check_scores(groups)
+            self.rubric.trainer_state.global_step = step
+            groups, drawn = await self._draw(step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
+            self._check_scores(drawn)
             clock.lap("rollout")
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
             stats = self.learner.update(batch, self.algorithm)  # 5 loss
@@ -111,13 +110,15 @@ class Trainer:
             self.policy_version += 1
             receipt = await self.sync.push(self.policy_version)  # 6 weight sync
             clock.lap("sync")
-            self.sampler.update(groups)
-            metrics = rollout_metrics(groups, accuracy=self.rubric.accuracy_name or "")
+            self.sampler.update(drawn)
+            metrics = rollout_metrics(drawn, accuracy=self.rubric.accuracy_name or "")
             metrics |= batch.metrics | stats | self.rubric.take_metrics()
+            metrics["rollout/drawn_groups"] = float(len(drawn))
+            self.algorithm.observe(metrics)
             metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)
-            self._finish_step(step + 1, position, groups, metrics)
+            self._finish_step(step + 1, position, drawn, metrics)
         self.console.stop()
         self._save_model()
         self.accelerator.wait_for_everyone()  # right before the end, or a process may tear the group down early
@@ -156,6 +157,27 @@ class Trainer:
         return pass_rates(groups, accuracy=self.rubric.accuracy_name or "", ks=ks), groups
 
     # --- parts of a step ---
+
+    async def _draw(self, step: int) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
+        """(groups to train on, all groups drawn): the same, unless dynamic sampling draws further ones."""
+
+        async def draw(num_prompts: int) -> list[RolloutGroup]:
+            position = self.sampler.position
+            tasks = self.sampler.next(num_prompts)
+            if self.ledger is not None:
+                self.ledger.issued(step, position, tasks)
+            return await self._collect(tasks, position)
+
+        num_prompts, algo = self.config.rollout.num_prompts, self.config.algo
+        if not algo.dynamic_sampling:
+            groups = await draw(num_prompts)
+            return groups, groups
+        return await collect_informative(
+            draw,
+            num_prompts,
+            max_batches=algo.dynamic_sampling_max_batches or 1,
+            accuracy=self.rubric.accuracy_name or "",
+        )
 
     async def _collect(self, tasks: list[Task], position: int, **options: Any) -> list[RolloutGroup]:
         """Groups of all tasks, on every process; each process collects its share of them."""
@@ -225,7 +247,10 @@ class Trainer:
             self.first_step, self.policy_version, files = state["step"], state["policy_version"], state["files"]
             self.sampler.load_state_dict(state["sampler"])
             self.health.load_state_dict(state["health"])
+            self.algorithm.load_state_dict(state["algorithm"])
         if self.record is not None and self.ledger is not None:
+            if folder is not None and folder.parent == self.output_dir / "checkpoints":
+                checkpoint.drop_newer(folder)
             self.record.truncate(files)
             self.ledger.file.truncate(files["ledger"])
         self.console.say(
@@ -242,6 +267,7 @@ class Trainer:
             "policy_version": self.policy_version,
             "sampler": self.sampler.state_dict(),
             "health": self.health.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
             "files": files,
         }
         checkpoint.save_checkpoint(

@@ -57,7 +57,8 @@ def deepresearcher_f1(text: str) -> str:
 
 def multilingual(text: str) -> str:
     """squad_em for every script: NFKC and case folding, any Unicode punctuation deleted, and in scripts written
-    without spaces each character a token, so that F1 means something there."""
+    without spaces each character a token, so that F1 means something there.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_ARTICLES.sub(" ", folded.translate(_MULTILINGUAL)).split())
 
@@ -210,6 +211,7 @@ def deepresearcher_reward(text: str, golds: Iterable[str]) -> float:
 
     Args:
         text: the policy's own text, all turns. Observations belong outside: tags inside web text would count.
+        golds: gold answers; the best match counts.
     """
     lowered = text.lower()
     for tag in ("tool_call", "think", "answer"):
@@ -261,10 +263,13 @@ def search_r1_reward(
     | wrong         | structure_format_score (+ retrieval_score, see below)   | final_format_score             |
     | missing       | the same                                                | 0                              |
 
-    `retrieval_score` is added when some <information> block contains a gold answer.
-
     Args:
         text: the transcript, with the environment's <information> blocks and without the prompt.
+        golds: gold answers; the best match counts.
+        structure_format_score: see the table; 0.2 in the paper's scripts.
+        retrieval_score: added when some <information> block contains a gold answer.
+        final_format_score: see the table; 0.1 in the paper's scripts.
+        normalizer: how answers are compared.
         well_formed: known from elsewhere; default, what `search_r1_format` says of the text.
     """
     if well_formed is None:

@@ -41,7 +41,8 @@ class Detection:
 
 def first_box(text: str) -> Box | None:
     """The first [x1, y1, x2, y2] in the text; None when there is none. Later ones are ignored, so listing many
-    boxes gains nothing."""
+    boxes gains nothing.
+    """
     match = _BOX.search(text)
     return tuple(float(number) for number in match.groups()) if match else None  # type: ignore[return-value]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrl.types import Message
 from llmrl.verify.answers import after_thinking, multilingual
+from llmrl.verify.judge_verdict import clean_text
 
 MAX_CITATIONS = 1000
 """An answer with more is not read further: it bounds the work that one answer can cause."""
@@ -32,7 +33,6 @@ _QUOTE = re.compile(
 _ELLIPSIS = re.compile(r"\[?(?:\.\.\.|\u2026)\]?")
 _SEARCH_RESULT = re.compile(r"^\[([0-9]{1,9})\] Title:", re.MULTILINE)
 _RETRIEVAL_TOOL = re.compile(r"search|retriev|open|find|brows|visit|fetch|read|crawl|scrap", re.IGNORECASE)
-_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 _URL_PREFIXES = ("view-source:", "https://r.jina.ai/", "http://r.jina.ai/")
 
 
@@ -90,12 +90,7 @@ def judged_text(text: str) -> str:
 
     NUL and lone surrogates become U+FFFD, so that the text can be sent anywhere.
     """
-    return printable(after_thinking(text).rsplit("## References", 1)[0]).strip()
-
-
-def printable(text: str) -> str:
-    """The text with NUL and lone surrogates, which neither UTF-8 nor many servers take, replaced by U+FFFD."""
-    return _UNPRINTABLE.sub("\ufffd", text)
+    return clean_text(after_thinking(text).rsplit("## References", 1)[0]).strip()
 
 
 def clean_url(url: str) -> str:
@@ -276,9 +271,11 @@ def gather_evidence(
     Args:
         response: what `judged_text` gives.
         history: the conversation, tool outputs included.
+        max_pages: further cited pages are left out.
         check_quotes: leave out citations beside a quotation that none of the pages cited there contains. A quotation
-            is a passage in quotation marks, of at least MIN_QUOTE_TOKENS words besides articles, between the previous citation (or the
-            start of the line) and this one; case, punctuation and left-out parts ("...") do not matter.
+            is a passage in quotation marks, of at least MIN_QUOTE_TOKENS words besides articles, between the previous
+            citation (or the start of the line) and this one; case, punctuation and left-out parts ("...") do not
+            matter.
     """
     seen = collect_pages(history)
     evidence = Evidence()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib.util
 import math
 import re
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -42,7 +44,9 @@ class UnusableRow(Exception):
     """The row's own tests cannot be run: no verdict about the program."""
 
 
-def run_tests(program: str, row: Row, box: Sandbox, limits: Limits, *, stop_early: bool) -> list[TestResult]:
+def run_tests(
+    program: str, row: Row, box: Sandbox, limits: Limits, *, stop_early: bool, total_seconds: float = math.inf
+) -> list[TestResult]:
     """Run a program against the tests of its row.
 
     Args:
@@ -51,6 +55,7 @@ def run_tests(program: str, row: Row, box: Sandbox, limits: Limits, *, stop_earl
         box: where the program runs.
         limits: of one run: all assertions of a row together, or one input.
         stop_early: the tests after a failed one are `not_run`.
+        total_seconds: real time of all runs together; the run in which it ends is a time-out.
 
     Returns:
         One result per test, in order. A program that ends its own process or uses up its time fails the test in which
@@ -68,37 +73,42 @@ def run_tests(program: str, row: Row, box: Sandbox, limits: Limits, *, stop_earl
         return [TestResult(verdict="compile_error", detail="no code in the answer")] * total
     if len(program) > MAX_SOURCE_CHARACTERS:
         return [TestResult(verdict="compile_error", detail=f"more than {MAX_SOURCE_CHARACTERS} characters")] * total
-    try:
-        return _run_once(program, tests, total, box, limits, stop_early)
-    except BoxDied:
-        pass
-    try:
-        return _run_once(program, tests, total, box, limits, stop_early)
-    except BoxDied:
-        return [TestResult(verdict="error", detail="the program brought its box down twice")] * total
+    clock = _Clock(limits, time.monotonic() + total_seconds)
+    for _ in range(2):  # a box that dies may have been killed by somebody else once
+        with contextlib.suppress(BoxDied):
+            if isinstance(tests, StdinTests):
+                results = _run_stdin(program, tests, box, clock, stop_early)
+            else:
+                results = _run_calls(program, tests, total, box, clock, stop_early)
+            return results + [TestResult(verdict="not_run")] * (total - len(results))
+    return [TestResult(verdict="error", detail="the program brought its box down twice")] * total
 
 
-def _run_once(
-    program: str,
-    tests: AssertTests | CallTests | StdinTests,
-    total: int,
-    box: Sandbox,
-    limits: Limits,
-    stop_early: bool,
-) -> list[TestResult]:
-    if isinstance(tests, StdinTests):
-        results = _run_stdin(program, tests, box, limits, stop_early)
-    else:
-        results = _run_calls(program, tests, total, box, limits, stop_early)
-    return results + [TestResult(verdict="not_run")] * (total - len(results))
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """The limits of each run, cut to what is left of the time for all runs."""
+
+    limits: Limits
+    deadline: float
+
+    def next_limits(self) -> Limits | None:
+        """Of the next run; None when the time is used up."""
+        left = self.deadline - time.monotonic()
+        return replace(self.limits, wall_seconds=min(self.limits.wall_seconds, left)) if left > 0 else None
+
+
+_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit of all runs together")
 
 
 # --- programs that read standard input --------------------------------------------------------------------------------
 
 
-def _run_stdin(program: str, tests: StdinTests, box: Sandbox, limits: Limits, stop_early: bool) -> list[TestResult]:
+def _run_stdin(program: str, tests: StdinTests, box: Sandbox, clock: _Clock, stop_early: bool) -> list[TestResult]:
     results: list[TestResult] = []
     for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+        limits = clock.next_limits()
+        if limits is None:
+            return [*results, _OUT_OF_TIME]
         end = box.run(program, given, limits)
         if end.status == "ok":
             verdict: Verdict = "passed" if same_output(end.stdout, expected) else "wrong"
@@ -146,10 +156,13 @@ def _same_token(given: str, wanted: str) -> bool:
 
 
 def _run_calls(
-    program: str, tests: AssertTests | CallTests, total: int, box: Sandbox, limits: Limits, stop_early: bool
+    program: str, tests: AssertTests | CallTests, total: int, box: Sandbox, clock: _Clock, stop_early: bool
 ) -> list[TestResult]:
     results: list[TestResult] = []
     for _ in range(_MAX_RESTARTS):
+        limits = clock.next_limits()
+        if limits is None:
+            return [*results, _OUT_OF_TIME]
         with box.open(program, limits) as session:
             try:
                 session.load(program)
@@ -211,9 +224,17 @@ def same_value(given: Any, expected: Any) -> bool:
         texts = {str(key): value for key, value in given.items()}
         return texts.keys() == expected.keys() and all(same_value(texts[key], expected[key]) for key in expected)
     if type(given) is float or type(expected) is float:
-        numbers = all(type(value) in (int, float) for value in (given, expected))
-        return numbers and math.isclose(given, expected, rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
+        return _close(given, expected)
     return type(given) is type(expected) and bool(given == expected)
+
+
+def _close(given: Any, expected: Any) -> bool:
+    if not all(type(value) in (int, float) for value in (given, expected)):
+        return False
+    try:
+        return math.isclose(given, expected, rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]:

@@ -87,9 +87,10 @@ def read_row(row: Mapping[str, Any]) -> Row:
         return _apps(present)
     if "public_test_cases" in present or "private_test_cases" in present:
         return _livecodebench(present)
+    found = ", ".join(sorted(present)) or "none"
     raise UserError(
         "unit_tests: the row has no tests it knows. Expected the columns test and entry_point (HumanEval), test_list"
-        f" (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {', '.join(sorted(present)) or 'none'}."
+        f" (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {found}."
     )
 
 

@@ -27,9 +27,9 @@ PROGRESS_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
 
 DESCRIPTION = (
-    "Score stored completions. Input: one JSON object per line with `completion` (text or messages) and the columns that "
-    "the rewards name. Output: the same rows in the same order with `reward` (null: could not judge), `parts`, `info` and "
-    "`error`. Consecutive rows that differ in nothing but their completion are one group."
+    "Score stored completions. Input: one JSON object per line with `completion` (text or messages) and the columns "
+    "that the rewards name. Output: the same rows in the same order with `reward` (null: could not judge), `parts`, "
+    "`info` and `error`. Consecutive rows that differ in nothing but their completion are one group."
 )
 
 
@@ -43,6 +43,9 @@ def run(argv: list[str]) -> int:
     except LlmrlError as error:
         print(f"llmrl verify: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("llmrl verify: interrupted, nothing was written", file=sys.stderr)
+        return 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge_cache import Ledger, ReplyCache, Spent, request_key
-from llmrl.verify.judge_http import Endpoint, EndpointError, PerLoop, canonical_json
-from llmrl.verify.judge_verdict import Canary, Question, Verdict, check_values, json_schema, read_verdict, render
+from llmrl.verify.judge_http import Endpoint, EndpointError, PerLoop
+from llmrl.verify.judge_verdict import (
+    AnyJudge,
+    Canary,
+    OfflineJudge,
+    Question,
+    Verdict,
+    canonical_json,
+    json_schema,
+    read_verdict,
+    render,
+)
+from llmrl.verify.spec import find
 
 __all__ = [
+    "AnyJudge",
     "Canary",
     "EndpointError",
     "Judge",
@@ -30,6 +44,7 @@ __all__ = [
     "Verdict",
     "both_orders",
     "get_judge",
+    "judge_metrics",
 ]
 
 
@@ -95,29 +110,6 @@ class JudgeConfig:
             raise UserError("judge:\n" + "\n".join(f"  - {line}" for line in found))
 
 
-class AnyJudge(Protocol):
-    """What a reward needs of a judge."""
-
-    async def ask(self, question: Question, case: dict[str, str]) -> Verdict: ...
-
-
-class OfflineJudge:
-    """A judge that is a plain function, for tests and examples.
-
-    Args:
-        answer: from (question name, case) to the verdict's values, or None to abstain.
-    """
-
-    def __init__(self, answer: Callable[[str, dict[str, str]], dict[str, Any] | None]) -> None:
-        self.answer = answer
-
-    async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
-        values = self.answer(question.name, case)
-        if values is None:
-            return Verdict(values=None, problem="the offline judge abstains")
-        return Verdict(values=check_values(values, question.fields))
-
-
 @dataclass(kw_only=True)
 class _Lane:
     """What a judge holds per event loop: connections belong to one loop."""
@@ -147,6 +139,7 @@ class Judge:
         self._cache = ReplyCache(config.cache_dir) if config.cache_dir is not None else None
         self._structured = config.structured
         self._canaries_due = 0.0
+        self._canaries_asked: Counter[str] = Counter()
         self._warned = False
         self._lanes = PerLoop(self._make_lane)
 
@@ -269,8 +262,11 @@ class Judge:
         self.ledger.record(Spent(calls=1, input_tokens=counted[0], output_tokens=counted[1], cost=cost))
 
     async def _check_canary(self, question: Question) -> None:
-        """Judge the next canary, past the cache, and stop or warn when too many went wrong."""
-        canary = question.canaries[self.counts["canaries"] % len(question.canaries)]
+        """Judge the question's next canary, past the cache, and stop or warn when too many went wrong."""
+        canary = question.canaries[self._canaries_asked[question.name] % len(question.canaries)]
+        self._canaries_asked[question.name] += 1
+        if canary.fields is not None:
+            question = dataclasses.replace(question, fields=canary.fields)
         messages = render(question, canary.case, max_chars=self.config.max_chars)
         try:
             verdict = await self._dialogue(question, messages)
@@ -328,18 +324,28 @@ class Judge:
             await lane.endpoint.close()
 
 
+JUDGE_FORMS = (
+    "set args.judge to {base_url: http://HOST:PORT/v1, model: NAME}, to `package.module:factory` or `file.py:factory`, "
+    "or to an object with `ask`"
+)
 _judges: dict[str, Judge] = {}
 
 
-def get_judge(judge: AnyJudge | Mapping[str, Any] | None) -> AnyJudge:
-    """The judge object for a reward's `judge` argument: an object is used as it is, equal mappings share one Judge.
+def get_judge(judge: AnyJudge | Mapping[str, Any] | str | None) -> AnyJudge:
+    """The judge object for a reward's `judge` argument.
+
+    Args:
+        judge: an object with `ask`; a mapping with the fields of JudgeConfig (equal mappings share one Judge); or
+            `package.module:factory` or `file.py:factory`, called once per process without arguments.
 
     Raises:
-        UserError: no judge, an unknown or missing key, or a value out of range.
+        UserError: no judge, an unknown or missing key, a value out of range, or a factory that is not there.
     """
-    if judge is None:
-        raise UserError("this reward needs a judge: set args.judge to {base_url: http://HOST:PORT/v1, model: NAME}")
+    if isinstance(judge, str) and ":" in judge:
+        return _made_judge(judge)
     if not isinstance(judge, Mapping):
+        if not hasattr(judge, "ask"):
+            raise UserError(f"judge is {judge!r}, but this reward needs one: {JUDGE_FORMS}")
         return judge
     known = {f.name: f for f in dataclasses.fields(JudgeConfig)}
     unknown = sorted(set(judge) - set(known))
@@ -350,6 +356,26 @@ def get_judge(judge: AnyJudge | Mapping[str, Any] | None) -> AnyJudge:
     if key not in _judges:
         _judges[key] = Judge(JudgeConfig(**judge))
     return _judges[key]
+
+
+@functools.cache
+def _made_judge(spec: str) -> AnyJudge:
+    try:
+        made = find(spec)[0]()
+    except UserError as error:
+        problem = str(error).splitlines()[0].removeprefix(f"reward {spec!r}: ")
+        raise UserError(f"judge {spec!r}: {problem} To name a judge, {JUDGE_FORMS}") from None
+    if not hasattr(made, "ask"):
+        raise UserError(f"judge {spec!r} made a {type(made).__name__} without `ask(question, case)`")
+    return made
+
+
+def judge_metrics() -> dict[str, float]:
+    """The metrics of all configured judges of this process together (see `Judge.metrics`)."""
+    total: Counter[str] = Counter()
+    for judge in _judges.values():
+        total.update(judge.metrics())
+    return dict(total)
 
 
 async def both_orders(

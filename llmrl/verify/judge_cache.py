@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import RunFailed
-from llmrl.verify.judge_http import canonical_json
+from llmrl.verify.judge_verdict import canonical_json
 
 
 def request_key(request: dict[str, Any]) -> str:
@@ -31,8 +31,8 @@ class ReplyCache:
     def get(self, key: str) -> str | None:
         """The reply's text, or None where there is none (or the file is damaged)."""
         try:
-            stored = json.loads(self._file(key).read_text())
-            return stored["content"] if stored["key"] == key else None
+            content = json.loads(self._file(key).read_text())["content"]
+            return content if isinstance(content, str) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -42,7 +42,7 @@ class ReplyCache:
         handle, beside = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
         try:
             with os.fdopen(handle, "w") as stream:
-                json.dump({"key": key, "content": content}, stream)
+                json.dump({"content": content}, stream)
             os.replace(beside, file)
         except BaseException:
             Path(beside).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
-import re
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -20,7 +19,6 @@ import tenacity
 MAX_WAIT_S = 60.0
 RETRIED_STATUS = {408, 409, 425, 429}
 T = TypeVar("T")
-_UNSENDABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 class EndpointError(Exception):
@@ -64,6 +62,7 @@ class Endpoint:
         self.on_retry = on_retry
         self._slots = asyncio.Semaphore(max_concurrency)
         limits = httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
+        headers = {"Content-Type": "application/json", **headers}
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
 
     async def post(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -79,14 +78,15 @@ class Endpoint:
             before_sleep=lambda state: self.on_retry(),
             reraise=True,
         )
-        return await attempts(self._attempt, body)
+        # Escaped ASCII: text of a policy may hold lone surrogates, which have no UTF-8 form.
+        return await attempts(self._attempt, json.dumps(body).encode())
 
-    async def _attempt(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _attempt(self, content: bytes) -> dict[str, Any]:
         async with self._slots:
             try:
                 # httpx limits each read; only this limits a server that drips one byte at a time.
                 async with asyncio.timeout(self.timeout_s):
-                    response = await self._client.post(self.url, json=body)
+                    response = await self._client.post(self.url, content=content)
             except (TimeoutError, httpx.TimeoutException):
                 raise EndpointError(f"{self.url}: no answer within {self.timeout_s:g} s") from None
             except httpx.TransportError as error:
@@ -132,14 +132,17 @@ class PerLoop(Generic[T]):
         return self._objects.pop(asyncio.get_running_loop(), None)
 
 
-def clean_text(text: str) -> str:
-    """`text` with NUL and lone surrogates, which JSON over HTTP cannot carry everywhere, replaced by U+FFFD."""
-    return _UNSENDABLE.sub("\ufffd", text)
+_shared: PerLoop[dict[str, Endpoint]] = PerLoop(dict)
 
 
-def canonical_json(value: Any) -> str:
-    """One text per value: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def shared_endpoint(url: str, *, timeout_s: float, retries: int, max_concurrency: int) -> Endpoint:
+    """The running loop's one Endpoint of `url` without headers; the first caller's limits hold."""
+    endpoints = _shared.get()
+    if url not in endpoints:
+        endpoints[url] = Endpoint(
+            url, headers={}, timeout_s=timeout_s, retries=retries, max_concurrency=max_concurrency
+        )
+    return endpoints[url]
 
 
 _backoff = tenacity.wait_random_exponential(multiplier=0.5, max=30)

@@ -1,5 +1,7 @@
 """What a judge is asked and how it is read: Question and case in, messages out; reply in, typed values out.
 
+Also what every judge is (AnyJudge), and the judge that is a plain function.
+
 Reading is tolerant about what surrounds the JSON object (prose, code fences, thoughts) and strict about what is in it:
 a boolean is `true` or `false`, a grade is an integer in its range, a choice is one of the choices.
 """
@@ -8,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from llmrl.verify.judge_http import canonical_json, clean_text
+from typing import Any, Literal, Protocol
 
 Fields = dict[str, Any]
 """Name -> kind. A kind is bool, str, Literal["a", "b"], range(low, high) for integers, or one of these `| None`."""
@@ -21,6 +23,7 @@ Fields = dict[str, Any]
 # A verdict is the last thing a judge says; looking no further back keeps reading linear in the length of the reply.
 MAX_TAIL_CHARS = 20_000
 MAX_CANDIDATES = 200
+_UNSENDABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Canary:
     case: dict[str, str]
     expected: dict[str, Any]
     """The fields that must come out (a range stands for any number in it); the others may hold anything."""
+    fields: Fields | None = None
+    """What this case is asked for, where that depends on the case; None: the question's fields."""
 
     def agrees(self, values: dict[str, Any] | None) -> bool:
         """Whether a judge's values (None: it abstained) are what is known to be right."""
@@ -64,6 +69,32 @@ class Verdict:
     """Why the answer could not be read."""
     raw: str = field(default="", repr=False)
     cached: bool = False
+
+
+class AnyJudge(Protocol):
+    """What a reward needs of a judge."""
+
+    async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
+        """The verdict on one case (block name -> text). A judge that cannot be reached raises."""
+        ...
+
+
+class OfflineJudge:
+    """A judge that is a plain function, for tests and examples.
+
+    Args:
+        answer: from (question name, case) to the verdict's values, or None to abstain.
+    """
+
+    def __init__(self, answer: Callable[[str, dict[str, str]], dict[str, Any] | None]) -> None:
+        self.answer = answer
+
+    async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
+        """See `AnyJudge.ask`. A ValueError says that the function gave other fields than the question's."""
+        values = self.answer(question.name, case)
+        if values is None:
+            return Verdict(values=None, problem="the offline judge abstains")
+        return Verdict(values=check_values(values, question.fields))
 
 
 def render(question: Question, case: dict[str, str], *, max_chars: int) -> list[dict[str, str]]:
@@ -138,6 +169,16 @@ def check_values(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
         if not _is_kind(values[name], kind):
             raise ValueError(f"{name!r} is {str(values[name])[:80]!r}, which is not {_describe(kind)}")
     return {name: values[name] for name in fields}
+
+
+def clean_text(text: str) -> str:
+    """`text` with NUL and lone surrogates, which neither UTF-8 nor many servers take, replaced by U+FFFD."""
+    return _UNSENDABLE.sub("\ufffd", text)
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _parts(kind: Any) -> tuple[Any, bool]:

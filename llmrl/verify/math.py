@@ -199,12 +199,15 @@ _JUXTAPOSED = re.compile(r"\d\s+\d")
 _SPACING = re.compile(r"\\[!,;:> ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|~")
 _GROUPED = re.compile(r"(?<=\d)(?:\{,\}|\s*\\[!,;: ]\s*|,\s*\\!\s*|\s)(?=\d{3}(?!\d))")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_MAGNITUDES = (
-    "hundred|thousand|million|billion|trillion|dozen|percent|half|third|quarter|or|and|pi|sqrt|sin|cos|tan|log|ln"
+_NOT_UNITS = (
+    "hundred|thousand|million|billion|trillion|dozen|percent|half|halves|quarters?|thirds?|fourths?|fifths?|sixths?|"
+    "sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|squared|cubed|factorial|plus|minus|times|over|mod|"
+    "or|and|pi|sqrt|sin|cos|tan|log|exp"
 )
+"""Words after a number that change its value."""
 _TRAILING_UNIT = re.compile(
-    rf"^({_NUMBER}|-?\d+/\d+)\s*(?!\w*\s*(?:{_MAGNITUDES})\b)"
-    r"(?:\s(?:[a-zA-Z]{3,}|cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|m|g|s|h)(?:\s*\^?\d)?(?:[\s/]+[a-zA-Z]+){0,3})\.?$"
+    rf"^({_NUMBER}|-?\d+/\d+)\s*(?![a-zA-Z\s]*\b(?:{_NOT_UNITS})\b)"
+    r"(?:\s(?:[a-zA-Z]{3,}|cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr)(?:\s*\^?\d)?(?:[\s/]+[a-zA-Z]+){0,3})\.?$"
 )
 _MIXED = re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$")
 

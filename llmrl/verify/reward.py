@@ -232,7 +232,7 @@ def as_score(value: Any, name: str) -> Score:
         ValueError: NaN or infinite.
     """
     score = value if isinstance(value, Score) else Score(reward=value)
-    number = score.reward
+    number: Any = score.reward
     if number is not None and getattr(number, "ndim", None) == 0:  # a NumPy or torch scalar
         number = number.item()
     if number is not None and not isinstance(number, (int, float)):

@@ -102,7 +102,7 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
     ids = row.get("completion_ids") or []
     turns: list[Turn] = []
     for message in messages:
-        if message["role"] == "assistant":
+        if message.get("role") == "assistant":
             turns.append(
                 Turn(
                     prompt_ids=[],

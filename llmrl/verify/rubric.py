@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from llmrl.config import RewardConfig, VerifyConfig
-from llmrl.errors import UserError
+from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Task
 from llmrl.verify.pool import Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -119,7 +123,12 @@ class Rubric:
         workers = verify.num_workers or available_cores() // num_processes
         known = set(Part.__dataclass_fields__)
         parts = [Part(**{k: v for k, v in vars(reward).items() if k in known}) for reward in rewards]
-        return cls(parts, num_workers=max(1, workers), conversational=conversational)
+        return cls(
+            parts,
+            num_workers=max(1, workers),
+            memory_limit_bytes=int(verify.memory_limit_gb * 2**30),
+            conversational=conversational,
+        )
 
     def _check_parts(self) -> None:
         for name, part in self.parts.items():
@@ -161,7 +170,7 @@ class Rubric:
         if rollout.status.is_error:
             return Score(reward=None, error=rollout.error or f"the rollout ended in {rollout.status}")
         rewards = [reward for reward in self.rewards.values() if reward.kind == "rollout"]
-        found = await asyncio.gather(*(self._call_one(reward, rollout) for reward in rewards))
+        found = await _all_of([self._call_one(reward, rollout) for reward in rewards])
         results = {reward.name: result for reward, result in zip(rewards, found, strict=True)}
         score = self._combine(rollout, results)
         if len(rewards) < len(self.rewards):
@@ -172,21 +181,23 @@ class Rubric:
     async def score_group(self, group: RolloutGroup) -> None:
         """Score what `score` has not yet seen, run TRL and group rewards on the group, and set every final score."""
         rollouts = [rollout for rollout in group.rollouts if not rollout.status.is_error]
-        await asyncio.gather(*(self.score(rollout) for rollout in rollouts if rollout.score is None))
+        await _all_of([self.score(rollout) for rollout in rollouts if rollout.score is None])
         batched = [reward for reward in self.rewards.values() if reward.kind != "rollout"]
         if not rollouts or not batched:
             return
-        found = await asyncio.gather(*(self._call_group(reward, rollouts) for reward in batched))
+        found = await _all_of([self._call_group(reward, rollouts) for reward in batched])
         for i, rollout in enumerate(rollouts):
             results = dict(rollout.score.results) if isinstance(rollout.score, _Unfinished) else {}
             results |= {reward.name: scores[i] for reward, scores in zip(batched, found, strict=True)}
             rollout.score = self._combine(rollout, results)
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of what TRL functions reported through `log_metric` since the last call."""
+        """Means of what TRL functions reported through `log_metric` since the last call, and what judges did so far."""
         means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
         self.metrics = {}
-        return means
+        # Loaded only where a reward asks a judge: it needs the extra `judge`.
+        judges = sys.modules.get("llmrl.verify.judge")
+        return means | (judges.judge_metrics() if judges is not None else {})
 
     async def close(self) -> None:
         """End the worker processes."""
@@ -235,6 +246,8 @@ class Rubric:
     def _failed(self, error: Exception, rollout: Rollout) -> _Result:
         if isinstance(error, RewardTypeError) and self.raise_type_errors:
             raise WrongReturn(str(error), rollout.index) from None
+        if isinstance(error, LlmrlError):  # the run must stop: a used-up budget, a judge that fails its canaries
+            raise error
         text = str(error) if isinstance(error, PoolError) else "".join(traceback.format_exception(error, limit=-30))
         return _Result(score=Score(reward=None, error=text))
 
@@ -262,24 +275,22 @@ class Rubric:
         terms: list[tuple[str, float, float]] = [(name, 1.0, value) for name, value in environment.items()]
         abstained, errors = [], []
         for name, result in results.items():
-            info = dict(result.score.info)
-            error = result.score.error
-            weight = self.parts[name].weight
-            gate = self.parts[name].gate
-            gated = results.get(gate) if gate is not None and weight != 0 else None
-            if gated is not None and gated.score.error is not None and error is None:
-                error = f"reward {name} hangs on {gate}, which failed:\n{gated.score.error}"
-            if error is not None:
-                info["error"] = error
-                if weight != 0:
-                    errors.append(error if len(results) == 1 else f"[{name}] {error}")
-            elif weight != 0 and (values[name] is None or (gated is not None and gated.score.reward is None)):
+            part, value, error = self.parts[name], result.score.reward, result.score.error
+            info = result.score.info | ({"error": error} if error is not None else {})
+            gate = results[part.gate].score if part.gate in results else None
+            if gate is not None and gate.error is not None:
+                error = error or f"it hangs on {part.gate}, which failed:\n{gate.error}"
+            if part.weight == 0:
+                pass
+            elif error is not None:
+                errors.append(error if len(results) == 1 else f"[{name}] {error}")
+            elif value is None or (gate is not None and gate.reward is None):
                 abstained.append(name)
-            elif weight != 0 and (gated is None or gated.score.reward > 0):
-                terms.append((name, weight, _scaled(values[name], self.parts[name].scale)))
-            elif weight != 0:
+            elif gate is not None and gate.reward is not None and gate.reward <= 0:
                 terms.append((name, 0.0, 0.0))
-                info["gate"] = f"{gate} is not above 0"
+                info = info | {"gate": f"{part.gate} is not above 0"}
+            else:
+                terms.append((name, part.weight, _scaled(value, part.scale)))
             if info:
                 total.info[name] = info
         if abstained:
@@ -287,18 +298,24 @@ class Rubric:
         if errors:
             total.error = "\n".join(errors)
         elif terms:
-            total.reward = sum(weight * value for _, weight, value in terms)
-            total.token_rewards = _dense(terms, results)
+            _add_up(total, terms, results)
         return total
 
 
-def _dense(terms: list[tuple[str, float, float]], results: dict[str, _Result]) -> list[float] | None:
-    """Weighted sum of the parts' token rewards; None where no part gives any."""
-    dense = [(w, results[name].score.token_rewards) for name, w, _ in terms if name in results]
-    dense = [(w, tokens) for w, tokens in dense if tokens is not None]
-    if not dense:
-        return None
-    return [sum(w * tokens[t] for w, tokens in dense) for t in range(len(dense[0][1]))]
+def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[str, _Result]) -> None:
+    """Set the reward, and the token rewards where parts give any: sums of weight * value over (name, weight, value)."""
+    reward = sum(weight * value for _, weight, value in terms)
+    dense = [(weight, results[name].score.token_rewards or []) for name, weight, _ in terms if name in results]
+    dense = [(weight, tokens) for weight, tokens in dense if tokens]
+    lengths = sorted({len(tokens) for _, tokens in dense})
+    if not math.isfinite(reward):
+        total.error = f"the weighted sum of the rewards is {reward}: {terms}"
+    elif len(lengths) > 1:
+        total.error = f"the parts give token rewards of different lengths: {lengths}"
+    else:
+        total.reward = reward
+        if dense:
+            total.token_rewards = [sum(weight * tokens[t] for weight, tokens in dense) for t in range(lengths[0])]
 
 
 def _scaled(value: float, scale: tuple[float, float] | None) -> float:
@@ -312,6 +329,13 @@ def _unique(name: str, taken: dict[str, Reward]) -> str:
     if name not in taken:
         return name
     return next(f"{name}_{i}" for i in range(2, len(taken) + 3) if f"{name}_{i}" not in taken)
+
+
+async def _all_of(coroutines: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run them together; a single one runs in this task, which costs less than starting another."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    return list(await asyncio.gather(*coroutines))
 
 
 async def _maybe_await(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Citation-aware rubrics: a deep-research conversation and its single-hop rubrics in, outcome and rubric reward out.
 
-CaRR (arXiv 2601.06021): a rubric counts when its hidden entities are named in the answer, the cited pages support it, and
-a chain of supported rubrics connects it to the final answer. C-GRPO's mixing of both rewards in a group is `mix_rewards`.
+CaRR (arXiv 2601.06021): a rubric counts when its hidden entities are named in the answer, the cited pages support
+it, and a chain of supported rubrics connects it to the final answer. `mix_rewards` is C-GRPO's mixing in a group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, Literal
 from llmrl.errors import UserError
 from llmrl.types import Message
 from llmrl.verify.citations import final_response, gather_evidence
-from llmrl.verify.rubric_judge import PLACEHOLDER, Judge, entities_of, identify_entities, judge_outcome, judge_support
+from llmrl.verify.judge_correct import judge_correct
+from llmrl.verify.judge_verdict import AnyJudge
+from llmrl.verify.rubric_judge import PLACEHOLDER, entities_of, identify_entities, judge_support
 
 ANSWER_ENTITY = "E0"
 """The placeholder that stands for the final answer in every rubric set."""
@@ -29,7 +31,7 @@ class RubricOptions:
     """The switches of the rubric check; the defaults are the paper's method."""
 
     check_entities: bool = True
-    """Only rubrics whose entities are all named go to the support check. Off: all go, unnamed placeholders as they are."""
+    """Only rubrics whose entities are all named are checked. Off: all are, with unnamed placeholders as they stand."""
     check_connectivity: bool = True
     """Only rubrics that supported ones connect to the answer count. Off: every supported one counts."""
     check_quotes: bool = True
@@ -53,7 +55,7 @@ class RubricRecord:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Both rewards of one conversation; None where the judge gave no usable verdict."""
+    """Both rewards of one conversation; None where the judge abstained."""
 
     outcome: float | None = 0.0
     rubric: float | None = 0.0
@@ -163,7 +165,7 @@ def fill_rubric(rubric: str, values: dict[str, str | None]) -> RubricRecord:
 
 
 async def score_rubrics(
-    judge: Judge,
+    judge: AnyJudge,
     question: str,
     response: str,
     history: list[Message],
@@ -172,18 +174,22 @@ async def score_rubrics(
 ) -> Evaluation:
     """The rubric reward: connected supported rubrics over all rubrics, in [0, 1] (CaRR, section 3).
 
-    Nothing cited, nothing found in the history, no entity named, no rubrics: 0. No usable verdict: None.
+    Nothing cited, nothing found in the history, no entity named, no rubrics: 0. An abstaining judge: None.
 
     Args:
+        judge: answers two questions at most.
+        question: what was asked.
         response: the judged part of the answer (`citations.judged_text`).
         history: the conversation with its tool outputs, where the evidence comes from.
+        rubrics: single-hop facts with placeholders.
+        options: the switches; default, the paper's method.
     """
     options = options or RubricOptions()
     if not rubrics:
         return Evaluation(info={"reason": "the task has no rubrics"})
     values = await identify_entities(judge, question, response, rubrics)
     if values is None:
-        return Evaluation(rubric=None, info={"reason": "no usable verdict on the entities"})
+        return Evaluation(rubric=None, info={"reason": "the judge abstained on the entities"})
     result = Evaluation(records=[fill_rubric(rubric, values) for rubric in rubrics])
     asked = [r for r in result.records if r.all_entity_identified or not options.check_entities]
     evidence = gather_evidence(response, history, max_pages=options.max_pages, check_quotes=options.check_quotes)
@@ -198,7 +204,7 @@ async def score_rubrics(
         return result
     supported = await judge_support(judge, evidence.pages, [record.filled_rubric for record in asked])
     if supported is None:
-        result.rubric, result.info["reason"] = None, "no usable verdict on the support"
+        result.rubric, result.info["reason"] = None, "the judge abstained on the support"
         return result
     for record, verdict in zip(asked, supported, strict=True):
         record.is_supported = verdict
@@ -216,10 +222,10 @@ def _count_connected(result: Evaluation, options: RubricOptions) -> Evaluation:
 
 
 async def evaluate(
-    judge: Judge,
+    judge: AnyJudge,
     history: list[Message],
     question: str,
-    correct_answer: str,
+    known_answers: Sequence[str],
     rubrics: Sequence[str],
     *,
     unfinished: bool = False,
@@ -234,6 +240,15 @@ async def evaluate(
     what is not needed is 0 and not asked.
 
     Args:
+        judge: answers three questions at most.
+        history: the conversation; its last message is the answer.
+        question: what was asked.
+        known_answers: gold answers; any of them is right.
+        rubrics: single-hop facts with placeholders.
+        unfinished: the rollout was cut off.
+        need_outcome: ask about the answer.
+        need_rubric: ask about the rubrics.
+        options: the switches; default, the paper's method.
         rubric_only_if_correct: save the rubric questions where the outcome is 0 (its rubric reward is then 0).
     """
     response = None if unfinished else final_response(history)
@@ -241,7 +256,7 @@ async def evaluate(
         return Evaluation(info={"reason": "unfinished" if unfinished else "no final answer"})
 
     async def outcome() -> tuple[float | None, dict[str, Any]]:
-        return await judge_outcome(judge, question, response, correct_answer) if need_outcome else (0.0, {})
+        return await judge_correct(judge, question, known_answers, response) if need_outcome else (0.0, {})
 
     async def rubric() -> Evaluation:
         return (

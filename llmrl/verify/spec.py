@@ -74,7 +74,7 @@ def find_file(place: str) -> Path:
     """
     given = Path(place)
     candidates = [given]
-    if not given.is_absolute() and len(given.parts) <= 2 and given.parts[0] in ("rewards", given.name):
+    if not given.is_absolute() and len(given.parts) <= 2 and given.parent.name in ("rewards", ""):
         candidates.append(shipped_folder() / given.name)
     for file in candidates:
         if file.is_file():

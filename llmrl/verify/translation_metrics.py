@@ -12,15 +12,14 @@ from functools import cache
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.verify.judge_http import Endpoint, EndpointError, PerLoop, clean_text
+from llmrl.verify.judge_http import EndpointError, shared_endpoint
+from llmrl.verify.judge_verdict import clean_text
 from llmrl.verify.language import base_language
 
 LOCAL_METRICS = ("chrf", "bleu", "ter")
 TIMEOUT_S = 120.0
 RETRIES = 5
 MAX_CONCURRENCY = 64
-
-_endpoints: PerLoop[dict[str, Endpoint]] = PerLoop(dict)
 
 
 async def metric_value(
@@ -60,17 +59,11 @@ async def metric_scores(url: str, samples: list[dict[str, str | None]]) -> list[
     Raises:
         EndpointError: the server failed, or its scores are not one finite number per sample.
     """
-    loop_endpoints = _endpoints.get()
-    if url not in loop_endpoints:
-        loop_endpoints[url] = Endpoint(
-            url.rstrip("/") + "/score",
-            headers={},
-            timeout_s=TIMEOUT_S,
-            retries=RETRIES,
-            max_concurrency=MAX_CONCURRENCY,
-        )
+    endpoint = shared_endpoint(
+        url.rstrip("/") + "/score", timeout_s=TIMEOUT_S, retries=RETRIES, max_concurrency=MAX_CONCURRENCY
+    )
     cleaned = [{name: clean_text(text) for name, text in sample.items() if text is not None} for sample in samples]
-    return _finite_scores(await loop_endpoints[url].post({"samples": cleaned}), len(samples), url)
+    return _finite_scores(await endpoint.post({"samples": cleaned}), len(samples), url)
 
 
 def _finite_scores(reply: dict[str, Any], count: int, url: str) -> list[float]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from llmrl.verify.spec import resolve
+from llmrl.verify.spec import find, resolve
 
 _PR_SET_PDEATHSIG = 1
 
@@ -63,6 +63,7 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
         spec, arguments = pickle.loads(request)
         if arguments is None:
             functions[spec] = resolve(spec)
+            getattr(find(spec)[1], "warm_up", _nothing)()
             value = None
         else:
             value = functions[spec](**arguments)
@@ -80,6 +81,10 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
         # A library that left an alarm ticking or another handler behind must not kill the next call.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _nothing() -> None:
+    pass
 
 
 async def _finish(awaitable: Any) -> Any:

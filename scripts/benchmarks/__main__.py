@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     cases = arguments.case or list(suite.CASES)
     for name in cases:
         if name not in suite.CASES:
-            raise UserError(f"--case {name}: suite {arguments.suite} has no such case; it has: {', '.join(suite.CASES)}")
+            raise UserError(
+                f"--case {name}: suite {arguments.suite} has no such case; it has: {', '.join(suite.CASES)}"
+            )
     report = {"machine": machine(), "cases": suite.run(cases, arguments.repetitions)}
     show(report["cases"], f"suite {arguments.suite}")
     if arguments.json is not None:

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: measures in one process, a fresh process per measurement, medians and ratios in a table."""
+"""The harness of the benchmarks: a fresh process per measurement; steps in; medians, ratios and a table out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,7 +77,7 @@ class Meter:
             "cpu_s": (marks[-1][0] - marks[0][0]) / count,
             "wall_s": (marks[-1][1] - marks[0][1]) / count,
             "memory_mb": _status_mb("VmHWM") - self.start_mb + _children_mb(),
-            "step_cpu_s": [round(after[0] - before[0], 4) for before, after in zip(marks, marks[1:], strict=False)],
+            "step_cpu_s": [round(after[0] - before[0], 4) for before, after in pairwise(marks)],
         }
 
 
@@ -142,9 +143,7 @@ def measure(module: str, *arguments: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def compare(
-    name: str, rival: str, run: Callable[[str, int], dict[str, Any]], *, repetitions: int
-) -> dict[str, Any]:
+def compare(name: str, rival: str, run: Callable[[str, int], dict[str, Any]], *, repetitions: int) -> dict[str, Any]:
     """Measure both sides in turn, so that a neighbour's load falls on both, and compare the medians.
 
     Args:
@@ -163,7 +162,7 @@ def compare(
 def summarize(
     name: str, rival: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A case's entry: ratios (rival / ours, so above 1 ours is cheaper) of the medians, the medians, all measurements."""
+    """A case's entry: ratios (rival / ours, so above 1 ours is cheaper) of medians, the medians, all measurements."""
     result: dict[str, Any] = {"name": name, "rival": rival}
     for ratio, key in MEASURED.items():
         mine, other = (median(measurement[key] for measurement in side) for side in (ours, theirs))
@@ -181,7 +180,13 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(), **packages}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def show(cases: Sequence[dict[str, Any]], title: str) -> None:
@@ -189,18 +194,14 @@ def show(cases: Sequence[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{title}: rival / ours, above 1 ours is cheaper")
-    table.add_column("case")
-    table.add_column("rival")
-    columns = ("CPU", "wall", "memory", "ours CPU s", "rival CPU s", "ours MB", "rival MB")
-    for column in columns:
+    rivals = ", ".join(dict.fromkeys(case["rival"] for case in cases))
+    table = Table(title=f"{title} against {rivals}\nratio rival / ours: above 1 ours is cheaper")
+    table.add_column("case", no_wrap=True)
+    for column in ("CPU", "wall", "memory", "CPU s, ours", "rival", "MB, ours", "rival"):
         table.add_column(column, justify="right")
     for case in cases:
         ratios = [f"{case[f'ratio_{ratio}']:.2f}" for ratio in MEASURED]
-        costs = [_shown(case, f"{side}_{key}") for key in ("cpu_s", "memory_mb") for side in SIDES]
-        table.add_row(case["name"], case["rival"], *ratios, *costs)
-    Console().print(table)
-
-
-def _shown(case: dict[str, Any], key: str) -> str:
-    return f"{case[key]:.4g}" if key in case else ""
+        costs = [f"{case[f'{side}_{key}']:.4g}" for key in ("cpu_s", "memory_mb") for side in SIDES]
+        table.add_row(case["name"], *ratios, *costs)
+    out = Console()
+    out.print(table, width=max(out.width, 90))

@@ -20,7 +20,6 @@ def preload() -> None:
     """Import what both sides need, so that memory and time of imports are nobody's cost."""
     import datasets  # noqa: F401
     import math_verify  # noqa: F401
-    import transformers.models.qwen2.modeling_qwen2
     import trl.trainer.grpo_trainer  # noqa: F401
 
     import llmrl.algo.grpo
@@ -49,7 +48,12 @@ def train_ours(work: Work, num_steps: int, hook: StepHook) -> list[dict[str, flo
     trainer.sampler.next = next_with_hook
     trainer.train()
     lines = (Path(work.config.train.output_dir) / "metrics.jsonl").read_text().splitlines()[:num_steps]
-    keys = {"reward": "reward/mean", "tokens": "rollout/num_tokens", "loss": "loss/total", "grad_norm": "policy/grad_norm"}
+    keys = {
+        "reward": "reward/mean",
+        "tokens": "rollout/num_tokens",
+        "loss": "loss/total",
+        "grad_norm": "policy/grad_norm",
+    }
     return [{name: row[key] for name, key in keys.items()} for row in map(json.loads, lines)]
 
 
@@ -61,7 +65,11 @@ def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int 
     from trl import GRPOTrainer
 
     class Hook(TrainerCallback):
-        def on_step_begin(self, args, state, control, *, model, **_):  # noqa: ANN001, ANN003, ANN202
+        def on_train_begin(self, args, state, control, *, lr_scheduler, **_):
+            # Its warm-up counts from 0, so that its first update has learning rate 0; ours counts from 1.
+            lr_scheduler.step()
+
+        def on_step_begin(self, args, state, control, *, model, **_):
             hook(state.global_step, model)
 
     trainer = GRPOTrainer(
@@ -91,7 +99,9 @@ def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
     """`work.config` in TRL's words: the whole batch sampled at once, one update per batch, nothing recomputed."""
     from trl import GRPOConfig
 
-    rollout, algo, train = work.config.rollout, work.config.algo, work.config.train
+    from llmrl.algo.presets import resolve
+
+    rollout, algo, train = work.config.rollout, resolve(work.config.algo), work.config.train
     num_rollouts = rollout.num_prompts * rollout.num_generations
     return GRPOConfig(
         output_dir=train.output_dir,

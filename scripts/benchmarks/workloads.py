@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY
-from llmrl.config import AlgoConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrackConfig, TrainConfig
-from llmrl.config import parse
+from llmrl.config import (
+    AlgoConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackConfig,
+    TrainConfig,
+    parse,
+)
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " "
 NEVER = "<|never|>"

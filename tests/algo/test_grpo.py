@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.algo.grpo import GRPO
-from llmrl.config import AlgoConfig
+from llmrl.algo.algorithm import Algorithm
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Counts, ForwardOutputs, MicroBatch, Rollout, RolloutGroup, Sample, Score, Task, Turn
+from tests.invariance.cases import grpo as make_grpo
 
 COUNTS = Counts(num_tokens=8, num_sequences=4, num_groups=2, max_completion_length=10)
 RATIO = [2.0, 0.5, 1.0, 1.5]
@@ -38,8 +38,8 @@ def micro_batch(*, old: bool = True, ref: bool = False) -> MicroBatch:
     return build_micro_batch(streams, [[0, 1]])
 
 
-def grpo(**config: object) -> GRPO:
-    return GRPO(AlgoConfig(epsilon=0.2, epsilon_high=0.28, **config), max_completion_length=10)  # pyright: ignore
+def grpo(**config: object) -> Algorithm:
+    return make_grpo(max_completion_length=10, **({"epsilon": 0.2, "epsilon_high": 0.28} | config))
 
 
 def outputs() -> ForwardOutputs:
@@ -102,14 +102,21 @@ def test_beta_without_reference_is_an_error() -> None:
         grpo(beta=0.1).loss(outputs(), micro_batch(), COUNTS)
 
 
-def test_needs_and_default_bounds() -> None:
-    assert not GRPO(AlgoConfig(), max_completion_length=1).needs.ref_logprobs
-    assert not GRPO(AlgoConfig(), max_completion_length=1).needs.every_sample
-    needs = GRPO(AlgoConfig(beta=0.1), max_completion_length=1).needs
-    assert needs.ref_logprobs
-    assert needs.every_sample, "a sample without advantage still has the penalty's gradient"
-    assert GRPO(AlgoConfig(epsilon=0.3), max_completion_length=1).epsilon_high == 0.3
-    assert GRPO(AlgoConfig(epsilon=0.3, epsilon_high=0.0), max_completion_length=1).epsilon_high == 0.0
+def test_what_it_needs() -> None:
+    assert not grpo().needs.ref_logprobs
+    assert not grpo().needs.every_sample
+    assert grpo(beta=0.1).needs.ref_logprobs
+    assert grpo(beta=0.1).needs.every_sample, "a sample without advantage still has the penalty's gradient"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [({"epsilon": 0.3}, -1.3), ({"epsilon": 0.3, "epsilon_high": 0.0}, -1.0)]
+)
+def test_the_upper_bound_is_epsilon_unless_given(bounds: dict[str, float], expected: float) -> None:
+    batch = micro_batch()
+    batch.advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])  # the ratio of the first token is 2
+    loss, _ = make_grpo(loss_type="dapo", **bounds).loss(outputs(), batch, COUNTS)
+    assert loss.item() == pytest.approx(expected / 8)
 
 
 def groups(rewards: list[list[float | None]]) -> list[RolloutGroup]:

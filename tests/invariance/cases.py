@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmrl.algo.grpo import GRPO
-from llmrl.config import AlgoConfig, Config, LoraConfig, TrainConfig
+from llmrl.algo.algorithm import Algorithm
+from llmrl.algo.presets import resolve
+from llmrl.config import AlgoConfig, Config, LoraConfig, RolloutConfig, TrainConfig
 from llmrl.tiny import build_tiny_model
 from llmrl.train.learner import Learner
 from llmrl.train.policy import Policy, add_lora
+from llmrl.train.setup import make_algorithm
 from llmrl.types import Sample, TrainBatch
 
 VOCABULARY = 61
@@ -34,18 +37,22 @@ def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch
 
 
 def make_samples(seed: int, *, groups: int = 3, size: int = 3) -> list[Sample]:
-    """Ragged samples; some with an observation inside, and one in four without advantage."""
+    """Ragged samples: groups share their prompt (but for one rollout in five), some have an observation inside, one in
+    four has no advantage."""
     random = np.random.default_rng(seed)
     samples = []
     for group in range(groups):
+        shared = random.integers(0, VOCABULARY, random.integers(2, 8))
         for index in range(size):
-            prompt, first, seen, second = random.integers([2, 1, 0, 0], [8, 9, 4, 6])
-            mask = np.array([False] * prompt + [True] * first + [False] * seen + [True] * second)
+            prompt = random.integers(0, VOCABULARY, 5) if (group * size + index) % 5 == 4 else shared
+            first, seen, second = random.integers([1, 0, 0], [9, 4, 6])
+            mask = np.array([False] * len(prompt) + [True] * first + [False] * seen + [True] * second)
             num_tokens = int(mask.sum())
+            rest = random.integers(0, VOCABULARY, len(mask) - len(prompt))
             advantage = 0.0 if (group * size + index) % 4 == 3 else random.standard_normal()
             samples.append(
                 Sample(
-                    input_ids=random.integers(0, VOCABULARY, len(mask)),
+                    input_ids=np.concatenate([prompt, rest]),
                     loss_mask=mask,
                     advantages=np.full(num_tokens, advantage, np.float32),
                     rollout_logprobs=random.uniform(-5, -3, num_tokens).astype(np.float32),
@@ -69,16 +76,17 @@ def make_config(
     output_dir: str | Path = "unused", *, algo: dict[str, Any] | None = None, train: dict[str, Any] | None = None
 ) -> Config:
     """`adam_epsilon` is large, so that Adam does not blow up the rounding of gradients that are nearly zero."""
-    defaults = {"learning_rate": 0.1, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
+    defaults: dict[str, Any] = {"learning_rate": 0.1, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
     return Config(
-        algo=AlgoConfig(**(algo or {})),
+        rollout=RolloutConfig(max_completion_length=MAX_COMPLETION_LENGTH),
+        algo=resolve(AlgoConfig(**(algo or {}))),
         train=TrainConfig(output_dir=str(output_dir), **(defaults | (train or {}))),
     )
 
 
 def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch.nn.Module:
     """Adapters that already do something: peft starts them at zero."""
-    wrapped = add_lora(model, LoraConfig(r=4, **options), seed=seed)  # pyright: ignore
+    wrapped = add_lora(model, LoraConfig(**({"r": 4, "lora_alpha": 4} | options)), seed=seed)
     generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -87,10 +95,17 @@ def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch
     return wrapped
 
 
+def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> Algorithm:
+    """The algorithm of these options, as a run would build it."""
+    config = make_config(algo=algo)
+    config.rollout.max_completion_length = max_completion_length
+    return make_algorithm(config)
+
+
 def make_learner(
     model: torch.nn.Module, config: Config, *, accelerator: Accelerator | None = None, temperature: float = 1.0
-) -> tuple[Learner, GRPO]:
-    algorithm = GRPO(config.algo, max_completion_length=MAX_COMPLETION_LENGTH)
+) -> tuple[Learner, Algorithm]:
+    algorithm = make_algorithm(config)
     policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.ref_logprobs)
     if algorithm.needs.ref_logprobs and not policy.has_adapters:
         move(policy.bare, seed=5)  # away from the reference, so that the penalty has a gradient
@@ -119,7 +134,7 @@ class Outcome:
     parameters: dict[str, Tensor]
 
 
-def update_and_look(learner: Learner, algorithm: GRPO, samples: list[Sample]) -> Outcome:
+def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample]) -> Outcome:
     """Run `Learner.update` and keep the gradients that the (last) optimizer step saw."""
     gradients: dict[str, Tensor] = {}
     clip = learner._clip
@@ -137,12 +152,13 @@ def update_and_look(learner: Learner, algorithm: GRPO, samples: list[Sample]) ->
 
 
 def assert_same(found: Outcome, expected: Outcome, *, tolerance: float = 1e-6) -> None:
-    """Loss, gradient norm, gradients and parameters agree."""
+    """Loss, gradient norm, gradients and parameters agree; the tolerance is relative where values are above 1."""
     for key in ("loss/total", "policy/grad_norm"):
-        assert abs(found.metrics[key] - expected.metrics[key]) <= tolerance, (key, found.metrics, expected.metrics)
+        assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=tolerance, abs=tolerance), key
     for what in ("gradients", "parameters"):
         ours, theirs = getattr(found, what), getattr(expected, what)
         assert ours.keys() == theirs.keys()
-        gaps = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
+        sizes = {name: max(1.0, theirs[name].abs().max().item()) for name in ours}
+        gaps = {name: (ours[name] - theirs[name]).abs().max().item() / sizes[name] for name in ours}
         worst = max(gaps, key=lambda name: gaps[name])
         assert gaps[worst] <= tolerance, f"{what} of {worst} differ by {gaps[worst]:.2g}"

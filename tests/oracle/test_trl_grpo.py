@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from llmrl.algo.advantages import group_advantages
-from llmrl.algo.grpo import GRPO
-from llmrl.config import AlgoConfig
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.policy import Policy
 from llmrl.types import Counts, Sample
+from tests.invariance.cases import grpo
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -158,8 +157,8 @@ def test_loss_and_gradients(trainer: GRPOTrainer, loss_type: str, beta: float, o
     trainer.loss_type, trainer.beta = loss_type, beta
     theirs, their_gradients = gradients(trainer, trainer._compute_loss(trainer.model, frozen.trl))
 
-    config = AlgoConfig(loss_type=loss_type, beta=beta, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)  # pyright: ignore
-    algorithm = GRPO(config, max_completion_length=COMPLETION)
+    options = {"loss_type": loss_type, "beta": beta, "epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
+    algorithm = grpo(max_completion_length=COMPLETION, **options)
     batch = build_micro_batch(frozen.samples, [[0], [1, 2, 3], [4, 5]])
     loss, metrics = algorithm.loss(our_policy(trainer).forward(batch), batch, frozen.counts)
     ours, our_gradients = gradients(trainer, loss)

@@ -102,23 +102,22 @@ def test_arguments_of_one_call() -> None:
     (group,) = asyncio.run(built.collect(tasks("a"), [0], num_generations=5, temperature=0.0, salt="eval"))
     assert [rollout.index for rollout in group.rollouts] == [0, 1, 2, 3, 4]
     assert {sampling.temperature for _, sampling, _ in engine.calls} == {0.0}
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        asyncio.run(built.collect(tasks("a", "b"), [0]))
 
 
 def test_scoring_overlaps_generation() -> None:
-    """A fast completion is scored while a slow one of its own group, and another group, still generate."""
+    """Each completion here ends only after an earlier one was scored, so without overlap nothing would ever end."""
     events: list[str] = []
+    released_by = {"b/0": "score a/0", "a/1": "score b/0", "b/1": "group a"}
 
-    class Slow(FakeEngine):
+    class Waiting(FakeEngine):
         async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
-            completion = await super().generate(prompt_ids, sampling, session=session)
+            while session in released_by and released_by[session] not in events:
+                await asyncio.sleep(0.001)
             events.append(f"generated {session}")
-            return completion
+            return await super().generate(prompt_ids, sampling, session=session)
 
-    delays = iter([0.0, 0.15, 0.05, 0.25])
-    engine = Slow(lambda prompt_ids, sampling: [STOP], latency=lambda prompt_ids, sampling: next(delays))
-    collect(engine, "a", "b", rubric=StubRubric(events))
+    built = collector(Waiting(lambda prompt_ids, sampling: [STOP]), StubRubric(events))
+    asyncio.run(asyncio.wait_for(built.collect(tasks("a", "b"), [0, 1]), timeout=20))
     assert events == [
         "generated a/0", "score a/0",
         "generated b/0", "score b/0",
@@ -130,7 +129,7 @@ def test_scoring_overlaps_generation() -> None:
 class FailingEnv:
     """Fails where its task says, and notes whether it was closed."""
 
-    closed: list[str] = []  # noqa: RUF012
+    closed: list[str] = []
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -221,7 +220,7 @@ def test_a_failing_rubric_ends_the_step() -> None:
 
 
 def test_seeds_differ_by_everything_and_are_the_same_on_every_machine() -> None:
-    assert request_seed(0, "train", 0, 0) == 0x59E6AB4D54E02F2E or request_seed(0, "train", 0, 0) > 0
+    assert request_seed(0, "train", 0, 0) == 6578950792936650312
     seeds = {
         request_seed(run, salt, position, index)
         for run in range(3)

@@ -17,12 +17,13 @@ from llmrl.rollout import hf_fast
 from llmrl.rollout.hf_engine import HFEngine
 from llmrl.rollout.hf_fast import FastDecoder
 from llmrl.rollout.hf_generic import GenericDecoder
+from llmrl.rollout.token_sampling import uniform_stream
 from llmrl.types import Completion, Sampling
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 VOCABULARY = 61
 FAST = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
-GENERIC = ["gemma2", "mistral-sliding", "gpt2", "bloom", "qwen3-untied"]
+GENERIC = ["gemma2", "mistral-sliding", "gpt2", "bloom", "lfm2"]
 BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -40,6 +41,7 @@ BASE = {
 VARIANTS = {
     "mistral-sliding": ("mistral", {"sliding_window": 8}),
     "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),  # convolution states cannot be padded
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3-untied": ("qwen3", {"tie_word_embeddings": False}),
     "llama-untied": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -104,14 +106,16 @@ def assert_exact(model: PreTrainedModel, requests, completions, temperature=1.0)
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
 
 
-CASES = [(name, "auto") for name in [*FAST, *GENERIC, "qwen2-untied", "llama-untied", "gemma-one-kv-head"]]
+CASES = [
+    (name, "auto") for name in [*FAST, *GENERIC, "qwen2-untied", "qwen3-untied", "llama-untied", "gemma-one-kv-head"]
+]
 CASES += [(name, "generic") for name in FAST]
 
 
 @pytest.mark.parametrize(("name", "decoder"), CASES)
 def test_logprobs_equal_a_plain_forward_pass(name, decoder):
     engine = engine_of(name, decoder=decoder, max_num_seqs=7)
-    generic = decoder == "generic" or name in GENERIC[:-1]
+    generic = decoder == "generic" or name in GENERIC
     assert isinstance(engine._decoder, GenericDecoder if generic else FastDecoder)
     requests = mixed_requests()
     assert_exact(tiny(name), requests, asyncio.run(draw(engine, requests)))
@@ -158,22 +162,40 @@ def test_the_same_submissions_give_the_same_bits(decoder):
 
 
 @pytest.mark.parametrize("decoder", ["fast", "generic"])
-def test_a_long_stream_of_requests_stays_exact(decoder):
-    """Memory must grow, slide and be reused many times over."""
+def test_a_long_stream_of_requests_stays_exact_and_its_memory_bounded(decoder, monkeypatch):
     engine = engine_of("qwen2", decoder=decoder, max_num_seqs=5)
     requests = [
         (prompt_of(1 + (11 * i) % 23, salt=i % 9), Sampling(max_tokens=1 + (29 * i) % 90, seed=SEED + i))
         for i in range(60)
     ]
+    columns = []
+    step = engine._decoder.step
+
+    def watched(tokens: Tensor) -> Tensor:
+        logits = step(tokens)
+        fast = decoder == "fast"
+        columns.append(engine._decoder.suffix.num_columns if fast else engine._decoder.cohorts[0].mask.shape[1])
+        return logits
+
+    monkeypatch.setattr(engine._decoder, "step", watched)
     assert_exact(tiny("qwen2"), requests, asyncio.run(draw(engine, requests)))
+    longest = max(len(prompt) + sampling.max_tokens for prompt, sampling in requests)
+    assert len(columns) > 5 * longest
+    assert max(columns) < (2.5 * longest if decoder == "fast" else longest + 1)
 
 
-def test_a_group_larger_than_a_lane_is_exact():
+def test_a_group_larger_than_a_lane_is_exact(monkeypatch):
     count = 2 * hf_fast.LANE_ROWS + 3
     engine = engine_of("qwen3", decoder="fast", max_num_seqs=count + 4)
     requests = [(prompt_of(9), Sampling(max_tokens=6 + i % 9, seed=SEED + i)) for i in range(count)]
     requests += [(prompt_of(4, salt=i), Sampling(max_tokens=12, seed=SEED + i)) for i in range(4)]
+    lanes = []
+    step = engine._decoder.step
+    monkeypatch.setattr(
+        engine._decoder, "step", lambda tokens: lanes.append(len(engine._decoder.lanes)) or step(tokens)
+    )
     assert_exact(tiny("qwen3"), requests, asyncio.run(draw(engine, requests)))
+    assert lanes[0] == 3 + 4 and lanes[-1] < 3 + 4
 
 
 @pytest.mark.parametrize("decoder", ["fast", "generic"])
@@ -219,6 +241,39 @@ def test_stop_tokens_end_a_completion_and_belong_to_it():
         assert ends_in_stop or len(completion.token_ids) == 30
         stopped += ends_in_stop
     assert stopped >= 4
+
+
+@pytest.mark.parametrize("decoder", ["fast", "generic"])
+def test_token_t_is_drawn_with_number_t_of_the_requests_own_stream(decoder):
+    engine = engine_of("qwen2", decoder=decoder, max_num_seqs=5)
+    requests = mixed_requests()
+    for (prompt, sampling), completion in zip(requests, asyncio.run(draw(engine, requests)), strict=True):
+        with torch.no_grad():
+            logits = tiny("qwen2")(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        probabilities = logits.double().softmax(-1)
+        tokens = torch.tensor(completion.token_ids)[:, None]
+        upper = probabilities.cumsum(-1).gather(1, tokens)[:, 0]
+        uniforms = torch.from_numpy(uniform_stream(sampling.seed, sampling.max_tokens))
+        assert (uniforms < upper + 1e-5).all()
+        assert (uniforms > upper - probabilities.gather(1, tokens)[:, 0] - 1e-5).all()
+
+
+def test_frequencies_of_the_engines_own_random_stream_match_softmax():
+    count, prompt = 6000, prompt_of(5)
+    engine = engine_of("qwen2", max_num_seqs=500)
+    requests = [(prompt, Sampling(max_tokens=1, seed=SEED * count + i, temperature=1.3)) for i in range(count)]
+    tokens = torch.tensor([c.token_ids[0] for c in asyncio.run(draw(engine, requests))])
+    with torch.no_grad():
+        logits = tiny("qwen2")(torch.tensor([prompt])).logits[0, -1].double() / 1.3
+    expected = logits.softmax(0) * count
+    observed = torch.bincount(tokens, minlength=VOCABULARY).double()
+    rare = expected < 10  # pooled, so that every cell is large enough for the approximation
+    cells = [(observed[~rare], expected[~rare]), (observed[rare].sum()[None], expected[rare].sum()[None])]
+    statistic = sum(((o - e) ** 2 / e.clamp(min=1e-9)).sum() for o, e in cells)
+    degrees = int((~rare).sum())
+    assert degrees > 5
+    # A chi-square of so many degrees of freedom exceeds this with probability about 1e-6 (Wilson-Hilferty).
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 4.75 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
 def test_completions_arrive_as_they_finish_and_the_loop_keeps_running():
@@ -271,7 +326,7 @@ def test_bad_weights_are_refused_without_harm_and_good_ones_are_served(decoder):
     before = served()
     with pytest.raises(RunFailed, match="missing: " + name):
         load(lambda: ((n, t) for n, t in good.items() if n != name))
-    with pytest.raises(RunFailed, match="unexpected: model.extra"):
+    with pytest.raises(RunFailed, match=r"unexpected: model\.extra"):
         load(lambda: (good | {"model.extra": torch.ones(2)}).items())
     with pytest.raises(RunFailed, match=r"wrong shape: .*k_proj.bias \(3,\)"):
         load(lambda: (good | {name: torch.ones(3)}).items())
@@ -339,9 +394,7 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_recovers(monkeyp
     requests = mixed_requests()
 
     async def scenario() -> list[object]:
-        return await asyncio.gather(
-            *[engine.generate(p, s, session="s") for p, s in requests], return_exceptions=True
-        )
+        return await asyncio.gather(*[engine.generate(p, s, session="s") for p, s in requests], return_exceptions=True)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._decoder, "step", lambda tokens: 1 / 0)
@@ -431,12 +484,18 @@ def test_the_fast_decoder_refuses_what_it_does_not_know():
         engine_of("gemma2", decoder="fast")
     with pytest.raises(UserError, match="sliding_window 8"):
         engine_of("mistral-sliding", decoder="fast")
-    with pytest.raises(UserError, match="bloom.*sdpa.*eager always works"):
+    with pytest.raises(UserError, match=r"bloom.*sdpa.*try eager"):
         engine_of("bloom", attn_implementation="sdpa")
     short = engine_of("mistral-sliding", max_model_len=8)
     assert isinstance(short._decoder, FastDecoder)
     with pytest.raises(UserError, match="8 positions"):
         asyncio.run(short.generate([1, 2, 3], Sampling(max_tokens=6), session="s"))
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    config = AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(UserError, match="cannot serve 'mamba'"):
+        HFEngine(config, weights=dict, attn_implementation="eager")
 
 
 def test_scaled_rotary_embeddings_go_to_the_generic_decoder():
@@ -450,7 +509,9 @@ def test_scaled_rotary_embeddings_go_to_the_generic_decoder():
 
 
 def test_the_self_check_falls_back_to_the_generic_decoder_with_a_warning(monkeypatch):
-    monkeypatch.setattr(FastDecoder, "_rotations", lambda self, positions: torch.ones(len(positions), 4, dtype=torch.complex64))
+    monkeypatch.setattr(
+        FastDecoder, "_rotations", lambda self, positions: torch.ones(len(positions), 4, dtype=torch.complex64)
+    )
     with pytest.warns(UserWarning, match="generic decoder is used"):
         engine = engine_of("llama")
     assert isinstance(engine._decoder, GenericDecoder)

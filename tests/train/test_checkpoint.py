@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from llmrl.algo.grpo import GRPO
+from llmrl.algo.algorithm import Algorithm
 from llmrl.errors import RunFailed, UserError
 from llmrl.train import checkpoint
 from llmrl.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -30,7 +30,7 @@ from tests.invariance.cases import (
 FILES = ["learner.pt", "rng-0.pt", "state.json", "weights.safetensors"]
 
 
-def build(lora: bool = False, seed: int = 0) -> tuple[Learner, GRPO]:
+def build(lora: bool = False, seed: int = 0) -> tuple[Learner, Algorithm]:
     model = tiny_model(seed=seed, hidden_size=16, intermediate_size=16)
     model = make_lora(model, seed=seed) if lora else model
     config = make_config(train={"lr_scheduler_type": "linear", "warmup_steps": 3, "adam_epsilon": 1e-3})

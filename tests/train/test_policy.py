@@ -187,7 +187,7 @@ def test_known_architectures_pass(arch: str) -> None:
 
 
 def test_a_packed_row_whose_sequences_see_each_other_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_mask(self: PolicyModule, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def with_a_mask(self: PolicyModule, input_ids: torch.Tensor, position_ids: torch.Tensor, *_: Any) -> torch.Tensor:
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": torch.ones_like(input_ids)}
         return self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
 

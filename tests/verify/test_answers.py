@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -266,7 +267,7 @@ def test_natural_questions_rows(shared_data: Path) -> None:
     lines = (shared_data / "qa" / "nq_open_1500.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 1500
-    for row, other in zip(rows, rows[1:], strict=False):
+    for row, other in itertools.pairwise(rows):
         golds = row["golden_answers"]
         for gold in golds:
             score = qa_match(f"<think>t</think><answer>{gold}</answer>", golden_answers=golds)

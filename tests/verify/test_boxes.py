@@ -144,6 +144,14 @@ def test_map_by_hand(predictions: list[Detection], golds: list[Detection], expec
     assert bx.mean_average_precision(predictions, golds) == pytest.approx(expected)
 
 
+def test_of_equal_overlaps_the_last_gold_box_is_taken() -> None:
+    golds = [Detection((0, 0, 10, 8), "cat"), Detection((0, 2, 10, 10), "cat")]
+    predictions = [CAT, golds[0]]
+    # CAT overlaps both by 0.8 and takes the second, which leaves the first to its exact copy: AP 1 at 0.50 .. 0.80.
+    # Above that CAT misses: precision 1/2 at half the recall.
+    assert bx.mean_average_precision(predictions, golds) == pytest.approx((7 + 3 * 51 / 202) / 10)
+
+
 def test_length_factor() -> None:
     assert [bx.length_factor(n, 2) for n in (0, 1, 2, 3, 4, 8)] == [1, 1, 1, 2 / 3, 0.5, 0.25]
     assert bx.length_factor(0, 0) == 1.0

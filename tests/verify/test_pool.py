@@ -177,6 +177,23 @@ def test_warm_says_which_module_cannot_be_imported(pool: Pool, tmp_path: Path) -
         asyncio.run(pool.warm([f"{tmp_path}/broken.py:broken"]))
 
 
+def test_warm_up_runs_once_in_each_worker_outside_the_limit(tmp_path: Path) -> None:
+    file = tmp_path / "slow_start.py"
+    file.write_text(
+        "import time\ncalls = []\ndef warm_up():\n    calls.append(1)\n    time.sleep(0.5)\n"
+        "def f(): return len(calls)\n"
+    )
+
+    async def main(pool: Pool) -> list[object]:
+        return [await pool.call(f"{file}:f", {}, 0.4) for _ in range(3)]
+
+    pool = Pool(1)
+    try:
+        assert asyncio.run(main(pool)) == [1, 1, 1]
+    finally:
+        pool.shut_down()
+
+
 def test_results_arrive_as_soon_as_each_is_ready(pool: Pool, spec: str) -> None:
     async def main() -> float:
         await pool.warm([spec])

@@ -141,6 +141,19 @@ def test_info_and_sub_parts_are_kept_under_the_name_of_the_part() -> None:
     assert found.token_rewards == [0.0, 1.0, 1.0]
 
 
+def test_what_cannot_be_added_up_is_an_error() -> None:
+    given = rollout()
+    given.env_rewards = {"tool": float("nan")}
+    found = score([one], given)
+    assert found.reward is None
+    assert found.error is not None and "weighted sum" in found.error
+    lengths = iter((2, 3))
+    uneven = [lambda completion: Score(reward=1.0, token_rewards=[0.0] * next(lengths))] * 2
+    found = score(list(uneven), rollout())
+    assert found.reward is None
+    assert found.error is not None and "different lengths: [2, 3]" in found.error
+
+
 @pytest.mark.parametrize(("gate", "reward"), [(one, 3.0), (zero, 0.0)])
 def test_a_gated_part_counts_only_where_its_gate_is_above_zero(gate: Any, reward: float) -> None:
     name = gate.__name__
@@ -153,7 +166,7 @@ def test_a_gate_that_cannot_judge_decides_nothing() -> None:
     assert score([one, Part(fn=abstains, weight=0), Part(fn=waits, gate="abstains")], rollout()).reward == 1.0
     failed = score([one, Part(fn=fails, weight=0), Part(fn=waits, gate="fails")], rollout())
     assert failed.reward is None
-    assert failed.error is not None and "hangs on fails" in failed.error
+    assert failed.error is not None and "it hangs on fails" in failed.error
 
 
 def test_scale_maps_a_part_to_the_unit_interval() -> None:
@@ -314,3 +327,11 @@ def test_a_hang_in_the_pool_costs_one_rollout(tmp_path: Path) -> None:
     scores = asyncio.run(main())
     assert [s.reward for s in scores if s] == [1.0, None, 1.0, 1.0]
     assert scores[1] is not None and scores[1].error is not None and "timed out after 1 s" in scores[1].error
+
+
+def test_rollout_and_task_reach_a_function_in_the_pool(tmp_path: Path) -> None:
+    (tmp_path / "counts.py").write_text(
+        "POOL = True\ndef counts(rollout, task, messages):\n"
+        "    return rollout.num_completion_tokens + len(task.messages) + len(messages)\n"
+    )
+    assert score([f"{tmp_path}/counts.py"], rollout(num_tokens=5)).reward == 5 + 1 + 2

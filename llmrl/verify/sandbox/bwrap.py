@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import PurePosixPath
 
 from llmrl.verify.sandbox.limits import SandboxUnavailable
 from llmrl.verify.sandbox.server import BoxPlan
@@ -32,10 +33,12 @@ def _wrap(command: list[str], plan: BoxPlan) -> list[str]:
         rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
     else:
         rights = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    paths = _outermost(["/usr", *plan.read_paths])
     mounts: list[str] = []
-    for path in _outermost(["/usr", *plan.read_paths]):
+    for folder in _parents([*paths, *_DEVICES]):  # bubblewrap would make them for its own user alone
+        mounts += ["--perms", "0755", "--dir", folder]
+    for path in paths:
         mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    mounts += ["--perms", "0755", "--dir", "/dev"]
     for device in _DEVICES:
         mounts += ["--dev-bind", device, device]
     mounts += ["--proc", "/proc", "--size", str(_SCRATCH_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
@@ -50,3 +53,8 @@ def _outermost(paths: list[str]) -> list[str]:
         if os.path.lexists(path) and not any(path.startswith(f"{other}/") for other in kept):
             kept.append(path)
     return kept
+
+
+def _parents(paths: list[str]) -> list[str]:
+    """Every folder above the paths, outer ones first."""
+    return sorted({str(folder) for path in paths for folder in PurePosixPath(path).parents} - {"/"})

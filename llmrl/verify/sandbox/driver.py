@@ -83,7 +83,6 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
     "setattr": setattr,
     "getitem": lambda value, key: value[key],
     "setitem": lambda value, key, item: value.__setitem__(key, item),
-    "contains": lambda value, item: bool(item in value),
     "iter": _items,
     "next": next,
     "len": len,

@@ -20,7 +20,7 @@ _BACK_ENDS = {"bwrap": bwrap, "lite": lite}
 _SIGXCPU, _SIGKILL, _SIGXFSZ = -24, -9, -25
 _STDERR_BYTES = 4000
 _PROBE = """
-import os, socket
+import colorsys, os, socket
 def attempts():
     reached = []
     for name, attempt in {
@@ -126,19 +126,19 @@ class LocalSandbox:
             self._release()
 
     def _start(self, source: str, mode: str, limits: Limits, stdio: tuple[int, ...] = ()) -> _Running:
-        """A running program on a free server; a server that died while idle is replaced once."""
-        for last in (False, True):
+        """A running program on a free server; servers that died while idle are replaced."""
+        while True:
             wanted, server = self._take(source)
+            fresh = server.fresh
             try:
                 return _Running(self, wanted, server, server.start(mode, limits, stdio), limits)
             except BoxDied as error:
                 self._give_back(wanted, server, reusable=False)
-                if last:
+                if fresh:
                     raise SandboxUnavailable(f"the box dies at once: {error}") from error
             except BaseException:
                 self._give_back(wanted, server, reusable=False)
                 raise
-        raise AssertionError("not reached")
 
     def close(self) -> None:
         """Kill all boxes. Safe to call twice."""

@@ -29,9 +29,9 @@ _ALLOWED: dict[str, tuple[int, int]] = {
     "epoll_wait": (232, _ABSENT), "epoll_pwait": (281, 22), "eventfd2": (290, 19), "mkdir": (83, _ABSENT),
     "mkdirat": (258, 34), "rmdir": (84, _ABSENT), "unlink": (87, _ABSENT), "unlinkat": (263, 35),
     "rename": (82, _ABSENT), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, _ABSENT), "linkat": (265, 37),
-    "symlink": (88, _ABSENT), "symlinkat": (266, 36), "ftruncate": (77, 46), "truncate": (76, 45), "fsync": (74, 82),
+    "symlink": (88, _ABSENT), "symlinkat": (266, 36), "ftruncate": (77, 46), "fsync": (74, 82),
     "fdatasync": (75, 83),
-    "flock": (73, 32), "statfs": (137, 43), "fstatfs": (138, 44), "fadvise64": (221, 223), "umask": (95, 166),
+    "statfs": (137, 43), "fstatfs": (138, 44), "fadvise64": (221, 223), "umask": (95, 166),
     # a pair of connected sockets, which event loops need; there is no way to make or reach another socket
     "socketpair": (53, 199), "recvfrom": (45, 207), "shutdown": (48, 210), "getsockopt": (55, 209),
     "setsockopt": (54, 208), "getsockname": (51, 204), "getpeername": (52, 205),

@@ -132,7 +132,7 @@ class Server:
     """One fork server. Not shared between threads; the pool hands it to one at a time."""
 
     def __init__(self, plan: BoxPlan) -> None:
-        self._busy = False
+        self._busy = self._used = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = os.memfd_create("box-stderr")
         command = [interpreter(), "-s", "-S", "-P", "-B", "-c", _BOOT, str(theirs.fileno())]
@@ -181,7 +181,7 @@ class Server:
             self._control.send(json.dumps(config).encode())
             answer = json.loads(self._control.recv(1 << 16) or b"{}")
         except OSError as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
+            answer = {"failed": self._last_words() or f"{type(error).__name__}: {error}"}
         if "ready" not in answer:
             reason = answer.get("failed") or self._last_words()
             self.close()
@@ -222,7 +222,7 @@ class Server:
             raise BoxDied(str(error)) from error
         finally:
             theirs.close()
-        self._busy = True
+        self._busy = self._used = True
         return ours
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
@@ -257,6 +257,11 @@ class Server:
         if report is None:
             raise BoxDied("the fork server does not answer")
         return report
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has not run a program yet."""
+        return not self._used
 
     @property
     def idle(self) -> bool:

@@ -168,9 +168,6 @@ class Handle:
     def __setitem__(self, key: Any, value: Any) -> None:
         self._session.request("setitem", self, key, value)
 
-    def __contains__(self, item: Any) -> bool:
-        return self._session.request("contains", self, item) is True
-
     def __iter__(self) -> Iterator[Any]:
         items = self._session.request("iter", self)
         return iter(items if type(items) is list else [])
@@ -194,11 +191,11 @@ def _exception(description: Any) -> Exception:
     """An exception to raise here for one raised there: caught by `except` for its nearest built-in class."""
     nearest = description[1] if type(description) is list and len(description) == 3 else "Exception"
     base = getattr(builtins, nearest, Exception) if type(nearest) is str else Exception
-    usable = isinstance(base, type) and issubclass(base, Exception) and not issubclass(base, (AssertionError, OSError))
-    bases = (Raised, base) if usable and base.__init__ is Exception.__init__ else (Raised,)
+    if not (isinstance(base, type) and issubclass(base, Exception)):
+        base = Exception
     try:
-        error = type(Raised.__name__, bases, {})("raised in the program")
-    except TypeError:
+        error = type("Raised", (Raised, base), {})("raised in the program")
+    except TypeError:  # a class that wants other arguments
         error = Raised("raised in the program")
     error.detail = exception_text(description)
     return error

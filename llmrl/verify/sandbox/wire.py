@@ -164,8 +164,10 @@ def load(body: bytes) -> dict[str, Any]:
     """The message of one frame's body.
 
     Raises:
-        BadValue: the body is no JSON object.
+        BadValue: the body is no JSON object, or of more parts than `encode` allows.
     """
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > 4 * MAX_NODES:
+        raise BadValue("a frame of too many parts")
     try:
         message = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError, MemoryError) as error:

@@ -184,15 +184,17 @@ class _Server:
         cpu = limits["cpu_seconds"]
         for kind, soft, hard in (
             (resource.RLIMIT_CPU, cpu, cpu + 1),
-            (resource.RLIMIT_AS, self.own_memory + limits["memory_bytes"], None),
-            (resource.RLIMIT_FSIZE, limits["file_bytes"], None),
-            (resource.RLIMIT_NOFILE, 64, None),
-            (resource.RLIMIT_NPROC, limits["max_user_processes"], None),
-            (resource.RLIMIT_CORE, 0, None),
-            (resource.RLIMIT_MEMLOCK, 0, None),
-            (resource.RLIMIT_STACK, 64 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]),
+            (resource.RLIMIT_AS, *[self.own_memory + limits["memory_bytes"]] * 2),
+            (resource.RLIMIT_FSIZE, *[limits["file_bytes"]] * 2),
+            (resource.RLIMIT_NOFILE, 64, 64),
+            (resource.RLIMIT_NPROC, *[limits["max_user_processes"]] * 2),
+            (resource.RLIMIT_CORE, 0, 0),
+            (resource.RLIMIT_MEMLOCK, 0, 0),
+            (resource.RLIMIT_STACK, 64 << 20, 1 << 40),
         ):
-            resource.setrlimit(kind, (soft, soft if hard is None else hard))
+            inherited = resource.getrlimit(kind)[1]  # not to be raised
+            most = hard if inherited == resource.RLIM_INFINITY else min(hard, inherited)
+            resource.setrlimit(kind, (min(soft, most), most))
 
 
 def _receive_source(channel: int) -> str:

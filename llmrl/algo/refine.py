@@ -1,0 +1,190 @@
+"""Between stages 4 and 5: advantages changed by what the policy that took the batch thinks of its tokens.
+
+In: a batch whose samples carry old log-probabilities, entropies or influences. Out: the same batch with advantages per
+token. All of it is over the whole batch, so micro-batches and processes change nothing; pure functions do the arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmrl.algo import advantages as adv
+from llmrl.algo import kl, masks
+from llmrl.algo import token_hidden_reward as thr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmrl.algo.grpo import GRPO
+    from llmrl.types import Sample, TrainBatch
+
+INFLUENCE, ENTROPIES, COLLISIONS, KL_COV = "influence", "old_entropies", "collisions", "kl_cov"
+
+
+class Refinement:
+    """One pass of `refine` over one batch.
+
+    A rollout may be several samples (a rewritten context); `self.rollouts` holds the samples of each, in order.
+    """
+
+    def __init__(self, algorithm: GRPO, batch: TrainBatch) -> None:
+        self.algorithm, self.config, self.batch = algorithm, algorithm.config, batch
+        self.rollouts: dict[tuple[int, int], list[Sample]] = {}
+        for sample in batch.samples:
+            self.rollouts.setdefault((sample.group, sample.index), []).append(sample)
+
+    def run(self) -> None:
+        """All steps that the configuration asks for, in their order."""
+        c = self.config
+        if c.kl_in == "reward":
+            self.subtract_kl()
+        if c.baseline == "optimal_token":
+            self.token_baseline()
+        if c.whiten_advantages:
+            self.whiten()
+        if c.token_weighting != "none":
+            self.weigh_tokens()
+        if (c.top_entropy_quantile or 1) < 1:
+            self.keep_high_entropy()
+        if c.policy_loss in ("clip_cov", "kl_cov"):
+            self.hold_back_covariance()
+        for sample in self.batch.samples:
+            for name in (INFLUENCE, ENTROPIES, COLLISIONS):
+                sample.extras.pop(name, None)
+        self._write_back()
+
+    def subtract_kl(self) -> None:
+        """KL in the reward: off the whole rollout's reward, before the baseline; with baseline none off each token's, and
+        the advantage is the return to go.
+        """
+        divergence = {
+            key: kl.k1(_stream(s, "old_logprobs"), _stream(s, "ref_logprobs")) for key, s in self.rollouts.items()
+        }
+        tokens = torch.cat(list(divergence.values())) if divergence else torch.zeros(1)
+        self.batch.metrics["kl/ref"] = tokens.mean().item()
+        beta, groups = self.algorithm.beta, self.batch.groups
+        if self.config.baseline == "none":
+            for key, samples in self.rollouts.items():
+                self._set(samples, _stream(samples, "advantages") - beta * adv.returns_to_go(divergence[key]))
+            return
+        rewards = self.algorithm.shaped_rewards(groups)
+        for p, group in enumerate(groups):
+            for g, rollout in enumerate(group.rollouts):
+                if (p, rollout.index) in divergence:
+                    rewards[p, g] -= beta * divergence[p, rollout.index].sum()
+        advantages = self.algorithm.advantages(rewards, groups)
+        for p, group in enumerate(groups):
+            for g, rollout in enumerate(group.rollouts):
+                for sample in self.rollouts.get((p, rollout.index), ()):
+                    sample.advantages = np.full_like(sample.advantages, advantages[p, g].item())
+
+    def token_baseline(self) -> None:
+        """The optimal token baseline, in the groups that have signal."""
+        rewards = self.algorithm.shaped_rewards(self.batch.groups)
+        for p, group in enumerate(self.batch.groups):
+            keys = [(p, r.index) for r in group.rollouts if (p, r.index) in self.rollouts]
+            keys = [key for key in keys if COLLISIONS in self.rollouts[key][0].extras]
+            if not keys:
+                continue
+            places = [[r.index for r in group.rollouts].index(index) for _, index in keys]
+            found = adv.optimal_token_advantages(
+                rewards[p, places],
+                [_stream(self.rollouts[key], "old_logprobs") for key in keys],
+                [_stream(self.rollouts[key], COLLISIONS) for key in keys],
+            )
+            for key, values in zip(keys, found, strict=True):
+                self._set(self.rollouts[key], values)
+
+    def whiten(self) -> None:
+        """Mean 0 and deviation 1 over all tokens of the batch."""
+        samples = self.batch.samples
+        if samples:
+            self._set(samples, adv.whiten(_stream(samples, "advantages")))
+
+    def weigh_tokens(self) -> None:
+        """Token Hidden Reward or NTHR: a factor on every token of the groups that were scored."""
+        c, correct = self.config, self.algorithm.correct(self.batch.groups)
+        p_now = thr.scheduled_p(self.batch.policy_version, start=c.thr_p or 0.0, end=c.thr_p_end, steps=c.thr_p_steps)
+        kept = scored = 0.0
+        for p, group in enumerate(self.batch.groups):
+            right = {r.index: correct[p, g].item() == 1 for g, r in enumerate(group.rollouts)}
+            found = {
+                index: _stream(samples, INFLUENCE)
+                for (number, index), samples in self.rollouts.items()
+                if number == p and INFLUENCE in samples[0].extras
+            }
+            if not found:
+                continue
+            above = thr.threshold(
+                list(found.values()),
+                [right[i] for i in found],
+                rule=c.thr_threshold,
+                value=c.thr_threshold_value or 0.0,
+            )
+            known = correct[p][~torch.isnan(correct[p])] == 1
+            eta = thr.nthr_eta(known) if c.nthr_eta is None else c.nthr_eta
+            for rollout in group.rollouts:
+                if rollout.index not in found:
+                    continue
+                influences, is_right = found[rollout.index], right[rollout.index]
+                score = influences if is_right else -influences
+                if c.token_weighting == "thr":
+                    weights = thr.thr_weights(score, p=p_now, above=above)
+                else:
+                    weights = torch.ones_like(score) if is_right else thr.nthr_weights(influences, eta=eta, above=above)
+                samples = self.rollouts[p, rollout.index]
+                self._set(samples, _stream(samples, "advantages") * weights)
+                rollout.token_scores[c.token_weighting] = score.tolist()
+                kept, scored = kept + (weights != 0).sum().item(), scored + len(weights)
+        self.batch.metrics |= {"thr/p": p_now, "thr/kept_frac": kept / scored if scored else 1.0}
+
+    def keep_high_entropy(self) -> None:
+        """Advantage 0 (so no policy loss) for all but the tokens of highest entropy among those that carry signal."""
+        samples = self._with_signal()
+        if samples:
+            keep = masks.high_entropy_mask(_stream(samples, ENTROPIES), self.config.top_entropy_quantile)
+            self._set(samples, _stream(samples, "advantages") * keep)
+
+    def hold_back_covariance(self) -> None:
+        """Clip-Cov: advantage 0 for the drawn tokens. KL-Cov: a stream that says where the loss penalises movement."""
+        for sample in self.batch.samples if self.config.policy_loss == "kl_cov" else ():
+            sample.extras[KL_COV] = np.zeros_like(sample.advantages)
+        samples = self._with_signal()
+        if not samples:
+            return
+        advantages = _stream(samples, "advantages")
+        covariance = masks.token_covariance(_stream(samples, "old_logprobs"), advantages)
+        self.batch.metrics["advantage/covariance"] = covariance.mean().item()
+        if self.config.policy_loss == "clip_cov":
+            generator = torch.Generator().manual_seed(self.batch.policy_version)
+            chosen = masks.clip_cov_selection(covariance, self.config.cov_fraction, generator)
+            self._set(samples, advantages * ~chosen)
+        else:
+            chosen = masks.kl_cov_selection(covariance, self.config.cov_fraction).float()
+            for sample, values in zip(samples, chosen.split([s.num_tokens for s in samples]), strict=True):
+                sample.extras[KL_COV] = values.numpy()
+
+    def _with_signal(self) -> list[Sample]:
+        return [sample for sample in self.batch.samples if np.any(sample.advantages)]
+
+    def _set(self, samples: list[Sample], values: Tensor) -> None:
+        for sample, part in zip(samples, values.split([s.num_tokens for s in samples]), strict=True):
+            sample.advantages = part.numpy().astype(np.float32)
+
+    def _write_back(self) -> None:
+        """Rollouts show what was trained on: one number, or one per token."""
+        for p, group in enumerate(self.batch.groups):
+            for rollout in group.rollouts:
+                if samples := self.rollouts.get((p, rollout.index)):
+                    values = np.concatenate([s.advantages for s in samples])
+                    same = len(values) and np.all(values == values[0])
+                    rollout.advantage = float(values[0]) if same else values.tolist()
+
+
+def _stream(samples: list[Sample], name: str) -> Tensor:
+    """A stream of several samples, one behind the other."""
+    values = [s.extras[name] if name in s.extras else getattr(s, name) for s in samples]
+    return torch.from_numpy(np.concatenate(values))

@@ -1,0 +1,117 @@
+"""Sequences that begin alike -> trees: the shared beginning once, the rest as branches that do not see each other.
+
+A group's rollouts share their prompt. Laid out as [prompt | completion 1 | completion 2 | ...] with positions that restart
+behind the prompt and a mask that lets a token see the prompt and its own branch, the prompt is computed once instead of G
+times, with the same log-probabilities and gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+    from llmrl.types import Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tree:
+    """Samples laid out together. A single sample is a tree without a shared prefix."""
+
+    samples: tuple[int, ...]
+    """Indices of the samples."""
+    prefix: int
+    """Tokens they share at the beginning, computed once; none of them is trained."""
+    length: int
+    """Tokens of the whole layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Arithmetic of one layer, to decide what is worth sharing: attention over a tree is quadratic in its whole length."""
+
+    per_token: float
+    """Multiply-adds of the linear layers for one token."""
+    per_pair: float
+    """Multiply-adds of attention for one (query, key) pair."""
+
+    def of(self, length: int) -> float:
+        """Cost of a row of `length` tokens."""
+        return length * self.per_token + length * length * self.per_pair
+
+
+def single_trees(samples: Sequence[Sample]) -> list[Tree]:
+    """Every sample on its own."""
+    return [Tree(samples=(i,), prefix=0, length=len(sample.input_ids)) for i, sample in enumerate(samples)]
+
+
+def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
+    """Lay the samples of each group out as trees with as many branches each as makes the group cheapest.
+
+    Args:
+        samples: a group's samples carry the same `group` number.
+        cost: of the model's layers.
+
+    Returns:
+        Trees that hold every sample once. Where sharing does not pay (long completions, short prompts) each sample is
+        a tree of its own.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups[sample.group].append(i)
+    trees: list[Tree] = []
+    for members in groups.values():
+        prefix = _common_prefix([samples[i] for i in members])
+        layouts = [_branch(samples, members, prefix, num) for num in _branch_counts(len(members), prefix)]
+        trees += min(layouts, key=lambda layout: sum(cost.of(tree.length) for tree in layout))
+    return trees
+
+
+def _common_prefix(samples: Sequence[Sample]) -> int:
+    """Tokens that all share before any of them is trained."""
+    first = samples[0].input_ids
+    length = min(int(np.argmax(sample.loss_mask)) for sample in samples)
+    for sample in samples[1:]:
+        different = np.flatnonzero(sample.input_ids[:length] != first[:length])
+        length = int(different[0]) if len(different) else length
+    return length
+
+
+def _branch_counts(num_samples: int, prefix: int) -> list[int]:
+    """Branches per tree worth trying: 1, 2, 4, ... and all."""
+    powers = [1 << k for k in range(num_samples.bit_length()) if 1 << k < num_samples]
+    return [*powers, num_samples] if prefix else [1]
+
+
+def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_branches: int) -> list[Tree]:
+    """Deal `members`, in order, into trees of `num_branches`."""
+    trees = []
+    for start in range(0, len(members), num_branches):
+        chosen = tuple(members[start : start + num_branches])
+        shared = prefix if len(chosen) > 1 else 0
+        length = shared + sum(len(samples[i].input_ids) - shared for i in chosen)
+        trees.append(Tree(samples=chosen, prefix=shared, length=length))
+    return trees
+
+
+def tree_mask(segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """Which key (last axis) each query may see: itself, and what lies before it in its own branch or its tree's prefix.
+
+    Args:
+        segment_ids: the tree of each position; 0 is padding, which sees itself alone so that no softmax is empty.
+        branch_ids: 0 in a tree's prefix, otherwise the number of the branch in its tree.
+    """
+    same_tree = segment_ids[:, :, None] == segment_ids[:, None, :]
+    visible = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril_()
+    padding = (segment_ids == 0)[:, :, None] & ~torch.eye(length, dtype=torch.bool, device=segment_ids.device)
+    return (same_tree & visible & causal & ~padding)[:, None]

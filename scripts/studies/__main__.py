@@ -1,0 +1,37 @@
+"""Command line of `scripts/study_presets`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/study_presets", description=__doc__)
+    commands = parser.add_subparsers(dest="study", required=True)
+    bandit_options = commands.add_parser("bandit", help="mechanisms on a tabular bandit")
+    bandit_options.add_argument("--seeds", type=int, default=10)
+    bandit_options.add_argument("--json", type=Path)
+    additions_options = commands.add_parser("additions", help="presets on a task with headroom, at equal tokens")
+    additions_options.add_argument("--seeds", type=int, default=5)
+    additions_options.add_argument("--folder", type=Path, default=Path("runs/study_additions"))
+    table_options = commands.add_parser("table", help="the table of stored additions runs")
+    table_options.add_argument("file", type=Path)
+    given = parser.parse_args()
+    if given.study == "bandit":
+        from studies import bandit
+
+        bandit.main(given.seeds, given.json)
+    elif given.study == "additions":
+        from studies import additions, tables
+
+        additions.main(given.folder, given.seeds)
+        tables.show_additions(given.folder / "additions.jsonl")
+    else:
+        from studies import tables
+
+        tables.show_additions(given.file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""JSON-lines files: what is appended is there at once, and going back forgets what came later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmrl.errors import RunFailed
+from llmrl.track.files import JsonlFile, read_jsonl
+
+
+def test_rows_are_readable_before_the_file_is_closed(tmp_path: Path) -> None:
+    file = JsonlFile(tmp_path / "deep" / "rows.jsonl")
+    file.append({"a": 1}, {"b": [1.5, None, True]})
+    file.append()
+    file.append({"text": 'line\nbreak, "quote", \u00e9\u4e2d\U0001f600'})
+    rows = [{"a": 1}, {"b": [1.5, None, True]}, {"text": 'line\nbreak, "quote", \u00e9\u4e2d\U0001f600'}]
+    assert read_jsonl(file.path) == rows
+    assert "\u4e2d" in file.path.read_text(encoding="utf-8"), "people read these files"
+    JsonlFile(file.path).append({"again": True})
+    assert read_jsonl(file.path) == [*rows, {"again": True}]
+
+
+def test_values_json_does_not_know(tmp_path: Path) -> None:
+    file = JsonlFile(tmp_path / "rows.jsonl")
+    file.append({"error": ValueError("no"), "lone surrogate": "a\ud800b"})
+    assert read_jsonl(file.path) == [{"error": "no", "lone surrogate": "a\ud800b"}]
+
+
+def test_truncating_forgets_what_came_later_and_goes_on_from_there(tmp_path: Path) -> None:
+    file = JsonlFile(tmp_path / "rows.jsonl")
+    file.append({"step": 1})
+    length = file.sync()
+    assert length == file.path.stat().st_size
+    file.append({"step": 2}, {"step": 3})
+    file.close()
+    with file.path.open("ab") as half:
+        half.write(b'{"step": ')  # killed while writing
+    resumed = JsonlFile(file.path)
+    resumed.truncate(length)
+    resumed.append({"step": "2 again"})
+    assert read_jsonl(file.path) == [{"step": 1}, {"step": "2 again"}]
+    assert resumed.sync() == file.path.stat().st_size
+    resumed.truncate(0)
+    assert read_jsonl(file.path) == []
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_an_error(tmp_path: Path) -> None:
+    file = JsonlFile(tmp_path / "rows.jsonl")
+    file.append({"step": 1})
+    with pytest.raises(RunFailed, match=r"rows\.jsonl is shorter .* \(1000 bytes\)"):
+        file.truncate(1000)
+    assert read_jsonl(file.path) == [{"step": 1}]
+
+
+def test_a_full_disk_is_named() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(RunFailed, match="/dev/full cannot be written"):
+        JsonlFile(full).append({"a": 1})
+
+
+def test_metrics_that_are_not_numbers_stay_readable_everywhere(tmp_path: Path) -> None:
+    """NaN is not JSON: a reader in a browser would refuse the whole file."""
+    file = JsonlFile(tmp_path / "rows.jsonl")
+    file.append({"reward/mean": float("nan"), "deep": {"row": [float("inf"), 1.0]}})
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    json.loads(file.path.read_text(), parse_constant=refuse)
+    assert read_jsonl(file.path) == [{"reward/mean": None, "deep": {"row": [None, 1.0]}}]

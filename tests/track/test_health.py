@@ -1,0 +1,93 @@
+"""Health warnings: each symptom is called once, and again only after it had gone away."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmrl.track.health import PATIENCE, Health
+
+FINE = {
+    "advantage/zero_variance_frac": 0.3,
+    "reward/mean": 0.4,
+    "rollout/truncated_frac": 0.1,
+    "reward/unscored_frac": 0.0,
+    "policy/entropy": 2.0,
+    "kl/mismatch/max": 0.001,
+}
+ILL = {
+    "no_signal": ({"advantage/zero_variance_frac": 1.0, "reward/mean": 0.0}, "rewards inside every group"),
+    "truncated": ({"rollout/truncated_frac": 0.96}, "cut off"),
+    "unscored": ({"reward/unscored_frac": 0.021}, "could not be scored"),
+    "entropy": ({"policy/entropy": 0.039}, "entropy has fallen"),
+}
+NEARLY = {
+    "advantage/zero_variance_frac": 0.999,
+    "rollout/truncated_frac": 0.95,
+    "reward/unscored_frac": 0.02,
+    "policy/entropy": 0.041,
+    "kl/mismatch/max": 0.05,
+}
+
+
+def test_a_healthy_and_a_nearly_ill_run_are_left_in_peace() -> None:
+    health = Health(on_policy=True)
+    for metrics in [FINE] * 20 + [FINE | NEARLY] * 20:
+        assert health.observe(metrics) == []
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_once_after_some_patience_and_again_only_after_recovery(name: str) -> None:
+    symptom, words = ILL[name]
+    health = Health(on_policy=True)
+    course = [False] + [True] * (PATIENCE - 1) + [False] + [True] * (PATIENCE + 10) + [False] + [True] * PATIENCE
+    given = [health.observe(FINE | symptom if ill else FINE) for ill in course]
+    counts = [len(warnings) for warnings in given]
+    first = 1 + PATIENCE + PATIENCE - 1
+    assert [step for step, count in enumerate(counts) if count] == [first, len(course) - 1]
+    assert set(counts) == {0, 1}
+    assert words in given[first][0]
+    assert words in given[-1][0]
+
+
+def test_several_at_once() -> None:
+    health = Health(on_policy=True)
+    health.observe(FINE)
+    everything = FINE | {key: value for symptom, _ in ILL.values() for key, value in symptom.items()}
+    for _ in range(PATIENCE - 1):
+        assert health.observe(everything) == []
+    warnings = health.observe(everything)
+    assert len(warnings) == len(ILL)
+
+
+def test_sampler_and_trainer_apart_is_said_at_once_and_on_policy_only() -> None:
+    apart = FINE | {"kl/mismatch/max": 0.3}
+    health = Health(on_policy=True)
+    (warning,) = health.observe(apart)
+    assert "0.3 nats" in warning
+    assert health.observe(apart) == []
+    assert health.observe(FINE) == []
+    assert len(health.observe(apart)) == 1
+    assert Health(on_policy=False).observe(apart) == []
+    assert Health(on_policy=True, mismatch_tolerance=0.5).observe(apart) == []
+
+
+def test_metrics_that_are_absent_or_nan_are_no_symptom() -> None:
+    nan = dict.fromkeys(FINE, float("nan"))
+    for metrics in ({}, nan):
+        health = Health(on_policy=True)
+        quiet = metrics | {"advantage/zero_variance_frac": 0.0}
+        assert all(health.observe(quiet) == [] for _ in range(3 * PATIENCE))
+
+
+def test_a_resumed_run_keeps_counting() -> None:
+    symptom, _ = ILL["entropy"]
+    health = Health(on_policy=True)
+    health.observe(FINE)
+    for _ in range(PATIENCE - 1):
+        health.observe(FINE | symptom)
+    resumed = Health(on_policy=True)
+    resumed.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert len(resumed.observe(FINE | symptom)) == 1
+    assert len(Health(on_policy=True).observe(FINE | symptom)) == 0

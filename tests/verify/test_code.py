@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import pickle
+import random
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmrl.errors import UserError
+from llmrl.types import Score
+from llmrl.verify.code import TestResult as Result
+from llmrl.verify.code import reward_of, run_tests, same_output, same_value
+from llmrl.verify.code_rows import AssertTests, CallTests, StdinTests, extract_program, read_row
+from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data" / "code"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the repository")
+SLOW = Limits(cpu_seconds=60, wall_seconds=120.0)
+"""One MBPP reference counts divisors up to 9999 in pure Python, which takes seconds."""
+
+
+def load_reward() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reward_unit_tests", ROOT / "rewards" / "unit_tests.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reward = load_reward()
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Sandbox]:
+    try:
+        sandbox = open_sandbox()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    yield sandbox
+    sandbox.close()
+
+
+def verdicts(program: str, box: Sandbox, limits: Limits | None = None, **row: Any) -> list[str]:
+    results = run_tests(
+        program, read_row(row), box, limits or Limits(cpu_seconds=1, wall_seconds=5.0), stop_early=False
+    )
+    return [result.verdict for result in results]
+
+
+# --- the program in an answer -----------------------------------------------------------------------------------------
+
+ADD = read_row({"test_list": ["assert add(1, 2) == 3"]})
+UP = read_row(
+    {
+        "prompt": "import math\ndef half(x):\n    return x / 2\ndef up(x: int) -> int:\n    '''Next.'''\n",
+        "entry_point": "up",
+        "test": "def check(candidate): assert candidate(1) == 2",
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("def add(a, b): return a", "def add(a, b): return a"),
+        ("Sure:\n```python\nA\n```\nbye", "A\n"),
+        ("```\nA\n```", "A\n"),
+        ("```py\nA\n```\ntext\n```\nB\n```", "A\n"),
+        ("```bash\npip\n```\n```python\nA\n```\n```text\n3\n```", "A\n"),
+        ("```python\ndef add(a, b): pass\n```\nUse:\n```python\nprint(add(1, 2))\n```", "def add(a, b): pass\n"),
+        ("```python\ndef add(a, b): 1\n```\nBetter:\n```python\ndef add(a, b): 2\n```", "def add(a, b): 2\n"),
+        ("```python\nadd = lambda a, b: a\n```\n```python\nadd(1, 2) == 3\n```", "add = lambda a, b: a\n"),
+        ("~~~python\nA\n~~~", "A\n"),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("  ```python\nA\n  ```", "A\n"),
+        ("```python\ncut off here", "cut off here\n"),
+        ("<think>```python\nX\n```</think>```python\nA\n```", "A\n"),
+        ("<think>never ends ```python\ndef add(a, b): 1\n```", ""),
+        ("", ""),
+        ("```python\n```", ""),
+    ],
+)
+def test_the_program_is_found_in_an_answer(answer: str, program: str) -> None:
+    assert extract_program(answer, ADD) == program
+
+
+@pytest.mark.parametrize(
+    ("answer", "tail"),
+    [
+        ("    return x + 1\n", "'''Next.'''\n    return x + 1\n"),
+        ("return x + 1", "'''Next.'''\n    return x + 1"),
+        ("y = x\n    return y + 1", "'''Next.'''\n    y = x\n    return y + 1"),
+        ("if x:\n    return 2\nreturn 1", "'''Next.'''\n    if x:\n        return 2\n    return 1"),
+        ("```python\n    return x + 1\n```", "'''Next.'''\n    return x + 1\n"),
+        ("def up(x):\n    return 2", "    return x / 2\ndef up(x):\n    return 2"),
+        ("```python\nimport os\nasync def up(x): 1\n```", "    return x / 2\nimport os\nasync def up(x): 1\n"),
+    ],
+)
+def test_a_body_continues_the_prompt_and_a_function_follows_its_helpers(answer: str, tail: str) -> None:
+    program = extract_program(answer, UP)
+    assert program.startswith("import math\ndef half(x):") and program.endswith(tail)
+    compile(program, "program", "exec")
+
+
+def test_a_future_import_stays_first() -> None:
+    answer = "from __future__ import annotations\ndef up(x): return x + 1"
+    assert extract_program(answer, UP) == answer
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_known_by_their_columns() -> None:
+    checks = {"test_list": ["assert add(sum([1]), 2) == 3"], "challenge_test_list": ["assert add(0, 0) == 0"]}
+    mbpp = read_row(checks | {"test": None})
+    assert isinstance(mbpp.tests, AssertTests) and len(mbpp.tests.checks) == 2 and mbpp.names == ["add"]
+    calls = read_row({"input_output": json.dumps({"fn_name": "f", "inputs": [[1, [2]]], "outputs": [[3]]})})
+    assert calls.tests == CallTests(function="f", inputs=[[1, [2]]], outputs=[3])
+    lines = read_row({"input_output": {"inputs": [["1", "2"], "x\n"], "outputs": [["3"], "y"]}})
+    assert lines.tests == StdinTests(inputs=["1\n2", "x\n"], outputs=["3", "y"])
+    for empty in ({"test_list": []}, {"input_output": ""}, {"input_output": "{}"}, {"public_test_cases": "[]"}):
+        assert read_row(empty).tests is None
+
+
+def test_livecodebench_rows_with_packed_private_cases() -> None:
+    def case(given: str, wanted: str, kind: str) -> dict[str, str]:
+        return {"input": given, "output": wanted, "testtype": kind}
+
+    private = base64.b64encode(
+        zlib.compress(pickle.dumps(json.dumps([case('[1, 2]\n"x"', "3", "functional")])))
+    ).decode()
+    row = read_row(
+        {
+            "public_test_cases": json.dumps([case('[0]\n""', "0", "functional")]),
+            "private_test_cases": private,
+            "metadata": '{"func_name": "total"}',
+        }
+    )
+    assert row.tests == CallTests(function="total", inputs=[[[0], ""], [[1, 2], "x"]], outputs=[0, 3])
+    stdin = read_row({"public_test_cases": [case("1\n", "2\n", "stdin")]})
+    assert stdin.tests == StdinTests(inputs=["1\n"], outputs=["2\n"])
+
+
+def test_a_pickled_object_in_a_row_is_refused() -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (exec, ("raise SystemError('ran')",))
+
+    packed = base64.b64encode(zlib.compress(pickle.dumps(Attack()))).decode()
+    with pytest.raises(UserError, match=r"private_test_cases.*builtins\.exec"):
+        read_row({"private_test_cases": packed})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?", "prompt": None}, "no tests it knows.*found: question|no tests it knows.*Found: question"),
+        ({"input_output": "{"}, "input_output: not JSON"),
+        ({"input_output": {"inputs": ["1"], "outputs": []}}, "1 inputs but 0 outputs"),
+        ({"public_test_cases": [{"input": "", "output": "", "testtype": "other"}]}, "testtype must be"),
+        ({"public_test_cases": [{"input": "", "output": "", "testtype": "functional"}]}, "needs func_name"),
+    ],
+)
+def test_a_row_in_another_format_is_the_users_mistake(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_row(row)
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1 2\n3\n", "1 2\n3", True),
+        ("1  2 \n3\n\n\n", "1 2\n3\n", True),
+        ("1\r\n2\r\n", "1\n2\n", True),
+        ("", "\n", True),
+        ("1 2 3", "1 2\n3", False),
+        ("12", "1 2", False),
+        ("0.3333333", "0.33333333333", True),
+        ("0.33333", "0.33333333333", False),
+        ("1000000.5", "1000000.9", True),
+        ("3", "3.0", True),
+        ("3", "03", False),
+        ("10000000000000000001", "10000000000000000002", False),
+        ("1e3", "1000", True),
+        ("nan", "NaN", False),
+        ("inf", "1e999", False),
+        ("1_0.0", "10.0", False),
+        ("YES", "yes", False),
+        ("", "1", False),
+        ("1\n", "", False),
+    ],
+)
+def test_printed_output_is_compared_by_lines_and_tokens(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "same"),
+    [
+        (1, 1, True), (True, 1, False), (1, True, False), (1.0, 1, True), (0.1 + 0.2, 0.3, True), (0.3001, 0.3, False),
+        (float("nan"), float("nan"), False), ("1", 1, False), ("", None, False), (None, None, True), (None, "", False),
+        ((1, [2]), [1, [2]], True), ([1], [1, 1], False), ({1: "a"}, {"1": "a"}, True), ({1}, [1], False),
+        (float("inf"), float("inf"), True), (10**400, 1.0, False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_returned_values_are_compared_with_types(given: Any, expected: Any, same: bool) -> None:
+    assert same_value(given, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("results", "all_", "fraction", "bcoder"),
+    [
+        (["passed", "passed"], 1.0, 1.0, 1.0),
+        (["passed", "wrong"], 0.0, 0.5, -0.3),
+        (["wrong", "error", "passed", "passed"], 0.0, 0.5, -0.6),
+        (["passed", "timeout", "not_run"], 0.0, 1 / 3, -0.6),
+        (["compile_error", "compile_error"], 0.0, 0.0, -1.0),
+    ],
+)
+def test_outcomes_become_one_number(results: list[Any], all_: float, fraction: float, bcoder: float) -> None:
+    outcome = [Result(verdict=verdict) for verdict in results]
+    assert reward_of(outcome, "all") == all_
+    assert reward_of(outcome, "fraction") == pytest.approx(fraction, abs=1e-12)
+    assert reward_of(outcome, "bcoder") == bcoder
+
+
+# --- tests on this side, program on the other -------------------------------------------------------------------------
+
+
+def test_each_test_has_its_own_verdict(box: Sandbox) -> None:
+    program = """
+import os, time
+def f(x):
+    if x == 1: return 1 / 0
+    if x == 2: os._exit(0)
+    if x == 3: time.sleep(100)
+    return x
+"""
+    checks = [f"assert f({x}) == {x}" for x in (0, 1, 2, 5, 6)]
+    assert verdicts(program, box, test_list=checks) == ["passed", "error", "error", "passed", "passed"]
+    slow = [checks[0], "assert f(3) == 3", checks[0]]
+    assert verdicts(program, box, test_list=slow) == ["passed", "timeout", "not_run"]
+    assert verdicts("def f(x", box, test_list=checks) == ["compile_error"] * 5
+    assert verdicts("", box, test_list=checks) == ["compile_error"] * 5
+    assert verdicts("x = " + "1" * 2_000_000, box, test_list=checks) == ["compile_error"] * 5
+    assert verdicts("def g(x): return x", box, test_list=["assert f(0) == 0"]) == ["error"]
+
+
+def test_a_raising_function_never_returns_what_is_expected(box: Sandbox) -> None:
+    program = "def f(x): raise ValueError"
+    for expected in ("None", "''", "False", "[]"):
+        assert verdicts(program, box, test_list=[f"assert f(1) == {expected}"]) == ["error"]
+    caught = "try:\n    f(1)\n    raise AssertionError\nexcept ValueError:\n    pass"
+    assert verdicts(program, box, test_list=[caught]) == ["passed"]
+    assert verdicts("def f(x): return 1", box, test_list=[caught]) == ["wrong"]
+
+
+def test_a_test_that_catches_everything_cannot_pass_a_program_that_ended(box: Sandbox) -> None:
+    check = "try:\n    f(1)\nexcept:\n    pass"
+    assert verdicts("import os\ndef f(x): os._exit(0)", box, test_list=[check]) == ["error"]
+    assert verdicts("def f(x):\n    while True: pass", box, test_list=[check]) == ["timeout"]
+
+
+def test_a_program_cannot_redefine_what_the_tests_use(box: Sandbox) -> None:
+    program = """
+class Same:
+    def __eq__(self, other): return True
+set = sorted = abs = len = isinstance = lambda *args: Same()
+class math: isclose = staticmethod(lambda *args: True)
+def f(x): return [9]
+"""
+    checks = [
+        "assert set(f(1)) == {1}",
+        "assert sorted(f(1)) == [1]",
+        "assert abs(f(1)[0]) == 1",
+        "assert len(f(1)) == 2",
+    ]
+    checks += ["assert isinstance(f(1), tuple)", "assert math.isclose(f(1)[0], 1)"]
+    assert verdicts(program, box, test_list=checks) == ["wrong"] * 6
+    good = "def f(x): return (1,)"
+    checks = ["assert set(f(1)) == {1}", "assert isinstance(f(1), tuple)", "assert math.isclose(f(1)[0], 1)"]
+    assert verdicts(good, box, test_list=checks) == ["passed"] * 3
+
+
+def test_membership_is_decided_on_this_side(box: Sandbox) -> None:
+    program = """
+class All:
+    def __contains__(self, item): return True
+    def __iter__(self): return iter([1])
+def f(x): return All()
+"""
+    assert verdicts(program, box, test_list=["assert 7 in f(0)", "assert 1 in f(0)"]) == ["wrong", "passed"]
+
+
+def test_a_built_in_that_the_reference_defines_is_the_programs(box: Sandbox) -> None:
+    checks = ["assert sum(10, 15) == 6"]
+    assert verdicts("def sum(a, b): return 6", box, test_list=checks, code="def sum(a, b): return 0") == ["passed"]
+    assert verdicts("def sum(a, b): return 6", box, test_list=checks) == ["passed"]
+    assert verdicts("def sum(a, b): return 5", box, test_list=checks) == ["wrong"]
+
+
+def test_setup_may_build_objects_of_the_programs_classes(box: Sandbox) -> None:
+    row = {
+        "test_setup_code": "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(4)",
+        "test_list": ["assert depth(root) == 3", "assert root.left.value == 2"],
+    }
+    program = """
+class Node:
+    def __init__(self, value): self.value, self.left = value, None
+def depth(node): return 0 if node is None else 1 + depth(node.left)
+"""
+    assert verdicts(program, box, **row) == ["passed", "passed"]
+    assert verdicts(program.replace("1 + depth", "2 + depth"), box, **row) == ["wrong", "passed"]
+    assert verdicts("def depth(node): return 3", box, **row) == ["error", "error"]
+
+
+def test_humaneval_helpers_are_the_prompts_not_the_programs(box: Sandbox) -> None:
+    row = {
+        "prompt": "def encode(s):\n    return s[::-1]\n\ndef decode(s):\n    '''Undo.'''\n",
+        "entry_point": "decode",
+        "test": "def check(candidate):\n    from random import choice\n    for _ in range(5):\n"
+        "        text = ''.join(choice('abc') for _ in range(9))\n        assert candidate(encode(text)) == text\n",
+    }
+    assert verdicts("def decode(s): return s[::-1]", box, **row) == ["passed"]
+    assert verdicts("def encode(s): return s\ndef decode(s): return s", box, **row) == ["wrong"]
+    state = random.getstate()
+    verdicts("def decode(s): return s[::-1]", box, **row)
+    assert random.getstate() == state
+
+
+def test_call_rows_reach_functions_and_methods(box: Sandbox) -> None:
+    row = {"input_output": {"fn_name": "add", "inputs": [[1, 2], [0.1, 0.2]], "outputs": [3, [0.3]]}}
+    assert verdicts("def add(a, b): return a + b", box, **row) == ["passed", "passed"]
+    assert verdicts("class Solution:\n    def add(self, a, b): return a + b", box, **row) == ["passed", "passed"]
+    assert verdicts("class Solution:\n    def add(self, a, b): return str(a + b)", box, **row) == ["wrong", "wrong"]
+    assert verdicts("def plus(a, b): return a + b", box, **row) == ["error", "error"]
+
+
+def test_stdin_rows_run_the_program_once_per_input(box: Sandbox) -> None:
+    row = {"input_output": {"inputs": ["1", "2", "0"], "outputs": ["1.0", "0.5", "x"]}}
+    assert verdicts("print(1 / int(input()))", box, **row) == ["passed", "passed", "error"]
+    assert verdicts("print('1.0')", box, **row) == ["passed", "wrong", "wrong"]
+    assert verdicts("print(", box, **row) == ["compile_error"] * 3
+    assert verdicts("if input() != '1':\n    while True: pass\nprint(1)", box, **row) == [
+        "passed",
+        "timeout",
+        "not_run",
+    ]
+
+
+def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
+    sleeps = "import time\ninput()\ntime.sleep(0.4)\nprint(1)"
+    rows = [
+        ({"input_output": {"inputs": ["x"] * 9, "outputs": ["1"] * 9}}, sleeps),
+        ({"test_list": ["assert f(1) == 1"] * 9}, "import os, time\ndef f(x):\n    time.sleep(0.6)\n    os._exit(0)"),
+    ]
+    for row, program in rows:
+        started = time.monotonic()
+        results = run_tests(program, read_row(row), box, Limits(), stop_early=False, total_seconds=1.0)
+        assert time.monotonic() - started < 5.0
+        assert [r.verdict for r in results].count("timeout") == 1 and results[-1].verdict == "not_run"
+
+
+# --- the reward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(reward.EXAMPLES)))
+def test_examples_get_the_reward_they_say(number: int, box: Sandbox) -> None:
+    example = dict(reward.EXAMPLES[number])
+    expected = example.pop("reward")
+    assert reward.unit_tests(**example, sandbox=box).reward == expected
+
+
+def test_messages_are_read_too(box: Sandbox) -> None:
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "def add(a, b): return a + b"}]
+    assert reward.unit_tests(messages, test_list=["assert add(1, 2) == 3"], sandbox=box).reward == 1.0
+
+
+def test_the_score_shows_verdicts_but_no_expected_value(box: Sandbox) -> None:
+    row = {"test_list": ["assert f(1) == 'sesame-open', 'wanted sesame-open'", "assert f(2) == 2"]}
+    score = reward.unit_tests("def f(x): return x", **row, outcome="fraction", sandbox=box)
+    assert score.reward == 0.5 and score.error is None
+    assert score.info["tests"] == ["wrong", "passed"] and score.info["counts"] == {"wrong": 1, "passed": 1}
+    assert "sesame" not in repr(score)
+    stopped = reward.unit_tests("def f(x): return x", **row, sandbox=box)
+    assert stopped.reward == 0.0 and stopped.info["tests"] == ["wrong", "not_run"]
+
+
+def test_an_unusable_row_is_an_abstention(box: Sandbox) -> None:
+    for row in ({"test_list": []}, {"test_list": ["assert f(1 =="]}, {"test_list": ["assert f(open) == 1"]}):
+        score = reward.unit_tests("def f(x): return 1", **row, sandbox=box)
+        assert (score.reward, score.error) == (None, None) and score.info["reason"]
+
+
+def test_a_box_that_cannot_start_is_an_error_and_not_a_zero() -> None:
+    class Broken:
+        def open(self, source: str, limits: Limits) -> Any:
+            raise SandboxUnavailable("no box today")
+
+        run = open
+
+    score: Score = reward.unit_tests("def f(x): return 1", test_list=["assert f(1) == 1"], sandbox=Broken())
+    assert score.reward is None and score.error is not None and "no box today" in score.error
+
+
+def test_mistakes_of_the_user_are_named() -> None:
+    with pytest.raises(UserError, match="outcome 'most' is unknown: use all, fraction, bcoder"):
+        reward.unit_tests("x", test_list=["assert f(1)"], outcome="most")
+    with pytest.raises(UserError, match="Expected the columns"):
+        reward.unit_tests("x")
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+NEGATE = """
+def _negated(function):
+    def wrong(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if isinstance(result, bool):
+            return not result
+        if isinstance(result, (int, float, complex)):
+            return result + 1
+        if isinstance(result, str):
+            return result + "x"
+        if isinstance(result, (list, tuple)):
+            return result + type(result)([None])
+        return "wrong" if result is None else None
+    return wrong
+_original = {"__name__": "original"}
+exec(SOURCE, _original)
+for _name, _value in _original.items():
+    if not _name.startswith("__"):
+        globals()[_name] = _negated(_value) if _name in NAMES and not isinstance(_value, type) else _value
+"""
+
+
+def negated(program: str, names: list[str]) -> str:
+    """The program behind a wrapper that spoils what its functions return, recursive calls excepted."""
+    return f"SOURCE, NAMES = {program!r}, {names!r}\n{NEGATE}"
+
+
+@needs_data
+@pytest.mark.timeout(300)
+def test_humaneval_solutions_pass_and_their_negations_do_not(box: Sandbox) -> None:
+    rows = rows_of("HumanEval.jsonl")
+    assert len(rows) == 164
+    for columns in rows:
+        row = read_row(columns)
+        program = extract_program(columns["canonical_solution"], row)
+        assert set(verdicts(program, box, SLOW, **columns)) == {"passed"}, columns["task_id"]
+        assert set(verdicts(negated(program, row.names), box, SLOW, **columns)) != {"passed"}, columns["task_id"]
+
+
+@needs_data
+@pytest.mark.timeout(300)
+def test_mbpp_solutions_pass_and_their_negations_do_not(box: Sandbox) -> None:
+    rows = rows_of("mbpp_first600.jsonl")
+    assert len(rows) == 600
+
+    def judge(columns: dict[str, Any]) -> tuple[set[str], set[str]]:
+        wrong = negated(columns["code"], read_row(columns).names)
+        return set(verdicts(columns["code"], box, SLOW, **columns)), set(verdicts(wrong, box, SLOW, **columns))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for columns, (right, wrong) in zip(rows, pool.map(judge, rows), strict=True):
+            assert right == {"passed"}, columns["task_id"]
+            assert "passed" not in wrong, (columns["task_id"], wrong)
+
+
+@needs_data
+@pytest.mark.timeout(300)
+def test_apps_programs_get_the_result_codes_they_carry(box: Sandbox) -> None:
+    codes = {True: 1.0, False: -0.3, -1: -0.6, -2: -1.0}
+    for columns in rows_of("apps_sample_2.jsonl"):
+        tests = {"input_output": columns["input_output"]}
+        for program in columns["solutions"]:
+            assert reward.unit_tests(f"```python\n{program}\n```", **tests, sandbox=box).reward == 1.0
+            wrong = re.sub(r"\bprint\(", "print('?', ", program) + "\nprint('?')"
+            assert reward.unit_tests(f"```python\n{wrong}\n```", **tests, sandbox=box).reward == 0.0
+        for entry in columns["gen_solutions"]:
+            score = reward.unit_tests(entry["code"], **tests, outcome="bcoder", sandbox=box)
+            assert score.reward == codes[entry["result"]], (columns["id"], entry["error_type"], score.info)
+        # The baseline entries were stored wrapped in a function that nobody calls: their code -1 cannot be had by
+        # running them, but they print nothing and so must fail.
+        for entry in columns["baseline_solutions"]:
+            assert reward.unit_tests(entry["code"], **tests, outcome="bcoder", sandbox=box).reward < 0
