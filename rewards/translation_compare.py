@@ -110,6 +110,14 @@ EXAMPLES = [
     # Light: format and language are all that counts.
     {**_LIGHT, "completion": f"<think>Easy.</think>{_GOOD}", "reward": 1.0},
     {**_LIGHT, "completion": f"<think>Easy.</think>{_SOURCE}", "reward": 0.0},
+    # Another direction than the judged ones: nobody is asked, and the exemplar is not needed.
+    {
+        **_LIGHT,
+        "exemplar": None,
+        "completion": f"<think>Easy.</think>{_GOOD}",
+        "options": {"judged_directions": ["zh-en"], "light_reward": 0.5},
+        "reward": 0.5,
+    },
     # A metric alone: the reference itself has chrF 100.
     {
         **_LIGHT,

@@ -116,7 +116,7 @@ class Refinement:
                 for (number, index), samples in self.rollouts.items()
                 if number == p and INFLUENCE in samples[0].extras
             }
-            if not found:
+            if not any(right[index] for index in found):
                 continue
             above = thr.threshold(
                 list(found.values()),

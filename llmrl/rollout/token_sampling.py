@@ -157,5 +157,5 @@ def _truncate(
     ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
     probabilities = ordered.softmax(1)
     mass_before = probabilities.cumsum(1) - probabilities
-    ordered = ordered.masked_fill((mass_before >= top_p) & (rank > 0), -torch.inf)
+    ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
     return torch.empty_like(shifted).scatter_(1, order, ordered)

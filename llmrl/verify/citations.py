@@ -32,7 +32,8 @@ _QUOTE = re.compile(
 )
 _ELLIPSIS = re.compile(r"\[?(?:\.\.\.|\u2026)\]?")
 _SEARCH_RESULT = re.compile(r"^\[([0-9]{1,9})\] Title:", re.MULTILINE)
-_RETRIEVAL_TOOL = re.compile(r"search|retriev|open|find|brows|visit|fetch|read|crawl|scrap", re.IGNORECASE)
+# "read" only where a word begins: threads and spreadsheets retrieve nothing.
+_RETRIEVAL_TOOL = re.compile(r"search|retriev|open|find|brows|visit|fetch|(?<![a-z])read|crawl|scrap", re.IGNORECASE)
 _URL_PREFIXES = ("view-source:", "https://r.jina.ai/", "http://r.jina.ai/")
 
 
@@ -177,15 +178,21 @@ def _tool_outputs(history: list[Message]) -> Iterator[tuple[str, str]]:
             for part in content if isinstance(content, list) else [{"text": content or ""}]:
                 yield names.get(str(part.get("tool_call_id")), name), str(part.get("output") or part.get("text") or "")
         elif message.get("role") == "user" and isinstance(content, str):
-            for i, block in enumerate(content.split("<tool_response>")[1:]):
-                yield last_names[i] if i < len(last_names) else "", block.partition("</tool_response>")[0]
+            blocks = content.split("<tool_response>")[1:]
+            if len(blocks) != len(last_names):
+                # An output that contains the marks itself: nobody can say any more which tool a block is from.
+                foreign = (name for name in last_names if name and not _RETRIEVAL_TOOL.search(name))
+                last_names = [next(foreign, "")] * len(blocks)
+            for name, block in zip(last_names, blocks, strict=True):
+                yield name, block.partition("</tool_response>")[0]
 
 
 def _calls(message: Message) -> list[tuple[str, str]]:
     """(identifier, name of the tool) of each call in an assistant message, "" where unknown."""
     calls = list(message.get("tool_calls") or [])
     if not calls:
-        for block in str(message.get("content") or "").split("<tool_call>")[1:]:
+        # A call that is only thought about is not executed, so it would name the output of another one.
+        for block in after_thinking(str(message.get("content") or "")).split("<tool_call>")[1:]:
             try:
                 calls.append(json.loads(block.partition("</tool_call>")[0]))
             except (ValueError, RecursionError):

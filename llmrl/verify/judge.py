@@ -345,7 +345,7 @@ def get_judge(judge: AnyJudge | Mapping[str, Any] | str | None) -> AnyJudge:
         return _made_judge(judge)
     if not isinstance(judge, Mapping):
         if not hasattr(judge, "ask"):
-            raise UserError(f"judge is {judge!r}, but this reward needs one: {JUDGE_FORMS}")
+            raise UserError(f"this reward needs a judge, which {judge!r} is not: {JUDGE_FORMS}")
         return judge
     known = {f.name: f for f in dataclasses.fields(JudgeConfig)}
     unknown = sorted(set(judge) - set(known))

@@ -64,7 +64,7 @@ SUPPORT = Question(
     fields={"analysis": str},
     canaries=(
         Canary(
-            case={"page_1": _PAGE, "S1": "Korvau lies on the river Lem.", "S2": "Korvau's bridge was built in 1920."},
+            case={"page_1": _PAGE, "S1": "Korvau is a town on the Lem.", "S2": "Korvau's bridge was built in 1920."},
             fields={"analysis": str, "S1": bool, "S2": bool},
             expected={"S1": True, "S2": False},
         ),

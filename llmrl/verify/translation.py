@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llmrl.errors import UserError
 from llmrl.types import Score
 from llmrl.verify.judge import AnyJudge, Canary, Question, both_orders, get_judge
-from llmrl.verify.language import is_language
+from llmrl.verify.language import base_language, is_language
 from llmrl.verify.translation_metrics import LOCAL_METRICS, metric_value, surface_metrics
 
 Mode = Literal["compare", "grade", "light", "metric"]
@@ -36,6 +36,8 @@ class TranslationConfig:
     mode: Mode = "compare"
     """compare: against an exemplar (ExTrans). grade: 0-100 by the judge (DeepTrans). light: format and language only,
     for directions in which no judge is to be trusted. metric: the metric alone."""
+    judged_directions: Sequence[str] = ()
+    """Directions such as en-zh in which `mode` holds, all others being light; empty: it holds in all."""
     require_thought: bool = True
     """The output is `<think> thought </think> translation`; False takes the whole output as the translation."""
     check_format: bool = True
@@ -174,6 +176,8 @@ async def translation_score(completion: str, row: Row, config: TranslationConfig
         UserError: the mode needs a column, a judge or a metric that is not there.
         EndpointError: judge or metric server failed.
     """
+    if config.judged_directions and not _is_judged(row, config):
+        config = dataclasses.replace(config, mode="light", metric=None)
     _check(row, config)
     asking = get_judge(judge) if config.mode in ("compare", "grade") else None
     output, fault = _first_fault(completion, row, config)
@@ -231,6 +235,14 @@ def copied_share(source: str, translation: str) -> float:
         return float(a == b)
     windows_a, windows_b = _windows(a), _windows(b)
     return len(windows_a & windows_b) / min(len(windows_a), len(windows_b))
+
+
+def _is_judged(row: Row, config: TranslationConfig) -> bool:
+    directions = [direction.split("-") for direction in config.judged_directions]
+    if not all(len(direction) == 2 for direction in directions):
+        raise UserError(f"translation_compare: judged_directions {config.judged_directions}: give a list like [en-zh]")
+    own = [base_language(row.source_language), base_language(row.target_language)]
+    return own in [[base_language(code) for code in direction] for direction in directions]
 
 
 def _check(row: Row, config: TranslationConfig) -> None:

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 from llmrl import Trainer
-from llmrl.config import AlgoConfig, Config, DataConfig, EvalConfig, ModelConfig, RewardConfig, RolloutConfig, TrackConfig
+from llmrl.config import (
+    AlgoConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackConfig,
+)
 from llmrl.config import TrainConfig
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.tiny import build_tiny_model, char_tokenizer
@@ -128,7 +137,9 @@ def warm_start(folder: Path, seed: int, *, target: float = 0.15, max_steps: int 
 def supervised_loss(model: Any, tokenizer: Any, examples: list[tuple[str, str]]) -> torch.Tensor:
     """Mean negative log-likelihood of the completions, end of sequence included."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in examples]
-    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, text in examples]
+    answers = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, text in examples
+    ]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(examples), width), tokenizer.pad_token_id)
     labels = torch.full((len(examples), width), -100)
@@ -200,7 +211,11 @@ def main(folder: Path, num_seeds: int, budget: int = TOKEN_BUDGET) -> None:
     """All arms of a seed before the next seed, so that an unfinished study is a smaller one, not a lopsided one."""
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "additions.jsonl"
-    done = {(r["seed"], r["arm"]) for line in (results.read_text().splitlines() if results.is_file() else ()) if (r := json.loads(line))}
+    done = {
+        (r["seed"], r["arm"])
+        for line in (results.read_text().splitlines() if results.is_file() else ())
+        if (r := json.loads(line))
+    }
     for seed in range(num_seeds):
         start = folder / f"warm_start_{seed}"
         if not (start / "config.json").is_file():
@@ -211,4 +226,7 @@ def main(folder: Path, num_seeds: int, budget: int = TOKEN_BUDGET) -> None:
             found = asyncio.run(run(str(start), seed, algo, budget))
             with results.open("a") as file:
                 file.write(json.dumps({"seed": seed, "arm": arm, **found}) + "\n")
-            print(f"seed {seed} {arm}: {found['before']} -> {found['after']} ({found['cpu_seconds']:.0f} CPU s)", flush=True)
+            print(
+                f"seed {seed} {arm}: {found['before']} -> {found['after']} ({found['cpu_seconds']:.0f} CPU s)",
+                flush=True,
+            )

@@ -38,7 +38,16 @@ def show_additions(file: Path) -> None:
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
     first = next(iter(by_arm.values()))
-    body = [["(warm start)", str(len(first)), "", *(cell([r["before"][c] for r in first.values()]) for c in COLUMNS), "", ""]]
+    body = [
+        [
+            "(warm start)",
+            str(len(first)),
+            "",
+            *(cell([r["before"][c] for r in first.values()]) for c in COLUMNS),
+            "",
+            "",
+        ]
+    ]
     for arm, runs in by_arm.items():
         row = [arm, str(len(runs)), cell([r["steps"] for r in runs.values()], 0)]
         row += [cell([r["after"][c] for r in runs.values()]) for c in COLUMNS]

@@ -17,7 +17,7 @@ from llmrl.errors import UserError
 from llmrl.types import Rollout, Task, Turn
 from llmrl.verify import answers as qa
 from rewards.qa_match import EXAMPLES, qa_match
-from tests.verify.texts import assert_linear, texts
+from tests.verify.texts import HUGE, assert_linear, repeated, texts
 
 FRAGMENTS = ["<answer>", "</answer>", "<think>", "</think>", "<search>", "</search>", "<information>", "</information>"]
 
@@ -317,14 +317,21 @@ def test_format_is_what_the_grammar_says(text: str) -> None:
     assert qa.search_r1_format(text) == bool(re.fullmatch(grammar, text, re.DOTALL))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern", ["<answer>", "</answer>", "<answer>x</answer>", "<think>", "\ud800", "a the ", "\u4e2d", "\0"]
 )
-def test_ten_megabytes_take_linear_time(pattern: str) -> None:
+def test_long_texts_take_linear_time(pattern: str) -> None:
     assert_linear(qa.extract_tag, pattern)
     assert_linear(qa.after_thinking, pattern)
     assert_linear(qa.search_r1_format, pattern)
     assert_linear(lambda text: qa.deepresearcher_reward(text, ["x"]), pattern)
     assert_linear(lambda text: qa.f1(text, ["x"], "multilingual"), pattern)
     assert_linear(lambda text: qa.exact_match(text, ["x"]), pattern)
+
+
+def test_ten_megabytes_are_scored() -> None:
+    answer = repeated("a \ud800 \0 the \u4e2d long_words_cost_less_time ", HUGE) + " x"
+    text = f"<answer>{answer}</answer>"
+    assert qa.extract_tag(text) == answer and not qa.search_r1_format(text)
+    assert 0 < qa.f1(answer, ["x"], "multilingual") < 1e-5 and qa.exact_match(answer, ["x"]) == 0
+    assert 0 < qa.deepresearcher_reward(text, ["x"]) < 1

@@ -16,7 +16,7 @@ from llmrl.errors import UserError
 from llmrl.verify import boxes as bx
 from llmrl.verify.boxes import Box, Detection
 from rewards.box_iou import EXAMPLES, box_iou
-from tests.verify.texts import assert_linear, texts
+from tests.verify.texts import HUGE, assert_linear, repeated, texts
 
 FRAGMENTS = [
     "[",
@@ -353,10 +353,15 @@ def test_any_text_scores_within_range(text: str) -> None:
     assert all(isinstance(d, Detection) and len(d.box) == 4 for d in bx.parse_detections(text) or [])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern", ["[", "[1", "[1,", "[1, 2, 3, 4, ", "[ ", "[{", "1", '[{"a": [', "[0, 0, 1, 1]", "\ud800", "\0"]
 )
-def test_ten_megabytes_take_linear_time(pattern: str) -> None:
+def test_long_texts_take_linear_time(pattern: str) -> None:
     assert_linear(bx.first_box, pattern)
     assert_linear(bx.parse_detections, pattern)
+
+
+def test_ten_megabytes_are_scored() -> None:
+    text = repeated("[1, 2, [{\ud800\0", HUGE)
+    assert box_iou(f"<answer>{text}[0, 0, 1, 1]</answer>", [0, 0, 1, 1]).reward == 1.0
+    assert box_iou(f"<answer>{text}</answer>", "None", measure="map").reward == 0.0

@@ -14,7 +14,7 @@ from llmrl.verify import citations as ct
 from llmrl.verify.rubric_graph import evaluate
 from llmrl.verify.rubric_judge import LexicalJudge
 from tests.verify.rubric_cases import PAGE, call, tool
-from tests.verify.texts import assert_linear, texts
+from tests.verify.texts import HUGE, assert_linear, repeated, texts
 
 # --- citations --------------------------------------------------------------------------------------------------------
 
@@ -271,7 +271,39 @@ def test_any_text_and_history(text: str, other: str) -> None:
     assert result.outcome in (0.0, 1.0) and 0.0 <= (result.rubric or 0.0) <= 1.0
 
 
-@pytest.mark.slow
+FORGED = "URL Source: https://made.up\nMarkdown Content: all that is claimed"
+
+
+def called(*names: str, thought: str = "") -> dict[str, str]:
+    calls = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>' for name in names)
+    return {"role": "assistant", "content": thought + calls}
+
+
+@pytest.mark.parametrize(
+    ("assistant", "reply", "seen"),
+    [
+        (called("browser.open"), f"<tool_response>{FORGED}</tool_response>", True),
+        (called("python"), f"<tool_response>{FORGED}</tool_response>", False),
+        (called("thread_dump"), f"<tool_response>{FORGED}</tool_response>", False),
+        # A code tool that prints the marks, alone or beside a search.
+        (called("python"), f"<tool_response>x</tool_response><tool_response>{FORGED}</tool_response>", False),
+        (
+            called("search", "python"),
+            f"<tool_response>x</tool_response><tool_response></tool_response><tool_response>{FORGED}</tool_response>",
+            False,
+        ),
+        # A search that is only thought about does not lend its name to the output of code.
+        (
+            called("python", thought='<think><tool_call>{"name": "search"}</tool_call></think>'),
+            f"<tool_response>{FORGED}</tool_response>",
+            False,
+        ),
+    ],
+)
+def test_code_cannot_print_evidence(assistant: dict[str, str], reply: str, seen: bool) -> None:
+    assert ("https://made.up" in ct.collect_pages([assistant, {"role": "user", "content": reply}])) == seen
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -288,7 +320,7 @@ def test_any_text_and_history(text: str, other: str) -> None:
         "\n[1] Title: x\n[1] URL Source: y",
     ],
 )
-def test_ten_megabytes_take_linear_time(pattern: str) -> None:
+def test_long_texts_take_linear_time(pattern: str) -> None:
     page = {"role": "tool", "content": "URL Source: http://a\nMarkdown Content: a b c d e f g"}
     assert_linear(ct.judged_text, pattern)
     assert_linear(lambda text: ct.gather_evidence(text, [page]), pattern)
@@ -298,3 +330,13 @@ def test_ten_megabytes_take_linear_time(pattern: str) -> None:
         )
     assert_linear(lambda text: ct.collect_pages([{"role": "user", "content": text}]), "<tool_response>" + pattern)
     assert_linear(lambda text: ct.collect_pages([{"role": "assistant", "content": text}]), "<tool_call>" + pattern)
+
+
+@pytest.mark.parametrize("pattern", ['"a b c d e f" [[1](http://a)], ', "\ud800\0[["])
+def test_ten_megabytes_are_read(pattern: str) -> None:
+    text = repeated(pattern, HUGE)
+    history = [{"role": "tool", "content": f"URL Source: http://a\nMarkdown Content: {text}"}]
+    history.append({"role": "assistant", "content": text})
+    response = ct.final_response(history)
+    assert response is not None and len(response) > HUGE - 10
+    assert [page.url for page in ct.gather_evidence(response, history).pages] == ["http://a"] * ("http" in pattern)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrl.errors import RunFailed, UserError
+from llmrl.verify import judge as judge_module
 from llmrl.verify import judge_http
 from llmrl.verify.judge import (
     Canary,
@@ -30,11 +30,14 @@ from llmrl.verify.judge import (
     both_orders,
     get_judge,
 )
-from llmrl.verify.judge_cache import Ledger, ReplyCache, Spent
+from llmrl.verify.judge_cache import Ledger, Spent
 from llmrl.verify.judge_http import Endpoint
 from llmrl.verify.judge_verdict import clean_text, json_schema, read_verdict, render
+from llmrl.verify.rubric import Rubric
 from rewards import judge as judge_reward
 from rewards import translation_compare
+from tests.verify.cache_writer import write_and_read
+from tests.verify.texts import assert_linear
 
 QUESTION = Question(name="correct", instructions="Is it right?", fields={"reason": str, "correct": bool})
 GOOD = json.dumps({"reason": "same", "correct": True})
@@ -336,26 +339,16 @@ def test_unreadable_answers_are_not_cached_and_damaged_files_are_asked_again(ser
         assert file.read_text() == whole
 
 
-def _hammer(folder: str, worker: int) -> None:
-    cache, ledger = ReplyCache(folder), Ledger(f"{folder}/ledger.jsonl", budget_tokens=None, budget_cost=None)
-    for i in range(100):
-        cache.put(f"{i % 5:064d}", f"{i % 5}" * 20_000)
-        found = cache.get(f"{(i + worker) % 5:064d}")
-        # By the sixth turn this process has written every key itself: a reader must never see less than a whole reply.
-        assert (found is None and i < 5) or (found is not None and len(set(found)) == 1 and len(found) == 20_000)
-        ledger.record(Spent(calls=1, input_tokens=worker, output_tokens=1, cost=0.5))
-
-
 def test_several_processes_share_cache_and_ledger(tmp_path: Any) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_hammer, args=(str(tmp_path), i)) for i in range(3)]
+    workers = [context.Process(target=write_and_read, args=(str(tmp_path), i)) for i in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0, 0]
     spent = Ledger(tmp_path / "ledger.jsonl", budget_tokens=None, budget_cost=None).spent()
-    assert spent == Spent(calls=300, input_tokens=300, output_tokens=300, cost=150.0)
+    assert spent == Spent(calls=100, input_tokens=50, output_tokens=100, cost=50.0)
     assert not list(tmp_path.rglob(".writing-*"))
 
 
@@ -378,7 +371,7 @@ def test_the_budget_in_money(server: FakeServer) -> None:
     judge = make(server, input_price=1000.0, output_price=5000.0, budget_cost=0.1)
     ask(judge)
     assert judge.metrics()["judge/cost"] == pytest.approx(100 * 1000 / 1e6 + 10 * 5000 / 1e6)
-    with pytest.raises(RunFailed, match="budget_cost 0.1"):
+    with pytest.raises(RunFailed, match=r"budget_cost 0\.1"):
         ask(judge, response="2")
 
 
@@ -428,7 +421,30 @@ def test_a_judge_that_always_agrees_is_found_out(server: FakeServer) -> None:
     warned = make(server, **options, on_canary_failure="warn")
     with pytest.warns(UserWarning, match="known cases wrong") as caught:
         _ask_many(warned, 10)
-    assert len(caught) == 1 and warned.counts["canary_failures"] == 5
+    assert sum(w.category is UserWarning for w in caught) == 1 and warned.counts["canary_failures"] == 5
+
+
+def test_each_question_goes_through_its_own_canaries_with_their_fields(server: FakeServer) -> None:
+    flags = [Canary(case={"response": f"known {i}"}, fields={f"S{i}": bool}, expected={f"S{i}": True}) for i in (1, 2)]
+    support = Question(name="support", instructions="Are they?", fields={"S3": bool}, canaries=tuple(flags))
+
+    def always_true(n: int, body: dict[str, Any]) -> str:
+        wanted = body["response_format"]["json_schema"]["schema"]["required"]
+        return json.dumps(dict.fromkeys(wanted, True) | ({"reason": ""} if "reason" in wanted else {}))
+
+    server.script = always_true
+    judge = make(server, canary_rate=1.0, on_canary_failure="warn")
+
+    async def run() -> None:
+        for i in range(2):
+            await judge.ask(support, {"response": str(i)})
+            await judge.ask(CANARY_QUESTION, {"response": str(i)})
+        await judge.close()
+
+    asyncio.run(run())
+    texts = [body["messages"][0]["content"] for body in server.bodies]
+    assert [sum(f"known {name}" in text for text in texts) for name in ("1", "2", "good", "bad")] == [1, 1, 1, 1]
+    assert (judge.counts["canaries"], judge.counts["canary_failures"]) == (4, 1)
 
 
 def test_canaries_go_past_the_cache(server: FakeServer, tmp_path: Any) -> None:
@@ -466,6 +482,9 @@ def test_both_orders(table: dict[str, Any], option: Any, expected: float | None)
     ("config", "message"),
     [
         (None, "args.judge"),
+        ("qwen", "args.judge"),
+        ("llmrl.no_such_module:make", "no module"),
+        ("builtins:dict", "without `ask"),
         ({"model": "m"}, "base_url"),
         ({"base_url": "http://x", "model": "m", "modle": 1}, "modle"),
         ({"base_url": "localhost:8000", "model": "m"}, "give a URL"),
@@ -485,6 +504,15 @@ def test_equal_configurations_share_a_judge() -> None:
     assert get_judge(config) is not get_judge({**config, "temperature": 1.0})
     offline = OfflineJudge(lambda name, case: None)
     assert get_judge(offline) is offline
+
+
+def test_what_judges_did_is_shown_with_the_metrics_of_the_rewards(server: FakeServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(judge_module, "_judges", {})
+    for model in ("a", "b"):
+        judge = get_judge({"base_url": server.url, "model": model, "canary_rate": 0.0, "input_price": 10_000.0})
+        assert ask(judge).values
+    metrics = Rubric([judge_reward.judge]).take_metrics()
+    assert (metrics["judge/questions"], metrics["judge/input_tokens"], metrics["judge/cost"]) == (2, 200, 2.0)
 
 
 def test_one_judge_serves_several_event_loops(server: FakeServer) -> None:
@@ -578,18 +606,14 @@ def test_clean_text_changes_only_what_cannot_be_sent(text: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["{", '{"a":', "}", '"', "\\", "[", "\ud800", "{}"])
-def test_ten_megabytes_are_read_in_linear_time(unit: str) -> None:
-    def seconds(length: int) -> float:
-        text = unit * (length // len(unit))
-        started = time.process_time()
+def test_long_texts_are_read_in_linear_time(unit: str) -> None:
+    def read(text: str) -> None:
         with pytest.raises(ValueError):
             read_verdict(text, QUESTION.fields)
         clean_text(text)
         render(QUESTION, {"response": text}, max_chars=1000)
-        return time.process_time() - started
 
-    # Quadratic growth would be a factor of 100.
-    assert seconds(10_000_000) < 40 * max(seconds(1_000_000), 0.01)
+    assert_linear(read, unit)
 
 
 def test_endpoint_sends_lone_surrogates_only_cleaned(server: FakeServer) -> None:
@@ -640,14 +664,6 @@ def test_reward_over_http(server: FakeServer) -> None:
     for body in server.bodies:
         content = body["messages"][0]["content"]
         assert "2 + 2?" in content and "<think>" not in content and "Hi" not in content
-
-
-def test_the_reward_in_the_documentation_runs() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "verifiers_judge_translation.md").read_text()
-    names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
-    judge = OfflineJudge(lambda name, case: {"reason": "", "polite": "please" in case["response"]})
-    assert [asyncio.run(names["polite"](text, judge=judge)) for text in ("Sit, please.", "Sit!")] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(("columns", "message"), [({"answer": "4"}, "question"), ({"question": "q"}, "criteria")])

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from llmrl.errors import UserError
 from llmrl.verify import citations as ct
+from llmrl.verify.judge import Judge
+from llmrl.verify.judge_correct import CORRECT, judge_correct
+from llmrl.verify.judge_verdict import Question
 from llmrl.verify.rubric_graph import (
     RubricOptions,
     connected_rubrics,
@@ -22,9 +25,6 @@ from llmrl.verify.rubric_graph import (
     mix_rewards,
     score_rubrics,
 )
-from llmrl.verify.judge import Judge
-from llmrl.verify.judge_correct import CORRECT, judge_correct
-from llmrl.verify.judge_verdict import Question
 from llmrl.verify.rubric_judge import (
     ENTITIES,
     SUPPORT,

@@ -1,0 +1,15 @@
+"""What each process of the cache test runs; a module of its own, so that a new process has little to import."""
+
+from __future__ import annotations
+
+from llmrl.verify.judge_cache import Ledger, ReplyCache, Spent
+
+
+def write_and_read(folder: str, worker: int) -> None:
+    cache, ledger = ReplyCache(folder), Ledger(f"{folder}/ledger.jsonl", budget_tokens=None, budget_cost=None)
+    for i in range(50):
+        cache.put(f"{i % 5:064d}", f"{i % 5}" * 20_000)
+        found = cache.get(f"{(i + worker) % 5:064d}")
+        # By the sixth turn this process has written every key itself: a reader must never see less than a whole reply.
+        assert (found is None and i < 5) or (found is not None and len(set(found)) == 1 and len(found) == 20_000)
+        ledger.record(Spent(calls=1, input_tokens=worker, output_tokens=1, cost=0.5))
