@@ -151,11 +151,15 @@ class Learner:
         needs = algorithm.needs
         if needs.ref_logprobs:
             self._fill(samples, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
+        wants_old = self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies
+        waiting = samples
         if needs.influence:
-            self._fill_influence(samples, algorithm.influence_weights(samples, batch))
-        if self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies:
+            scored = self._fill_influence(samples, algorithm.influence_weights(samples, batch), with_old=wants_old)
+            if not needs.old_entropies:  # that pass has the log-probabilities too
+                waiting = [sample for index, sample in enumerate(samples) if index not in scored]
+        if wants_old:
             names = ["old_logprobs", "old_entropies"] if needs.old_entropies else ["old_logprobs"]
-            self._fill(samples, lambda micro_batch: self._old_streams(micro_batch, names))
+            self._fill(waiting, lambda micro_batch: self._old_streams(micro_batch, names))
         if needs.collisions:
             self._fill(samples, self._collisions)
 
@@ -179,9 +183,11 @@ class Learner:
         self._share_streams(samples, found)
 
     @torch.no_grad()
-    def _fill_influence(self, samples: list[Sample], weights: list[float]) -> None:
-        """`extras["influence"]` of the samples of groups with a weight above 0. A group is whole on one process, which
-        holds the hidden states of one group at a time."""
+    def _fill_influence(self, samples: list[Sample], weights: list[float], *, with_old: bool) -> set[int]:
+        """`extras["influence"]` (and the old log-probabilities) of the samples of groups with a weight above 0.
+
+        A group is whole on one process, which holds the hidden states of one group at a time. Returns which samples.
+        """
         groups: dict[int, list[int]] = {}
         for index, sample in enumerate(samples):
             groups.setdefault(sample.group, []).append(index)
@@ -192,7 +198,10 @@ class Learner:
         with evaluating(self.policy.module), self.accelerator.autocast():
             for number in (i for rows in plans[self.accelerator.process_index] for row in rows for i in row):
                 self._influence_of_group(samples, weights, chosen[number], found)
-        self._share_streams(samples, found)
+        if not with_old:
+            for streams in found.values():
+                del streams["old_logprobs"]
+        return set(self._share_streams(samples, found))
 
     def _influence_of_group(
         self, samples: list[Sample], weights: list[float], indices: list[int], found: dict[int, dict[str, np.ndarray]]
@@ -206,15 +215,19 @@ class Learner:
         hidden = torch.cat([self.policy.token_hidden_states(micro_batch) for micro_batch in micro_batches])
         token_weights = torch.tensor([weights[i] for i in order], device=hidden.device).repeat_interleave(lengths)
         vocabulary, columns = targets.unique(return_inverse=True)
-        _, _, probabilities = self.policy.token_statistics(hidden, targets, vocabulary)
+        logprobs, _, probabilities = self.policy.token_statistics(hidden, targets, vocabulary)
         hidden, errors = hidden.float(), prediction_errors(probabilities, columns)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = influence(errors, hidden, influence_matrix(errors, hidden, token_weights))
-        for index, values in zip(order, scores.split(lengths.tolist()), strict=True):
-            found[index] = {"influence": values.cpu().numpy()}
+        streams = torch.stack([scores, logprobs]).cpu().numpy()
+        for index, part in zip(order, np.split(streams, lengths.cumsum(0).tolist()[:-1], axis=1), strict=True):
+            found[index] = {"influence": part[0], "old_logprobs": part[1]}
 
-    def _share_streams(self, samples: list[Sample], found: dict[int, dict[str, np.ndarray]]) -> None:
-        """Set streams, by index of sample, on every process: on the sample itself where it has the field, else in extras."""
+    def _share_streams(
+        self, samples: list[Sample], found: dict[int, dict[str, np.ndarray]]
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """Set streams, by index of sample, on every process: on the sample itself where it has the field, else in extras.
+        Returns those of all processes."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -225,6 +238,7 @@ class Learner:
                     setattr(samples[index], name, values)
                 else:
                     samples[index].extras[name] = values
+        return found
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add (or take the maximum of) every metric over processes, in one collective each."""

@@ -181,7 +181,7 @@ async def translation_score(completion: str, row: Row, config: TranslationConfig
     _check(row, config)
     asking = get_judge(judge) if config.mode in ("compare", "grade") else None
     output, fault = _first_fault(completion, row, config)
-    info = {"mode": config.mode, "translation": output.translation if output else ""}
+    info: dict[str, Any] = {"mode": config.mode, "translation": output.translation if output else ""}
     if fault is not None or output is None:
         return Score(reward=0.0, parts={"format": 0.0}, info={**info, "fault": fault})
     if row.reference is not None:

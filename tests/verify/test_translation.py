@@ -244,16 +244,17 @@ def test_weights() -> None:
 
 @needs_langid
 def test_only_the_judged_directions_are_judged() -> None:
-    judge, asked = table_judge()
+    judge, asked = table_judge(translation_comparison="comparable")
     found = score(GOOD, judge=judge, exemplar=None, judged_directions=["de-en", "zh-en"], light_reward=0.5)
     assert (found.reward, found.info["mode"], asked) == (0.5, "light", [])
-    full = score(GOOD, judge=judge, judged_directions=["zh-en", "en-zh_CN"])
+    full = score(GOOD, judge=judge, judged_directions=["zh-en", "en-de_AT"])
     assert full.info["mode"] == "compare" and asked
     for wrong in ("en", "en-xx"):
-        with pytest.raises(UserError, match="judged_directions|'xx'"):
+        with pytest.raises(UserError, match=r"judged_directions|'xx'"):
             score(GOOD, judge=judge, judged_directions=[wrong])
 
 
+@needs_langid
 def test_deeptrans_grade_and_thought() -> None:
     judge, asked = table_judge(translation_grade=80, translation_thought="detailed_analysis")
     assert score(GOOD, judge=judge, mode="grade", thought_weight=20.0).reward == 80 + 20 * 2
