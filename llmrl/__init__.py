@@ -32,7 +32,20 @@ _HOME = {
     "Rubric": "verify.rubric",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Config",
+    "LlmrlError",
+    "Part",
+    "Rollout",
+    "RolloutGroup",
+    "Rubric",
+    "RunFailed",
+    "Score",
+    "Task",
+    "Trainer",
+    "UserError",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> Any:

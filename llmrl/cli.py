@@ -1,4 +1,7 @@
-"""The `llmrl` command. Every subcommand answers `--help`; exit codes: 0 done, 1 the run failed, 2 the arguments are wrong."""
+"""The `llmrl` command. Every subcommand answers `--help`.
+
+Exit codes: 0 done, 1 the run failed, 2 the arguments are wrong.
+"""
 
 from __future__ import annotations
 

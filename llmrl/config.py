@@ -26,7 +26,7 @@ class LoraConfig:
     """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
-    """Names (or a regular expression) of the layers that get an adapter; `all-linear` is every linear layer but the head."""
+    """Names (or a regular expression) of layers that get an adapter; `all-linear`: every linear layer but the head."""
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -36,7 +36,7 @@ class ModelConfig:
     """The policy."""
 
     path: str = "???"
-    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try a recipe without downloads)."""
+    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try things offline)."""
     revision: str | None = None
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
@@ -103,7 +103,7 @@ class RewardConfig:
     """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters look at."""
 
     fn: str = "???"
-    """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry point."""
+    """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry."""
     weight: float = 1.0
     """0 logs it without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class AlgoConfig:
     rubric_norm: Literal["none", "group_max", "group_max_correct"] | None = None
     """C-GRPO: the rubric part is divided by the group's largest (the paper), that of correct rollouts, or not."""
     overlong_buffer: float | None = None
-    """Soft punishment of length: over the last so large a share of max_completion_length the reward falls by 1; 0 off."""
+    """Soft punishment of length: over this last share of max_completion_length the reward falls by 1; 0 is off."""
     mask_truncated_completions: bool | None = None
     """Leave truncated rollouts out of the loss and its denominators; their rewards still enter the baselines."""
     dynamic_sampling: bool | None = None
@@ -178,8 +178,8 @@ class AlgoConfig:
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
     """The ratio is a token's, the geometric mean over its sequence (GSPO), or that with a token's gradient."""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "sequence_sum", "prompt_mean"] | None = None
-    """Aggregation of token losses: mean of sequence means, mean over all tokens, sum over B * max_completion_length, mean
-    of sequence sums, or mean over prompts of their token means."""
+    """Aggregation of token losses: mean of sequence means, mean over all tokens, sum over B * max_completion_length,
+    mean of sequence sums, or mean over prompts of their token means."""
     epsilon: float | None = None
     """The ratio stops mattering below 1 - epsilon (gmpo: the log-ratio beyond +- epsilon)."""
     epsilon_high: float | None = None
@@ -203,7 +203,7 @@ class AlgoConfig:
     kl_cov_coef: float | None = None
     """kl_cov: weight of |logprobs - old_logprobs| on those tokens."""
     off_policy_mask_threshold: float | None = None
-    """Drop sequences with negative advantage whose mean log(sampler / policy) exceeds this (nats; about 0.5); unset: off."""
+    """Drop sequences of negative advantage whose mean log(sampler / policy) exceeds this (nats; try 0.5). None: off."""
     beta: float | None = None
     """Weight of the KL penalty to the reference model; 0 needs no reference."""
     kl_in: Literal["loss", "reward"] | None = None
@@ -228,8 +228,8 @@ class AlgoConfig:
     """thr: p moves linearly to here over `thr_p_steps` (default: thr_p)."""
     thr_p_steps: int | None = None
     thr_threshold: Literal["nthr_min", "mean", "quantile", "none"] | None = None
-    """Tokens whose |score| is not above it get no advantage (thr): scale * least mean score of a correct response; scale *
-    the mean of those; the quantile `thr_threshold_value` of |score|; or no threshold."""
+    """Tokens whose |score| is not above it get no advantage (thr): scale * least mean score of a correct response;
+    scale * the mean of those; the quantile `thr_threshold_value` of |score|; or no threshold."""
     thr_threshold_value: float | None = None
     nthr_eta: float | None = None
     """nthr: factor on the selected tokens of incorrect responses (default: 2 |0.5 - success rate|)."""
@@ -258,8 +258,9 @@ class TrainConfig:
     """Optimizer steps."""
     max_grad_norm: float = 1.0
     """0 leaves the gradient as it is (its norm is still logged)."""
-    max_tokens_per_micro_batch: int = 16384
-    """Tokens (padding included) in one forward pass of one process. Changes memory and speed, never the result."""
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens (padding included) in one forward pass of one process. Changes memory and speed, never the result.
+    Default: 2,048 on a CPU, whose caches hold no more, 16,384 on an accelerator."""
     packing: bool = True
     """Lay short sequences behind each other in a row, so that rows need no padding."""
     share_prefixes: bool = True
@@ -343,7 +344,7 @@ def validate(config: Config) -> None:
         "rollout.max_completion_length": c.rollout.max_completion_length,
         "rollout.max_num_seqs": c.rollout.max_num_seqs,
         "train.max_steps": c.train.max_steps,
-        "train.max_tokens_per_micro_batch": c.train.max_tokens_per_micro_batch,
+        "train.max_tokens_per_micro_batch": _given(c.train.max_tokens_per_micro_batch, 1),
         "eval.num_generations": c.eval.num_generations,
     }
     for name, value in positive.items():
@@ -365,8 +366,8 @@ def validate(config: Config) -> None:
     )
     check(
         c.rollout.top_p == 1.0 and c.rollout.top_k == 0,
-        f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, which "
-        "biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
+        f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
+        "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
     check(
         0 <= c.verify.max_unscored_frac <= 1,
@@ -381,6 +382,10 @@ def validate(config: Config) -> None:
         check(c.eval.steps > 0, "eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
     if found:
         raise UserError("configuration:\n" + "\n".join(f"  - {line}" for line in found))
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
 
 
 def load_config(argv: list[str] | None = None, *, config_class: type = Config, prog: str | None = None) -> Any:

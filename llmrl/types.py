@@ -243,7 +243,7 @@ class Sample:
 class Counts:
     """The denominators of one optimizer step, counted over all ranks and micro-batches before anything is left out.
 
-    So micro-batch size, packing, the number of processes and skipping sequences without signal change nothing but speed.
+    So micro-batch size, packing, the number of processes and skipping sequences without signal change only the speed.
     """
 
     num_tokens: int

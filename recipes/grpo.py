@@ -1,9 +1,9 @@
 """GRPO with verifiable rewards: any model, any dataset, any reward, all by configuration.
 
     accelerate launch recipes/grpo.py --config recipes/grpo_gsm8k.yaml
-    accelerate launch recipes/grpo.py --config recipes/grpo_gsm8k.yaml --train.learning_rate 2e-6     # any field, dotted
-    accelerate launch recipes/grpo.py --config recipes/grpo_gsm8k_tiny.yaml --data.path train.jsonl   # a laptop, no hub
-    python recipes/grpo.py --config recipes/grpo_gsm8k.yaml --print_config                            # resolved, no GPU
+    accelerate launch recipes/grpo.py --config recipes/grpo_gsm8k.yaml --train.learning_rate 2e-6    # any field, dotted
+    accelerate launch recipes/grpo.py --config recipes/grpo_gsm8k_tiny.yaml --data.path train.jsonl  # a laptop, no hub
+    python recipes/grpo.py --config recipes/grpo_gsm8k.yaml --print_config                           # resolved, no GPU
 
 grpo_gsm8k.yaml       Qwen2.5-0.5B-Instruct with LoRA on GSM8K, one GPU
 grpo_gsm8k_tiny.yaml  a random tiny model on the same questions, to see every part work on a CPU in a minute

@@ -1,12 +1,13 @@
-"""The whole of GRPO in one file: sample, score, compare within the group, step. On the quickstart's additions, one CPU core.
+"""The whole of GRPO in one file: sample, score, compare within the group, step. On the quickstart's additions, one CPU
+core.
 
     python recipes/minimal_grpo.py                       # warm start, then 40 steps of GRPO: about a minute
     python recipes/minimal_grpo.py --seed 1 --steps 60
     python recipes/minimal_grpo.py --clip_high 0.28      # DAPO's clip-higher
 
-Written to be read from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled with a
-full forward pass over the prefix, one process. `llmrl` computes the same update packed, sharded and streamed; see
-docs/algorithms.md for what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
+Written to be read from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled
+with a full forward pass over the prefix, one process. `llmrl` computes the same update packed, sharded and streamed;
+see docs/algorithms.md for what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def grpo_loss(
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged over all sampled tokens.
 
-    The ratio says how much likelier the policy has made a token since it was sampled. Once it has moved far enough in the
-    direction A asks for, the clipped branch is the smaller one and the token has no gradient left.
+    The ratio says how much likelier the policy has made a token since it was sampled. Once it has moved far enough in
+    the direction A asks for, the clipped branch is the smaller one and the token has no gradient left.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -173,9 +174,15 @@ def warm_start(options: argparse.Namespace) -> tuple[Any, Any]:
     """A tiny model, taught by examples until it is right about a third of the time: RL needs something to compare."""
     tokenizer = char_tokenizer(task.ALPHABET, [task.THINK, task.END_THINK, task.BOX])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    sizes = {"hidden_size": 96, "intermediate_size": 288, "max_position_embeddings": 128}
     model = build_tiny_model(
-        "qwen2", vocab_size=len(tokenizer), seed=options.seed, eos_token_id=eos, pad_token_id=pad, **sizes
+        "qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=288,
+        max_position_embeddings=128,
+        seed=options.seed,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     draw, pairs = random.Random(options.seed), task.pairs(held_out=False)

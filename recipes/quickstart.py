@@ -1,6 +1,6 @@
 """From nothing to a model that learns by reinforcement, in about a minute on one CPU core.
 
-    accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.seed 0 --train.output_dir runs/quickstart
+    accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.output_dir runs/quickstart
 
 A tiny model is built from a configuration and warm-started by supervised fine-tuning (TRL's SFTTrainer) on additions,
 most of them answered straight away, some with a scratchpad, until it is right about a third of the time. Then GRPO with
@@ -188,7 +188,7 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
         return sum(outcomes) / len(outcomes)
 
     class Gate(TrainerCallback):
-        def on_step_end(self, args, state, control, *, model, **_):  # noqa: ANN001, ANN003, ANN202
+        def on_step_end(self, args, state, control, *, model, **_):
             step = state.global_step
             if step < options.min_steps or step % options.check_every:
                 return

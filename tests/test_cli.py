@@ -120,7 +120,11 @@ def test_a_run_is_not_written_over(rows: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert "resume_from_checkpoint last" in refused(arguments(rows, tmp_path))
     assert "holds no run" in refused(
-        [*arguments(rows, tmp_path, "--train.resume_from_checkpoint", "last"), "--train.output_dir", str(tmp_path / "b")]
+        [
+            *arguments(rows, tmp_path, "--train.resume_from_checkpoint", "last"),
+            "--train.output_dir",
+            str(tmp_path / "b"),
+        ]
     )
 
 
@@ -133,7 +137,10 @@ def test_resolved_configuration_is_read_back(rows: Path, tmp_path: Path) -> None
 
 def test_processes_exit_with_2_and_no_traceback(rows: Path, tmp_path: Path) -> None:
     argv = arguments(rows, tmp_path, "--train.max_step", "3")
-    for command in ([sys.executable, "-m", "llmrl.cli", *argv], [sys.executable, "recipes/grpo.py", "--config", *argv[1:]]):
+    for command in (
+        [sys.executable, "-m", "llmrl.cli", *argv],
+        [sys.executable, "recipes/grpo.py", "--config", *argv[1:]],
+    ):
         found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert found.returncode == 2, found
         assert found.stderr.startswith("error: ")

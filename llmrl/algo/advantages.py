@@ -31,8 +31,8 @@ def group_advantages(
 ) -> Float[Tensor, "P G"]:
     """Reward relative to a mean, in units of a standard deviation: A = (r - mean r) / (std r + 1e-4).
 
-    Standard deviations are unbiased (n - 1). With `mean` "group", a group with fewer than two scores or whose scores are
-    all equal gets 0 everywhere. A deviation of fewer than two scores, or of equal ones, divides nothing.
+    Standard deviations are unbiased (n - 1). With `mean` "group", a group with fewer than two scores or whose scores
+    are all equal gets 0 everywhere. A deviation of fewer than two scores, or of equal ones, divides nothing.
 
     Args:
         rewards: NaN where a rollout has no score.

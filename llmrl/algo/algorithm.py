@@ -56,8 +56,8 @@ class Algorithm(Protocol):
     def refine(self, batch: TrainBatch) -> None:
         """Between stages 4 and 5: change the advantages by what the policy that took the batch thinks of its tokens.
 
-        Runs on every process alike, over the whole batch, and only with `needs.refine`. Samples whose advantages are all
-        zero carry the quantities asked for only with `needs.every_sample`.
+        Runs on every process alike, over the whole batch, and only with `needs.refine`. Samples whose advantages are
+        all zero carry the quantities asked for only with `needs.every_sample`.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Dynamic sampling: draw groups until enough of them carry signal. Groups in, groups to train on out.
 
-A group whose accuracies are all equal has advantage 0 everywhere. The filter looks at accuracy, not at the shaped reward:
-a length punishment would make nearly every group look mixed.
+A group whose accuracies are all equal has advantage 0 everywhere. The filter looks at accuracy, not at the shaped
+reward: a length punishment would make nearly every group look mixed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ async def collect_informative(
 ) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
     """Draw until `num_groups` groups have mixed accuracies, or max_batches * num_groups have been drawn.
 
-    Each round draws as many as are missing, so nothing informative is thrown away. When the cap is reached, groups without
-    signal fill the rest: they cost no forward pass and keep the denominators what they would have been.
+    Each round draws as many as are missing, so nothing informative is thrown away. When the cap is reached, groups
+    without signal fill the rest: they cost no forward pass and keep the denominators what they would have been.
 
     Args:
         draw: gives scored groups of so many further tasks.

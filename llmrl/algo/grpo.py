@@ -1,8 +1,8 @@
 """GRPO and its family: rewards of groups -> advantages -> a policy-gradient loss. Which member is configuration.
 
-The order of operations: reward (C-GRPO mixing, overlong punishment) -> baseline and scale -> [`refine`, where the policy's
-own view of its tokens is needed: KL in the reward, token baselines, whitening, Token Hidden Reward, entropy and covariance
-masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, entropy bonus) -> aggregation.
+The order of operations: reward (C-GRPO mixing, overlong punishment) -> baseline and scale -> [`refine`, where the
+policy's own view of its tokens is needed: KL in the reward, token baselines, whitening, Token Hidden Reward, entropy
+and covariance masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, entropy bonus) -> aggregation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class GRPO:
     def __init__(
         self, config: AlgoConfig, *, max_completion_length: int, rewards: dict[str, float] | None = None
     ) -> None:
-        self.config = c = resolve(config)
+        c: Any = resolve(config)  # no gaps are left where an option is read
+        self.config = c
         self.max_completion_length = max_completion_length
         self.rewards = rewards or {}
         self.num_rollouts = 0

@@ -1,8 +1,8 @@
 """Token losses of policy-gradient methods. Pure functions over the M trained tokens of a micro-batch, no reduction.
 
 `log_ratio` is logprobs - old_logprobs; `sequence_ids` says which of S sequences a token belongs to and
-`sequence_lengths` how many trained tokens each has. Losses of whole sequences come back once per token, so that the mean
-over a sequence's tokens is the sequence's loss.
+`sequence_lengths` how many trained tokens each has. Losses of whole sequences come back once per token, so that the
+mean over a sequence's tokens is the sequence's loss.
 """
 
 from __future__ import annotations
@@ -84,11 +84,13 @@ def clipped_surrogate(
 ) -> Float[Tensor, " M"]:
     """The clipped policy-gradient loss of each token, with separate bounds:
 
-        loss = -min(min(ratio, delta) * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A),   at most -dual_clip * A if A < 0
+        loss = -min(min(ratio, delta) * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
+
+    and for A < 0 at most -dual_clip * A.
 
     Its gradient is zero where the clipped branch is the smaller one: the token has moved far enough in the direction
-    its advantage asks for. A larger `epsilon_high` leaves rare tokens room to grow. `delta` and `dual_clip` bound what a
-    token with negative advantage and exploding ratio can do; either takes its gradient away there.
+    its advantage asks for. A larger `epsilon_high` leaves rare tokens room to grow. `delta` and `dual_clip` bound what
+    a token with negative advantage and exploding ratio can do; either takes its gradient away there.
 
     Example:
         >>> clipped_surrogate(torch.tensor([1.0, 1.5]), torch.ones(2), epsilon=0.2, epsilon_high=0.28)
@@ -134,7 +136,8 @@ def cispo_loss(
 def sapo_loss(
     ratio: Float[Tensor, " M"], advantages: Float[Tensor, " M"], *, temperature_pos: float, temperature_neg: float
 ) -> Float[Tensor, " M"]:
-    """Loss = -f(ratio) * A with the soft gate f(x) = 4 / tau * sigmoid(tau (x - 1)): slope 1 at x = 1, decaying both ways.
+    """Loss = -f(ratio) * A with the soft gate f(x) = 4 / tau * sigmoid(tau (x - 1)): slope 1 at x = 1, decaying both
+    ways.
 
     References:
         Gao et al. 2025, arXiv:2511.20347 (SAPO).
@@ -174,7 +177,8 @@ def vespo_loss(
     k_neg: float,
     lambda_neg: float,
 ) -> Float[Tensor, " M"]:
-    """Loss = -sg[W^k exp(lambda (1 - W))] * A * logprobs with W the ratio of the whole sequence (a product over tokens).
+    """Loss = -sg[W^k exp(lambda (1 - W))] * A * logprobs with W the ratio of the whole sequence (a product over
+    tokens).
 
     The weight is 1 at W = 1 and falls on both sides; (k, lambda) differ by the sign of A.
 

@@ -38,8 +38,8 @@ def mixed_rewards(groups: list[RolloutGroup], alpha: float, rubric_norm: Any) ->
         )
     if all(math.isnan(value) for row in rows for value in row):
         raise RunFailed(
-            f"algo.rubric_alpha mixes the score parts {OUTCOME!r} and {RUBRIC!r}, and no rollout has both: use a reward "
-            "that gives them, such as rewards/citation_rubric.py:citation_rubric, or set algo.rubric_alpha 0"
+            f"algo.rubric_alpha mixes the score parts {OUTCOME!r} and {RUBRIC!r}, and no rollout has both: use a "
+            "reward that gives them, such as rewards/citation_rubric.py:citation_rubric, or set algo.rubric_alpha 0"
         )
     return torch.tensor(rows, dtype=torch.float32)
 

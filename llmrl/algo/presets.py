@@ -1,7 +1,7 @@
 """Names -> choices. An `AlgoConfig` with gaps goes in, one without comes out; contradictions are findings.
 
-Every option has a reader: a condition on the other choices under which it is read. Elsewhere it stays None, and giving it
-is an error. Nothing here needs torch, so that a wrong combination is told before anything loads.
+Every option has a reader: a condition on the other choices under which it is read. Elsewhere it stays None, and giving
+it is an error. Nothing here needs torch, so that a wrong combination is told before anything loads.
 """
 
 from __future__ import annotations
@@ -257,18 +257,18 @@ def _clashes(c: AlgoConfig) -> list[str]:
         ),
         (
             c.kl_in == "reward" and c.kl_estimator != "k1",
-            f"algo.kl_estimator {c.kl_estimator} in the reward hardly penalises near the reference (its gradient cancels to "
-            "first order): only k1 is sound there, or set algo.kl_in loss",
+            f"algo.kl_estimator {c.kl_estimator} in the reward hardly penalises near the reference (its gradient "
+            "cancels to first order): only k1 is sound there, or set algo.kl_in loss",
         ),
         (
             c.dynamic_sampling and (c.baseline in ("none", "batch") or c.whiten_advantages),
-            "algo.dynamic_sampling drops groups whose accuracies are all equal, but with this baseline those do carry a "
-            "gradient: use baseline group, or leave it off",
+            "algo.dynamic_sampling drops groups whose accuracies are all equal, but with this baseline those do carry "
+            "a gradient: use baseline group, or leave it off",
         ),
         (
-            c.rubric_alpha > 0 and c.multi_objective_aggregation == "normalize_then_sum",
-            "algo.rubric_alpha mixes outcome and rubric into one reward, multi_objective_aggregation normalize_then_sum keeps "
-            "rewards apart: choose one",
+            (c.rubric_alpha or 0) > 0 and c.multi_objective_aggregation == "normalize_then_sum",
+            "algo.rubric_alpha mixes outcome and rubric into one reward, multi_objective_aggregation normalize_then_sum"
+            " keeps rewards apart: choose one",
         ),
         (
             c.baseline == "passk" and c.passk_mix == 1.0 and bool(c.overlong_buffer),
@@ -298,16 +298,16 @@ def _clashes_outside(c: AlgoConfig, config: Config) -> list[str]:
             f"algo.passk_k {c.passk_k} exceeds rollout.num_generations {size}",
         ),
         (
-            c.num_mini_batches > prompts,
-            f"algo.num_mini_batches {c.num_mini_batches} exceeds rollout.num_prompts {prompts}: mini-batches are made of "
-            "whole groups",
+            (c.num_mini_batches or 1) > prompts,
+            f"algo.num_mini_batches {c.num_mini_batches} exceeds rollout.num_prompts {prompts}: mini-batches are made "
+            "of whole groups",
         ),
         (
             several and bool(config.rewards) and len(weighted) < 2,
             "algo.multi_objective_aggregation normalize_then_sum needs at least two rewards with weight above 0",
         ),
         (
-            c.rubric_alpha > 0 and any(reward.fn.endswith(":score_group") for reward in config.rewards),
+            (c.rubric_alpha or 0) > 0 and any(reward.fn.endswith(":score_group") for reward in config.rewards),
             "algo.rubric_alpha mixes outcome and rubric, and so does the reward `score_group`: name "
             "`rewards/citation_rubric.py:citation_rubric`, or set algo.rubric_alpha 0",
         ),
@@ -330,7 +330,7 @@ def cautions(c: AlgoConfig) -> list[str]:
         ),
         (
             c.dynamic_sampling and c.scale_rewards == "batch",
-            "dynamic_sampling leaves mixed groups only, so the batch's deviation is larger: the learning rate acts smaller",
+            "dynamic_sampling leaves mixed groups only: the batch's deviation is larger, the learning rate acts less",
         ),
         (
             c.kl_in == "loss" and c.kl_estimator == "k3" and not c.use_bias_correction_kl and not one_step,

@@ -1,7 +1,8 @@
 """Between stages 4 and 5: advantages changed by what the policy that took the batch thinks of its tokens.
 
 In: a batch whose samples carry old log-probabilities, entropies or influences. Out: the same batch with advantages per
-token. All of it is over the whole batch, so micro-batches and processes change nothing; pure functions do the arithmetic.
+token. All of it is over the whole batch, so micro-batches and processes change nothing; pure functions do the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Refinement:
         self._write_back()
 
     def subtract_kl(self) -> None:
-        """KL in the reward: off the whole rollout's reward, before the baseline; with baseline none off each token's, and
-        the advantage is the return to go.
+        """KL in the reward: off the whole rollout's reward, before the baseline; with baseline none off each token's,
+        and the advantage is the return to go.
         """
         divergence = {
             key: kl.k1(_stream(s, "old_logprobs"), _stream(s, "ref_logprobs")) for key, s in self.rollouts.items()

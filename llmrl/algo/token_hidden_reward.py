@@ -3,16 +3,16 @@
 Hidden states, next-token probabilities and outcomes of one group go in; one score per token comes out, then a factor on
 each token's advantage. No matrix of tokens by tokens is ever built.
 
-With h_k the hidden state (input of the output head) that predicts token k and g_k = onehot(y_k) - pi(.|<k) the gradient of
-its log-probability with respect to the logits, the gradients of two tokens with respect to the head have inner product
-<g_k, g_k'> <h_k, h_k'>. Summed over the tokens k of the correct responses:
+With h_k the hidden state (input of the output head) that predicts token k and g_k = onehot(y_k) - pi(.|<k) the gradient
+of its log-probability with respect to the logits, the gradients of two tokens with respect to the head have inner
+product <g_k, g_k'> <h_k, h_k'>. Summed over the tokens k of the correct responses:
 
     M = sum_k w_k g_k h_k^T            one |V*| x H matrix for the group; sums over processes where the group is split
     s_k' = g_k'^T M h_k'               how one unit step on token k' changes sum_k w_k log p(y_k)
     THR_k' = (2 r - 1) s_k'            with w_k = 1 / length of its response, r = 1 for correct responses, else 0
 
-V* are the tokens that occur in the group's responses; probabilities are not renormalised to it, so the products miss only
-the terms pi_k(v) pi_k'(v) of tokens v that occur nowhere.
+V* are the tokens that occur in the group's responses; probabilities are not renormalised to it, so the products miss
+only the terms pi_k(v) pi_k'(v) of tokens v that occur nowhere.
 
 References:
     Deng et al. 2025, arXiv:2510.03669 (THR); Deng et al. 2025, arXiv:2505.18830 (NTHR, and the restriction to V*).

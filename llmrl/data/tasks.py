@@ -103,7 +103,9 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 def _looks_local(path: str) -> bool:
     """Hub ids are `name`, `owner/name` or `owner/name:configuration`, without the suffix of a data file."""
-    return Path(path).suffix.lower() in _READERS or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path) is None
+    if Path(path).suffix.lower() in _READERS:
+        return True
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path) is None
 
 
 def _near(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""Stages 2 and 3 together: tasks -> scored groups of rollouts. Finished rollouts are scored while others still generate."""
+"""Stages 2 and 3 together: tasks -> scored groups of rollouts.
+
+Finished rollouts are scored while others still generate.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 class Collector:
     """Drives all rollouts of a step at once.
 
-    What goes wrong inside one rollout (its environment, its verifier) is a status or an error on that rollout. What goes
-    wrong with the engine or the arguments ends the step, since it would happen to every rollout.
+    What goes wrong inside one rollout (its environment, its verifier) is a status or an error on that rollout. What
+    goes wrong with the engine or the arguments ends the step, since it would happen to every rollout.
     """
 
     def __init__(
@@ -90,9 +93,7 @@ class Collector:
             await self.rubric.score(rollout)
         return rollout
 
-    async def _play(
-        self, rollout: Rollout, env: Env, prompt_ids: list[int], seed: int, temperature: float
-    ) -> None:
+    async def _play(self, rollout: Rollout, env: Env, prompt_ids: list[int], seed: int, temperature: float) -> None:
         messages = await env.start()
         if messages is not rollout.task.messages:
             prompt_ids = self.chat.render(messages)
@@ -124,7 +125,6 @@ class Collector:
         rollout.env_rewards |= reply.rewards
         if not reply.done:
             raise RuntimeError(f"{type(env).__name__} asks for another turn; this collector plays single turns")
-
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:
         """One completion; whatever the engine raises ends the step."""

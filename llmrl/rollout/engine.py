@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
-        """Serve the weights of `source` from now on, as policy `version`. Prefix caches of older weights are dropped."""
+        """Serve the weights of `source` from now on, as policy `version`; prefix caches of older weights go."""
         ...
 
     async def close(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -312,7 +312,7 @@ class HFEngine:
         """Compare prompts, steps and whole sequences with a plain forward pass of transformers' model."""
         if self.max_model_len is not None and self.max_model_len < 4:
             return
-        reference = self._decoder
+        reference = cast("GenericDecoder", self._decoder)  # the other kind gets another one below
         if isinstance(self._decoder, FastDecoder):
             if sum(torch.Size(shape).numel() for shape in self._decoder.shapes.values()) > SELF_CHECK_PARAMETERS:
                 return
@@ -345,7 +345,7 @@ def _check_names_and_shapes(given: dict[str, tuple[int, ...]], wanted: dict[str,
         raise RunFailed(f"weights refused, the old ones are still served:\n  {shown}")
 
 
-def _copy_into(decoder: Decoder, parameters: Iterator[tuple[str, Tensor]], loaded: set[str]) -> None:
+def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loaded: set[str]) -> None:
     """Load parameters into a decoder, noting each name in `loaded`."""
     for name, tensor in parameters:
         decoder.load(name, tensor.detach())

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -169,8 +169,8 @@ class GenericDecoder:
         """Split distinct prompts into passes: neighbours in length, or of equal length where padding is not exact."""
         batches: list[list[tuple[int, ...]]] = []
         for prompt in sorted(prompts, key=len):
-            last = batches[-1] if batches else None
-            fits = last is not None and (len(last) + 1) * len(prompt) <= PREFILL_TOKENS
+            last = batches[-1] if batches else []
+            fits = bool(last) and (len(last) + 1) * len(prompt) <= PREFILL_TOKENS
             if fits and (len(prompt) == len(last[0]) or (self.can_pad and len(prompt) <= 1.25 * len(last[0]) + 8)):
                 last.append(prompt)
             else:
@@ -188,7 +188,7 @@ class GenericDecoder:
         return cohort, logits[:, -1]
 
     def _forward(self, tokens: Tensor, cohort: _Cohort, positions: Tensor, *, keep_all: bool = False) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
+        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         if self.takes_logits_to_keep and not keep_all:
             extra["logits_to_keep"] = 1
         return self.model(
@@ -206,8 +206,8 @@ class GenericDecoder:
         for cohort in self.cohorts:
             _realign(cohort, width)
         first = self.cohorts[0]
-        for i, layer in enumerate(first.cache.layers):
-            layers = [cohort.cache.layers[i] for cohort in self.cohorts]
+        for layer, *others in zip(*(_key_value_layers(cohort) for cohort in self.cohorts), strict=True):
+            layers = [layer, *others]
             layer.keys = torch.cat([one.keys for one in layers])
             layer.values = torch.cat([one.values for one in layers])
         first.mask = torch.cat([cohort.mask for cohort in self.cohorts])
@@ -218,7 +218,7 @@ class GenericDecoder:
 
 def _select(cohort: _Cohort, index: Int[Tensor, " n"]) -> None:
     """Keep (or repeat) the batch entries `index`; `rows` is the caller's."""
-    cohort.cache.reorder_cache(index)
+    cohort.cache.reorder_cache(index)  # pyright: ignore[reportArgumentType]  # annotated as a torch.LongTensor
     cohort.mask = cohort.mask.index_select(0, index)
     cohort.positions = cohort.positions.index_select(0, index)
 
@@ -229,12 +229,17 @@ def _realign(cohort: _Cohort, width: int) -> None:
     if shift == 0:
         return
     cohort.mask = _padded(cohort.mask, 1, width)
-    for layer in cohort.cache.layers:
+    for layer in _key_value_layers(cohort):
         stored = width
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = width
             stored = min(width, layer.sliding_window - 1)
         layer.keys, layer.values = _padded(layer.keys, 2, stored), _padded(layer.values, 2, stored)
+
+
+def _key_value_layers(cohort: _Cohort) -> list[Any]:
+    """Its cache, layer by layer. Only caches of keys and values can be padded, so no other kind comes here."""
+    return list(cohort.cache.layers)
 
 
 def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:

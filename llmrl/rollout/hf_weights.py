@@ -131,6 +131,7 @@ class FusedWeights:
             self.final_gain *= self.hidden**0.5
         for layer in self.layers:
             if layer.qk_gain is not None:
+                assert layer.q_gain is not None and layer.k_gain is not None, "the three come together"
                 layer.qk_gain[: self.heads] = layer.q_gain * self.scale
                 layer.qk_gain[self.heads :] = layer.k_gain
             if not self.folded:
@@ -190,7 +191,7 @@ class FusedWeights:
             if layer.qkv_bias is not None:
                 targets[f"{prefix}{letter}_proj.bias"] = _Target(layer.qkv_bias[rows], rotary_heads)
             first += heads
-        if layer.qk_gain is not None:
+        if layer.q_gain is not None and layer.k_gain is not None:
             targets[prefix + "q_norm.weight"] = _Target(layer.q_gain, 1)
             targets[prefix + "k_norm.weight"] = _Target(layer.k_gain, 1)
         return targets

@@ -94,6 +94,7 @@ def sample_tokens(
     if rows.inverse_temperature is not None:
         shifted *= rows.inverse_temperature
     if rows.truncated is not None:
+        assert rows.top_k is not None and rows.top_p is not None, "the three come together"
         kept = _truncate(shifted.index_select(0, rows.truncated), rows.top_k, rows.top_p)
         shifted.index_copy_(0, rows.truncated, kept)
     tokens, total = _inverse_cdf(shifted.exp(), uniforms)

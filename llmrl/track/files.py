@@ -20,14 +20,18 @@ class JsonlFile:
         self._file = path.open("ab")
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows; values that JSON does not know (tensors, exceptions ...) are written as their text, NaN and
-        infinity as null."""
+        """Write rows.
+
+        Values that JSON does not know (tensors, exceptions ...) are written as their text, NaN and infinity as null.
+        """
         lines = "".join(_to_json(row) + "\n" for row in rows)
         try:
             self._file.write(lines.encode("utf-8", errors="backslashreplace"))
             self._file.flush()
         except OSError as error:
-            raise RunFailed(f"{self.path} cannot be written ({error}); free space or choose another output_dir") from error
+            raise RunFailed(
+                f"{self.path} cannot be written ({error}); free space or choose another output_dir"
+            ) from error
 
     def sync(self) -> int:
         """Bring the file to disk and return its length in bytes, to be kept in a checkpoint."""
@@ -37,7 +41,9 @@ class JsonlFile:
     def truncate(self, length: int) -> None:
         """Forget everything after a checkpoint's length."""
         if self.path.stat().st_size < length:
-            raise RunFailed(f"{self.path} is shorter than when the checkpoint was taken ({length} bytes): it was changed")
+            raise RunFailed(
+                f"{self.path} is shorter than when the checkpoint was taken ({length} bytes): it was changed"
+            )
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
 

@@ -28,14 +28,14 @@ class Health:
         symptoms = {
             "no_signal": (
                 not signal,
-                f"all rewards inside every group have been equal (mean {reward:.3g}) for {PATIENCE} steps: nothing is "
-                "learned. If all are 0, look at rollouts.jsonl: the answer format the reward expects, the length limit, "
-                "or the task is too hard; if all are 1, the task is solved",
+                f"all rewards inside every group have been equal (mean {reward:.3g}) for {PATIENCE} steps: nothing "
+                "is learned. If all are 0, look at rollouts.jsonl: the answer format the reward expects, the length "
+                "limit, or the task is too hard; if all are 1, the task is solved",
             ),
             "truncated": (
                 metrics.get("rollout/truncated_frac", 0.0) > 0.95,
-                "almost every completion is cut off at rollout.max_completion_length: raise it, or check that the model "
-                "ends its turn with one of the tokenizer's stop tokens",
+                "almost every completion is cut off at rollout.max_completion_length: raise it, or check that the "
+                "model ends its turn with one of the tokenizer's stop tokens",
             ),
             "unscored": (
                 metrics.get("reward/unscored_frac", 0.0) > 0.02,
@@ -52,8 +52,8 @@ class Health:
         off = self.on_policy and gap > self.mismatch_tolerance
         if self._fires("mismatch", off, 1):
             warnings.append(
-                f"sampler and trainer disagree by up to {gap:.3g} nats on tokens of the current policy: check dtypes, the "
-                "temperature, and that both run the same weights"
+                f"sampler and trainer disagree by up to {gap:.3g} nats on tokens of the current policy: check dtypes, "
+                "the temperature, and that both run the same weights"
             )
         return warnings
 

@@ -17,7 +17,18 @@ from llmrl.types import RolloutGroup
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PACKAGES = ("llmrl", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "vllm", "deepspeed", "math-verify")
+PACKAGES = (
+    "llmrl",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "datasets",
+    "vllm",
+    "deepspeed",
+    "math-verify",
+)
 
 
 class Record:

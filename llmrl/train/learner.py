@@ -14,8 +14,8 @@ import torch
 from llmrl.algo.presets import resolve
 from llmrl.errors import RunFailed
 from llmrl.train.packing import build_micro_batch, plan_micro_batches
-from llmrl.train.prefixes import share_prefixes, single_trees
 from llmrl.train.policy import evaluating
+from llmrl.train.prefixes import share_prefixes, single_trees
 from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ class Learner:
     """Owns the optimizer and turns a `TrainBatch` into updates of the policy.
 
     The whole batch is known to every process; which process computes which sequence is a pure function of it. Losses
-    are divided by global counts before the backward pass and gradients are summed over processes, so the update does not
-    depend on micro-batch size, packing or the number of processes.
+    are divided by global counts before the backward pass and gradients are summed over processes, so the update does
+    not depend on micro-batch size, packing or the number of processes.
     """
 
     def __init__(self, config: Config, policy: Policy, accelerator: Accelerator) -> None:
         self.config, self.policy, self.accelerator = config.train, policy, accelerator
+        by_device = 2048 if accelerator.device.type == "cpu" else 16384
+        self.max_tokens = config.train.max_tokens_per_micro_batch or by_device
         algo = resolve(config.algo)
         self.num_iterations, self.num_mini_batches = algo.num_iterations or 1, algo.num_mini_batches or 1
         self.steps_per_batch = self.num_iterations * self.num_mini_batches
@@ -139,7 +141,7 @@ class Learner:
         trees = share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
         plans = plan_micro_batches(
             [tree.length for tree in trees],
-            max_tokens=self.config.max_tokens_per_micro_batch,
+            max_tokens=self.max_tokens,
             num_processes=num_processes,
             packing=self.config.packing,
         )
@@ -226,8 +228,10 @@ class Learner:
     def _share_streams(
         self, samples: list[Sample], found: dict[int, dict[str, np.ndarray]]
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Set streams, by index of sample, on every process: on the sample itself where it has the field, else in extras.
-        Returns those of all processes."""
+        """Set streams, by index of sample, on every process: on the sample where it has the field, else in extras.
+
+        Returns those of all processes.
+        """
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -253,7 +257,9 @@ class Learner:
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.policy.module.parameters(), limit))
+        norm = self.accelerator.clip_grad_norm_(self.policy.module.parameters(), limit)
+        assert norm is not None, "accelerate gives no norm under DeepSpeed, which the learner does not support"
+        return float(norm)
 
     def _skip(self, report: dict[str, float], samples: list[Sample]) -> None:
         """Record the mini-batch of a step that would have broken the weights; stop over the budget."""

@@ -64,7 +64,7 @@ def token_statistics(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
-    """Without gradient: log-probability of `targets`, sum_v p(v)^2, and the probabilities of the tokens in `vocabulary`.
+    """Without gradient: log-probabilities of `targets`, sum_v p(v)^2, and probabilities of the tokens in `vocabulary`.
 
     The arguments are those of `token_logprobs`.
     """
@@ -121,7 +121,7 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         grad_logprobs = torch.zeros_like(normalisers) if grads[0] is None else grads[0]
         grad_entropies = grads[1]
-        temperature, softcap, scale = ctx.constants
+        temperature, _, scale = ctx.constants
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None

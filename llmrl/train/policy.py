@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from functools import partial
-from pathlib import Path
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
     if config.path.startswith(TINY):
         return None
     try:
-        return GenerationConfig.from_pretrained(config.path, revision=config.revision)
+        return GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
     except OSError:
         return None
 
@@ -181,7 +181,7 @@ class PolicyModule(nn.Module):
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
         """The output head."""
-        return self.causal_lm.get_output_embeddings().weight
+        return cast("nn.Linear", self.causal_lm.get_output_embeddings()).weight
 
     def head_options(self) -> dict[str, Any]:
         """What the log-prob head has to know about the output head besides its weight."""
@@ -228,24 +228,26 @@ class Policy:
 
     @torch.no_grad()
     def token_hidden_states(self, batch: MicroBatch) -> Float[Tensor, "M H"]:
-        """The input of the output head that predicts each trained token. It goes round the data-parallel wrapper, so
-        processes may call it differently often."""
+        """The input of the output head that predicts each trained token.
+
+        It goes round the data-parallel wrapper, so processes may call it differently often.
+        """
         hidden = self.bare.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
         return hidden.flatten(0, 1)[batch.predict_from]
 
     def token_statistics(
         self, hidden: Float[Tensor, "M H"], targets: Int[Tensor, " M"], vocabulary: Int[Tensor, " W"]
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
-        """Log-probabilities of `targets`, sum_v p(v)^2, and probabilities of `vocabulary`, from `token_hidden_states`."""
+        """Log-probabilities of `targets`, sum_v p(v)^2, probabilities of `vocabulary`, from `token_hidden_states`."""
         return token_statistics(hidden, self.bare.head_weight, targets, vocabulary, **self.bare.head_options())
 
     def _exact(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """The forward pass in the type of the weights: accelerate's mixed precision replaces the instance's `forward`."""
+        """The forward pass in the weights' own type: accelerate's mixed precision replaces the instance's `forward`."""
         return PolicyModule.forward(self.bare, *inputs, **options)
 
     @torch.no_grad()
     def sequence_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """log p(token | what is before it) at temperature 1 of every token after the first, one sequence at a time."""
+        """Give log p(token | those before it), temperature 1, of every token but the first; one sequence at a time."""
         with evaluating(self.bare):
             rows = []
             for sequence in sequences:
@@ -264,7 +266,8 @@ class Policy:
         causal_lm = self.bare.causal_lm
         inside_adapters: set[str] = set()
         seen: set[int] = set()
-        for name, layer in causal_lm.named_modules():
+        modules: Iterator[tuple[str, Any]] = causal_lm.named_modules()
+        for name, layer in modules:
             if not hasattr(layer, "lora_A"):
                 continue
             inside_adapters.add(name + ".")
@@ -324,8 +327,8 @@ class Policy:
         gap = (ours - plain).abs().max().item()
         if not gap <= tolerance:
             raise RunFailed(
-                f"{type(self.bare.causal_lm).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from the "
-                f"model's plain forward pass (rounding explains {tolerance:g}); {fix}"
+                f"{type(self.bare.causal_lm).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from "
+                f"the model's plain forward pass (rounding explains {tolerance:g}); {fix}"
             )
 
     @property
@@ -336,12 +339,10 @@ class Policy:
         """Arithmetic of one decoder layer, for the decision which prefixes to share."""
         config = self.bare.causal_lm.config.get_text_config()
         embeddings = {id(m.weight) for m in self.bare.causal_lm.modules() if isinstance(m, nn.Embedding)}
-        embeddings.add(id(self.bare.causal_lm.get_output_embeddings().weight))
+        embeddings.add(id(self.bare.head_weight))
         inside = sum(p.numel() for p in self.bare.causal_lm.parameters() if id(p) not in embeddings)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return Cost(
-            per_token=inside / config.num_hidden_layers, per_pair=2.0 * head_dim * config.num_attention_heads
-        )
+        return Cost(per_token=inside / config.num_hidden_layers, per_pair=2.0 * head_dim * config.num_attention_heads)
 
 
 def _inputs(batch: MicroBatch) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """Sequences that begin alike -> trees: the shared beginning once, the rest as branches that do not see each other.
 
-A group's rollouts share their prompt. Laid out as [prompt | completion 1 | completion 2 | ...] with positions that restart
-behind the prompt and a mask that lets a token see the prompt and its own branch, the prompt is computed once instead of G
-times, with the same log-probabilities and gradients.
+A group's rollouts share their prompt. Laid out as [prompt | completion 1 | completion 2 | ...] with positions that
+restart behind the prompt and a mask that lets a token see the prompt and its own branch, the prompt is computed once
+instead of G times, with the same log-probabilities and gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tree:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Arithmetic of one layer, to decide what is worth sharing: attention over a tree is quadratic in its whole length."""
+    """Arithmetic of one layer, to decide what is worth sharing: attention over a tree is quadratic in its length."""
 
     per_token: float
     """Multiply-adds of the linear layers for one token."""

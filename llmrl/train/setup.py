@@ -1,4 +1,7 @@
-"""Arguments -> the parts of a run, in the order in which mistakes are cheapest: everything is checked before a model loads."""
+"""Arguments -> the parts of a run.
+
+In the order in which mistakes are cheapest: everything is checked before a model loads.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +84,11 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         raise UserError(
             f"rollout.num_prompts {config.rollout.num_prompts} is less than the {accelerator.num_processes} processes"
         )
-    model, tokenizer = given["model"], given["processing_class"]
-    named = model is None or isinstance(model, str)
+    named = given["model"] is None or isinstance(given["model"], str)
+    loaded: PreTrainedModel | None = None if named else given["model"]
+    tokenizer = given["processing_class"]
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
-    generation = load_generation_config(config.model) if named else model.generation_config
+    generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
     chat, sampler, notes = _prompts(config, tokenizer, generation, tasks)
     resume = check_output_dir(config, accelerator)
 
@@ -92,11 +96,12 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     for note in notes + describe(config.algo):
         console.say(note)
     accelerator.wait_for_everyone()
-    model = load_model(config.model, tokenizer, seed=config.train.seed) if named else model
+    model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.model.lora is not None or given["peft_config"] is not None:
-        model = add_lora(model, given["peft_config"] or config.model.lora, seed=config.train.seed)
+    adapters = given["peft_config"] or config.model.lora
+    if adapters is not None:
+        model = add_lora(model, adapters, seed=config.train.seed)
     algorithm = make_algorithm(config, rubric)
     policy = Policy(
         model.to(accelerator.device),
@@ -113,7 +118,8 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     if isinstance(args, Config):
         config = dataclasses.replace(args)
     else:
-        config = parse([f"--{key}={json.dumps(value)}" for key, value in (args or {}).items()])
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (args or {}).items()}
+        config = parse([f"--{key}={text}" for key, text in texts.items()])
     model, reward, peft_config = given["model"], given["reward"], given["peft_config"]
     if model is not None:
         path = model if isinstance(model, str) else GIVEN
@@ -196,7 +202,7 @@ def _prompts(config: Config, tokenizer: Any, generation: Any, tasks: list[Task])
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """accelerate's view of the processes, checked against the launcher's.
+    """What accelerate sees of the processes, checked against the launcher's.
 
     Raises:
         UserError: the launcher started processes that do not know of each other, or a kind of distribution that the
@@ -206,20 +212,21 @@ def make_accelerator(config: Config) -> Accelerator:
     from accelerate.utils import set_seed
 
     accelerator = Accelerator(
-        log_with=config.track.report_to or None,
+        log_with=[*config.track.report_to] or None,
         project_dir=config.train.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
-            f"the launcher started {launched} processes, but each sees {accelerator.num_processes}: they would all train "
-            "alone and write the same files. On CPU launch with ACCELERATE_USE_CPU=true and --multi_gpu --num_processes N"
+            f"the launcher started {launched} processes, but each sees {accelerator.num_processes}: they would all "
+            "train alone and write the same files. On CPU launch with ACCELERATE_USE_CPU=true and "
+            "--multi_gpu --num_processes N"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
-            f"accelerate is configured with gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, which "
-            "would scale the loss: remove it; train.max_tokens_per_micro_batch decides what is computed at once"
+            f"accelerate is configured with gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, "
+            "which would scale the loss: remove it; train.max_tokens_per_micro_batch decides what is computed at once"
         )
     if accelerator.mixed_precision == "fp16":
         raise UserError("accelerate is configured with mixed_precision fp16, which is not supported: use bf16 or no")
@@ -286,7 +293,7 @@ def _console(config: Config, accelerator: Accelerator) -> Console:
 
 def _assemble(
     config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
-) -> Parts:  # noqa: ANN001
+) -> Parts:
     from llmrl.rollout.collector import Collector
     from llmrl.track.health import Health
     from llmrl.track.record import Record, tracker_config

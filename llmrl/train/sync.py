@@ -53,10 +53,16 @@ class WeightSync:
         change = 0.0 if self.previous is None else float(np.abs(expected - self.previous).max())
         if served.shape != expected.shape or not gap <= self.tolerance:
             raise RunFailed(self._explain(version, gap, served))
-        if self.exact and change > 0 and self.previous_served is not None and np.array_equal(served, self.previous_served):
+        if (
+            self.exact
+            and change > 0
+            and self.previous_served is not None
+            and np.array_equal(served, self.previous_served)
+        ):
             raise RunFailed(
                 f"weight sync: the learner's log-probabilities moved by {change:.3g} nats, but after pushing policy "
-                f"version {version} the engine's are those of version {version - 1}, bit for bit: the push did not arrive"
+                f"version {version} the engine's are those of version {version - 1}, bit for bit: the push did not "
+                "arrive"
             )
         self.previous, self.previous_served = expected, served
         return Receipt(version=version, max_gap=gap, change=change, seconds=time.perf_counter() - start)

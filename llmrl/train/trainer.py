@@ -12,10 +12,10 @@ from typing import Any
 from llmrl.algo.dynamic_sampling import collect_informative
 from llmrl.config import Config
 from llmrl.errors import RunFailed
-from llmrl.train import checkpoint
-from llmrl.train.setup import build
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates, rollout_metrics
+from llmrl.train import checkpoint
+from llmrl.train.setup import build
 from llmrl.types import RolloutGroup, Task
 
 
@@ -332,5 +332,3 @@ def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
-
-

@@ -1,7 +1,8 @@
-"""A task with headroom in greedy accuracy and in pass@16: three-digit additions that a tiny model answers in three ways.
+"""A task with headroom in greedy accuracy and in pass@16: three-digit additions that a tiny model answers in three
+ways.
 
-The warm start shows mostly a direct answer, often a scratchpad that forgets the carries, rarely one that has them. Every
-preset starts from the same warm start of its seed and draws equally many tokens. One JSON line per run comes out.
+The warm start shows mostly a direct answer, often a scratchpad that forgets the carries, rarely one that has them.
+Every preset starts from the same warm start of its seed and draws equally many tokens. One JSON line per run comes out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from llmrl.config import (
     RewardConfig,
     RolloutConfig,
     TrackConfig,
+    TrainConfig,
 )
-from llmrl.config import TrainConfig
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.tiny import build_tiny_model, char_tokenizer
 

@@ -1,7 +1,8 @@
-"""Mechanisms on a tabular bandit: 256 contexts x 16 arms, a softmax policy, exact probabilities, a fraction of a second a run.
+"""Mechanisms on a tabular bandit: 256 contexts x 16 arms, a softmax policy, exact probabilities, a fraction of a second
+a run.
 
-One "completion" is one token. Common arms are wrong; the only right ones are rare (about 2 % each), or, in the two-sided
-variant, one right arm is common and the others are rare. The losses and advantages are those of `llmrl.algo`.
+One "completion" is one token. Common arms are wrong; the only right ones are rare (about 2 % each), or, in the
+two-sided variant, one right arm is common and the others are rare. The losses and advantages are those of `llmrl.algo`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Outcome = dict[str, float]
 
 def start(seed: int, *, common_right: bool) -> tuple[Tensor, Tensor]:
     """(logits [C, A], right [C, A]): 4 common arms, 12 rare ones (about 2 % each), 3 of the rare ones right; with
-    `common_right` one common arm too."""
+    `common_right` one common arm too.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(CONTEXTS, ARMS, generator=generator) * 0.3
     logits[:, 4:] -= 2.3
@@ -90,7 +92,9 @@ def loss_of(options: dict[str, Any], logprobs: Tensor, old: Tensor, advantages: 
 
 
 def thr_factors(logits: Tensor, arms: Tensor, outcomes: Tensor, p: float | None) -> Tensor:
-    """THR without threshold. A context's "hidden state" is its own one-hot row, so influence stays within the context."""
+    """THR without threshold. A context's "hidden state" is its own one-hot row, so influence stays within the
+    context.
+    """
     if p is None:
         return torch.ones_like(outcomes)
     factors = []
@@ -102,20 +106,22 @@ def thr_factors(logits: Tensor, arms: Tensor, outcomes: Tensor, p: float | None)
     return torch.stack(factors)
 
 
+NORMALISATIONS = (("group", "group"), ("group", "batch"), ("group", "none"), ("batch", "batch"))
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "clip-higher (right arms are rare)": {f"epsilon_high {e}": {"epsilon_high": e} for e in (0.2, 0.28, 0.5, 1.0)}
     | {"cispo (cap 5)": {"loss": "cispo"}, "sapo": {"loss": "sapo"}},
     "normalisation (right arms are rare)": {
         f"mean {mean}, scale {scale}": {"advantage": f"{mean}/{scale}", "epsilon_high": 1.0}
-        for mean, scale in (("group", "group"), ("group", "batch"), ("group", "none"), ("batch", "batch"), ("none", "none"))
+        for mean, scale in (*NORMALISATIONS, ("none", "none"))
     }
     | {"leave one out": {"advantage": "leave_one_out", "epsilon_high": 1.0}},
     "normalisation, noisy reward (deviation 0.05)": {
         f"mean {mean}, scale {scale}": {"advantage": f"{mean}/{scale}", "epsilon_high": 1.0, "noise": 0.05}
-        for mean, scale in (("group", "group"), ("group", "batch"), ("group", "none"), ("batch", "batch"))
+        for mean, scale in NORMALISATIONS
     },
     "sign of THR's p (a common right arm and rare ones)": {
-        f"p {p:+.1f}": {"thr_p": p, "epsilon_high": 1.0, "common_right": True} for p in (-0.9, -0.5, -0.1, 0.0, 0.1, 0.5, 0.9)
+        f"p {p:+.1f}": {"thr_p": p, "epsilon_high": 1.0, "common_right": True}
+        for p in (-0.9, -0.5, -0.1, 0.0, 0.1, 0.5, 0.9)
     },
     "pass@k (a common right arm and rare ones)": {"group": {"epsilon_high": 1.0, "common_right": True}}
     | {f"pass@{k}": {"advantage": f"passk{k}", "epsilon_high": 1.0, "common_right": True} for k in (2, 4, 8)},

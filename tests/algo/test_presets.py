@@ -13,9 +13,22 @@ from llmrl.algo.presets import GRPO, PRESETS, READ_WITH, cautions, contradiction
 from llmrl.config import AlgoConfig, Config, Preset, RewardConfig, RolloutConfig, load_config, save_config, validate
 from llmrl.errors import UserError
 
-REQUIRED = (
-    "grpo dr_grpo dapo lite_ppo gspo gspo_token cispo sapo rloo reinforce_pp reinforce_pp_baseline passk thr c_grpo"
-).split()
+REQUIRED = [
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "lite_ppo",
+    "gspo",
+    "gspo_token",
+    "cispo",
+    "sapo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "passk",
+    "thr",
+    "c_grpo",
+]
 
 
 def make_config(*, size: int = 8, rewards: int = 2, **algo: Any) -> Config:

@@ -1,4 +1,6 @@
-"""What must change nothing: the order of rollouts and groups, the split into micro-batches, packing, unscored rollouts."""
+"""What must change nothing: the order of rollouts and groups, the split into micro-batches, packing, unscored
+rollouts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The whole GRPO family against TRL's trainer on one frozen batch: every loss type, ratio level and way to scale rewards.
+"""The whole GRPO family against TRL's trainer on one frozen batch: every loss type, ratio level and way to scale
+rewards.
 
 `test_trl_grpo.py` freezes the batch and compares the first three loss types; here are the others and their options.
 """

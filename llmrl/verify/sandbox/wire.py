@@ -75,7 +75,7 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, complex):
         plain = complex.__add__(value, 0j)
         return {"c": [_scalar(plain.real), _scalar(plain.imag)]}
-    return {"b": (bytes.hex if isinstance(value, bytes) else bytearray.hex)(value)}
+    return {"b": bytes.hex(value) if isinstance(value, bytes) else bytearray.hex(value)}
 
 
 def encode(value: Any, tree_of_object: Callable[[Any], Any]) -> Any:

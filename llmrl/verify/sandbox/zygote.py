@@ -178,7 +178,11 @@ class _Server:
         if command["mode"] == "serve":
             driver.serve(channel)
         source = _receive_source(channel)
-        os._exit(driver.run_script(source, lambda message: os.write(channel, wire.dump(message)) and None))
+
+        def report(message: dict[str, Any]) -> None:
+            os.write(channel, wire.dump(message))
+
+        os._exit(driver.run_script(source, report))
 
     def set_limits(self, limits: dict[str, int]) -> None:
         cpu = limits["cpu_seconds"]

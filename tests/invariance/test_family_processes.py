@@ -1,0 +1,65 @@
+"""Two processes compute the whole-batch quantities of the GRPO family as one does: token scores, masks, KL in the reward."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.invariance.family_worker import CASES, run_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 240
+SEED = os.environ.get("LLMRL_TEST_SEED", "0")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("two") / "results.pt"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(Path(__file__).with_name("family_worker.py")), str(file), SEED]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"two processes were not done after {DEADLINE_S} s:\n{output[-3000:]}")
+    assert process.returncode == 0, output[-3000:]
+    return torch.load(file, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, dict[str, Any]]:
+    return run_cases(int(SEED), Accelerator(cpu=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, two_processes: dict, one_process: dict) -> None:
+    ours, alone = two_processes[case], one_process[case]
+    assert ours["metrics"].keys() == alone["metrics"].keys()
+    for key, value in alone["metrics"].items():
+        assert ours["metrics"][key] == pytest.approx(value, abs=1e-5, rel=1e-4), key
+    for found, expected in zip(ours["advantages"], alone["advantages"], strict=True):
+        np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), atol=1e-5)
+    for found, expected in zip(ours["scores"], alone["scores"], strict=True):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    for name, value in alone["parameters"].items():
+        gap = (ours["parameters"][name] - value).abs().max().item()
+        assert gap <= 2e-6, f"{name} differs by {gap:.2g}"
