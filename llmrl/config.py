@@ -130,8 +130,8 @@ class VerifyConfig:
 
 Preset = Literal[
     "grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "clip_cov",
-    "kl_cov", "rloo", "opo", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr", "nthr",
-    "c_grpo",
+    "kl_cov", "rloo", "opo", "remax", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr",
+    "nthr", "c_grpo",
 ]  # fmt: skip
 
 
@@ -144,11 +144,12 @@ class AlgoConfig:
 
     name: Preset = "grpo"
     """The preset: a row of `llmrl/algo/presets.py`. What is given below wins over it."""
-    baseline: Literal["group", "batch", "none", "leave_one_out", "length_weighted", "optimal_token", "passk"] | None = (
-        None
-    )
+    baseline: (
+        Literal["group", "batch", "none", "leave_one_out", "length_weighted", "greedy", "optimal_token", "passk"] | None
+    ) = None
     """What is subtracted from a reward: its group's mean, the batch's mean, nothing; the mean of the others (RLOO); the
-    mean weighted by length (OPO); one per token (optimal token baseline); or the analytic pass@k advantage."""
+    mean weighted by length (OPO); the greedy completion's reward (ReMax); one per token (optimal token baseline); or
+    the analytic pass@k advantage."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """... and what it is divided by: the standard deviation of its group, of the batch, or nothing (Dr. GRPO)."""
     batch_std_of: Literal["raw", "centred"] | None = None

@@ -175,6 +175,8 @@ class RolloutGroup:
 
     task: Task
     rollouts: list[Rollout]
+    greedy_reward: float | None = None
+    """Reward of the greedy completion, where the algorithm asks for one and it could be scored."""
 
 
 # --- 3 verify ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import string
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llmrl.config import Config, DataConfig, parse, validate
@@ -37,7 +38,9 @@ class WarmStartConfig:
     """The supervised start: it stops when the model is right often enough to learn from its own attempts."""
 
     target: float = 0.33
-    """Stop when sampled accuracy on held-out prompts reaches this."""
+    """Stop when sampled accuracy on held-out prompts reaches this ..."""
+    scratchpad_target: float = 0.9
+    """... and answers with a scratchpad are right this often: what the model cannot do at all, it will not find by trying."""
     min_steps: int = 300
     max_steps: int = 2000
     check_every: int = 50
@@ -110,7 +113,7 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     )
     draw = random.Random(seed)
     examples = []
-    for a, b in draw.choices(pairs(held_out=False), k=16 * 750):
+    for a, b in draw.choices(pairs(held_out=False), k=32 * 400):
         shown = draw.random() < options.scratchpad_frac
         examples.append({"prompt": prompt(a, b), "completion": completion(a, b, scratchpad=shown)})
     gate = make_gate(config, tokenizer)
@@ -119,7 +122,7 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
         args=SFTConfig(
             output_dir=str(unfinished),
             seed=seed,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=32,
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
             lr_scheduler_type="constant_with_warmup",
@@ -168,11 +171,12 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
     reward, fixed = resolve(config.rewards[0].fn), config.rewards[0].args
     questions = held_out_rows()[:64]
 
-    async def accuracy(model: Any, step: int) -> float:
+    async def measure(model: Any, step: int) -> tuple[float, float]:
+        """(accuracy, accuracy of the answers that show their work)."""
         policy = Policy(model, temperature=1.0, keep_reference=False)
         engine = HFEngine(model.config, weights=policy.weights, max_num_seqs=128)
 
-        async def attempt(index: int, row: dict[str, Any]) -> float:
+        async def attempt(index: int, row: dict[str, Any]) -> tuple[float, bool]:
             sampling = Sampling(
                 max_tokens=config.rollout.max_completion_length,
                 stop_token_ids=chat.stop_token_ids,
@@ -180,12 +184,14 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
             )
             prompt_ids = chat.render([{"role": "user", "content": row["prompt"]}])
             drawn = await engine.generate(prompt_ids, sampling, session=str(index))
-            verdict = reward(completion=chat.decode(drawn.token_ids), answer=row["answer"], **fixed)
-            return verdict.reward or 0.0
+            text = chat.decode(drawn.token_ids)
+            verdict = reward(completion=text, answer=row["answer"], **fixed)
+            return verdict.reward or 0.0, not text.startswith(THINK + END_THINK)
 
         outcomes = await asyncio.gather(*(attempt(i, questions[i // 4]) for i in range(4 * len(questions))))
         await engine.close()
-        return sum(outcomes) / len(outcomes)
+        worked = [right for right, shown in outcomes if shown]
+        return fmean(right for right, _ in outcomes), fmean(worked or [0.0])
 
     class Gate(TrainerCallback):
         def on_step_end(self, args, state, control, *, model, **_):
@@ -193,10 +199,11 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
             if step < options.min_steps or step % options.check_every:
                 return
             model.eval()
-            found = asyncio.run(accuracy(model, step))
+            accuracy, worked = asyncio.run(measure(model, step))
             model.train()
-            print(f"warm start: step {step}, held-out accuracy {found:.2f} (goes on to {options.target})", flush=True)
-            control.should_training_stop = found >= options.target
+            goal = f"(goes on to {options.target} and {options.scratchpad_target})"
+            print(f"warm start: step {step}, held-out accuracy {accuracy:.2f}, with scratchpad {worked:.2f} {goal}", flush=True)
+            control.should_training_stop = accuracy >= options.target and worked >= options.scratchpad_target
 
     return Gate()
 

@@ -45,8 +45,8 @@ EXAMPLES = [
 
 
 def warm_up() -> None:
-    """Load math-verify, which takes half a second; each worker does it once, outside any time limit."""
-    judge("x", ["y"])
+    """Load math-verify and its LaTeX parser, which takes a second; each worker does it once, outside any time limit."""
+    judge(r"\frac{x}{2} + 9", [r"\frac{y}{3}"])
 
 
 def math_answer(completion: str, answer: Any, require_box: bool = False, strict_single_box: bool = False) -> Score:

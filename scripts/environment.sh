@@ -50,13 +50,14 @@ install_torch() {
 }
 
 make_environment() {
-    local extras stamp wanted
+    local extras stamp wanted done
     extras="$(IFS=,; echo "$*")"
     stamp="$environment/.installed${extras:+-$extras}"
     wanted="$(cat "$repository/pyproject.toml" "$repository/requirements/tested.txt" | sha256sum)$repository"
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$environment/bin/python" ]; then
-        return
-    fi
+    # Any set of extras holds what none asks for.
+    for done in "$stamp" ${extras:-"$environment"/.installed*}; do
+        if [ -x "$environment/bin/python" ] && [ -f "$done" ] && [ "$(cat "$done")" = "$wanted" ]; then return; fi
+    done
     echo "setting up $environment (first time only, a few minutes)"
     make_virtual_environment
     install_torch

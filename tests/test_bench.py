@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import common, grpo, workloads  # noqa: E402
+from benchmarks import common, grpo, verify, workloads  # noqa: E402
 
 from llmrl.errors import UserError  # noqa: E402
 
@@ -49,8 +49,8 @@ def test_compare_measures_in_turn_and_alternates_who_begins():
 def test_meter_means_leave_out_the_first_steps(monkeypatch):
     meter = common.Meter()
     meter.marks = [(0.0, 0.0), (50.0, 60.0), (51.0, 62.0), (54.0, 64.0)]
-    monkeypatch.setattr(common, "_status_mb", lambda key: {"VmHWM": 300.0, "VmRSS": 1.0}[key])
-    monkeypatch.setattr(common, "_children_mb", lambda: 5.0)
+    monkeypatch.setattr(common, "status_mb", lambda key: {"VmHWM": 300.0, "VmRSS": 1.0}[key])
+    monkeypatch.setattr(common, "children_mb", lambda: 5.0)
     meter.start_mb = 180.0
     report = meter.report(skip=1)
     assert report == {"cpu_s": 2.0, "wall_s": 2.0, "memory_mb": 125.0, "step_cpu_s": [1.0, 3.0]}
@@ -138,6 +138,37 @@ def test_report_is_written_and_shown(monkeypatch, tmp_path, capsys):
     assert report["machine"]["cores"] >= 1
     assert report["cases"] == [entry]
     assert "natural" in capsys.readouterr().out
+
+
+def test_sides_of_verify_that_disagree_are_refused(monkeypatch):
+    def measure(module: str, side: str, name: str, seed: str) -> dict[str, object]:
+        return measurement(1.0, 1.0, 1.0) | {"verdicts": [True, side == "ours" or seed == "0"]}
+
+    monkeypatch.setattr(verify, "measure", measure)
+    assert verify.run(["math_answers"], 1)[0]["rival"] == "plain math-verify calls in one process"
+    with pytest.raises(RuntimeError, match="math_answers: the two sides do not give the same verdicts"):
+        verify.run(["math_answers"], 2)
+
+
+def test_programs_of_verify_are_right_but_for_every_fourth():
+    for index, (program, checks) in enumerate(verify.programs()):
+        names: dict[str, object] = {}
+        exec("\n".join([program, *checks[:2]]), names)
+        if index % 4 == 3:
+            with pytest.raises(AssertionError):
+                exec(checks[2], names)
+        else:
+            exec(checks[2], names)
+
+
+@pytest.mark.slow
+def test_pool_and_plain_calls_judge_alike_and_workers_count(monkeypatch):
+    monkeypatch.setattr(verify, "NUM_QUESTIONS", 8)
+    ours, plain = verify.math_answers(True, 1), verify.math_answers(False, 1)
+    assert ours["verdicts"] == plain["verdicts"]
+    assert {True, False} == set(ours["verdicts"])
+    assert ours["items"] == 8 * verify.ANSWERS_PER_QUESTION
+    assert min(ours["cpu_s"], ours["wall_s"], plain["cpu_s"], plain["wall_s"]) > 0
 
 
 @pytest.mark.slow

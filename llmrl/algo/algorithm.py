@@ -36,6 +36,8 @@ class Needs:
     """`extras["collisions"]`: sum_v p(v)^2 under that policy."""
     influence: bool = False
     """`extras["influence"]`: each token's influence on the tokens that `influence_weights` chooses."""
+    greedy_reward: bool = False
+    """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     refine: bool = False
     """`refine` is called once the quantities above are there."""
 

@@ -7,6 +7,7 @@ and covariance masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,7 @@ class GRPO:
             old_entropies=entropies,
             collisions=token_baseline,
             influence=influence,
+            greedy_reward=c.baseline == "greedy",
             refine=in_reward or entropies or token_baseline or covariance or influence,
         )
 
@@ -104,6 +106,9 @@ class GRPO:
             return adv.leave_one_out(rewards)
         if c.baseline == "length_weighted":
             return adv.length_weighted(rewards, lengths(groups))
+        if c.baseline == "greedy":
+            greedy = [math.nan if group.greedy_reward is None else group.greedy_reward for group in groups]
+            return adv.greedy_baseline(rewards, torch.tensor(greedy))
         if c.baseline == "passk":
             by_subsets = adv.pass_at_k_advantages(self.correct(groups), c.passk_k)
             return c.passk_mix * by_subsets + (1 - c.passk_mix) * adv.group_advantages(rewards)

@@ -79,6 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "baseline": "leave_one_out", "loss_type": "sequence_sum", "beta": 0.05, "kl_in": "reward", "kl_estimator": "k1",
     },
     "opo": {"baseline": "length_weighted", "loss_type": "dapo"},
+    "remax": {"baseline": "greedy", "loss_type": "dapo"},
     "optimal_token": {"baseline": "optimal_token", "loss_type": "dapo"},
     "reinforce_pp": {
         "baseline": "none", "scale_rewards": "none", "whiten_advantages": True, "loss_type": "dapo",
@@ -261,7 +262,7 @@ def _clashes(c: AlgoConfig) -> list[str]:
             "cancels to first order): only k1 is sound there, or set algo.kl_in loss",
         ),
         (
-            c.dynamic_sampling and (c.baseline in ("none", "batch") or c.whiten_advantages),
+            c.dynamic_sampling and (c.baseline in ("none", "batch", "greedy") or c.whiten_advantages),
             "algo.dynamic_sampling drops groups whose accuracies are all equal, but with this baseline those do carry "
             "a gradient: use baseline group, or leave it off",
         ),
@@ -290,7 +291,7 @@ def _clashes_outside(c: AlgoConfig, config: Config) -> list[str]:
     pairs = [
         (size < 1, f"rollout.num_generations is {size}: must be at least 1"),
         (
-            1 <= size < 2 and (several or c.baseline not in ("none", "batch")),
+            1 <= size < 2 and (several or c.baseline not in ("none", "batch", "greedy")),
             f"rollout.num_generations is {size}: a group-relative advantage needs at least 2 rollouts",
         ),
         (

@@ -230,11 +230,11 @@ def _realign(cohort: _Cohort, width: int) -> None:
         return
     cohort.mask = _padded(cohort.mask, 1, width)
     for layer in _key_value_layers(cohort):
-        stored = width
+        stored, keys, values = width, layer.keys, layer.values
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = width
             stored = min(width, layer.sliding_window - 1)
-        layer.keys, layer.values = _padded(layer.keys, 2, stored), _padded(layer.values, 2, stored)
+        layer.keys, layer.values = _padded(keys, 2, stored), _padded(values, 2, stored)
 
 
 def _key_value_layers(cohort: _Cohort) -> list[Any]:

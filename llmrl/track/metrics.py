@@ -86,7 +86,7 @@ def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, An
             "info": rollout.score.info if rollout.score else {},
             "error": rollout.error or (rollout.score.error if rollout.score else None),
             "advantage": rollout.advantage,
-            "token_scores": rollout.token_scores,
+            **({"token_scores": rollout.token_scores} if rollout.token_scores else {}),
             "turns": [
                 {
                     "prompt_ids": turn.prompt_ids,

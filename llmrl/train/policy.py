@@ -266,12 +266,11 @@ class Policy:
         causal_lm = self.bare.causal_lm
         inside_adapters: set[str] = set()
         seen: set[int] = set()
-        modules: Iterator[tuple[str, Any]] = causal_lm.named_modules()
-        for name, layer in modules:
+        for name, layer in causal_lm.named_modules():
             if not hasattr(layer, "lora_A"):
                 continue
             inside_adapters.add(name + ".")
-            base = layer.get_base_layer()
+            base = cast("Any", layer).get_base_layer()
             yield f"{name}.weight", _merged_weight(layer)
             if getattr(base, "bias", None) is not None:
                 yield f"{name}.bias", base.bias.detach()

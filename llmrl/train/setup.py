@@ -79,13 +79,13 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
 
     from llmrl.train.policy import Policy, add_lora, load_generation_config, load_model, load_tokenizer
 
+    quieten_libraries()
     accelerator = make_accelerator(config)
     if config.rollout.num_prompts < accelerator.num_processes:
         raise UserError(
             f"rollout.num_prompts {config.rollout.num_prompts} is less than the {accelerator.num_processes} processes"
         )
-    named = given["model"] is None or isinstance(given["model"], str)
-    loaded: PreTrainedModel | None = None if named else given["model"]
+    loaded: PreTrainedModel | None = None if isinstance(given["model"], str) else given["model"]
     tokenizer = given["processing_class"]
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
@@ -111,6 +111,18 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     return _assemble(
         config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
     )
+
+
+def quieten_libraries() -> None:
+    """Leave the console to the run: no progress bars or notes of transformers, whose warnings and errors stay.
+
+    Someone who sets TRANSFORMERS_VERBOSITY wants to see what it says.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_warning()
 
 
 def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) -> Config:

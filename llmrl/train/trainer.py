@@ -166,7 +166,13 @@ class Trainer:
             tasks = self.sampler.next(num_prompts)
             if self.ledger is not None:
                 self.ledger.issued(step, position, tasks)
-            return await self._collect(tasks, position)
+            groups = await self._collect(tasks, position)
+            if self.algorithm.needs.greedy_reward:
+                greedy = await self._collect(tasks, position, num_generations=1, temperature=0.0, salt="greedy")
+                for group, other in zip(groups, greedy, strict=True):
+                    score = other.rollouts[0].score
+                    group.greedy_reward = None if score is None else score.reward
+            return groups
 
         num_prompts, algo = self.config.rollout.num_prompts, self.config.algo
         if not algo.dynamic_sampling:

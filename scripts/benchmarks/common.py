@@ -56,7 +56,7 @@ class Meter:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-        self.start_mb = _status_mb("VmRSS")
+        self.start_mb = status_mb("VmRSS")
 
     def mark(self) -> None:
         """A step begins."""
@@ -76,7 +76,7 @@ class Meter:
         return {
             "cpu_s": (marks[-1][0] - marks[0][0]) / count,
             "wall_s": (marks[-1][1] - marks[0][1]) / count,
-            "memory_mb": _status_mb("VmHWM") - self.start_mb + _children_mb(),
+            "memory_mb": status_mb("VmHWM") - self.start_mb + children_mb(),
             "step_cpu_s": [round(after[0] - before[0], 4) for before, after in pairwise(marks)],
         }
 
@@ -94,14 +94,14 @@ def matmul_rate() -> float:
     return 2 * size**3 / best
 
 
-def _status_mb(key: str) -> float:
+def status_mb(key: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024
     raise KeyError(key)
 
 
-def _children_mb() -> float:
+def children_mb() -> float:
     """What children hold that no other process shares."""
     import psutil
 

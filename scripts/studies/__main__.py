@@ -17,6 +17,7 @@ def main() -> None:
     additions_options.add_argument("--folder", type=Path, default=Path("runs/study_additions"))
     table_options = commands.add_parser("table", help="the table of stored additions runs")
     table_options.add_argument("file", type=Path)
+    commands.add_parser("thr_cost", help="what Token Hidden Reward adds to an update")
     given = parser.parse_args()
     if given.study == "bandit":
         from studies import bandit
@@ -27,6 +28,10 @@ def main() -> None:
 
         additions.main(given.folder, given.seeds)
         tables.show_additions(given.folder / "additions.jsonl")
+    elif given.study == "thr_cost":
+        from studies import thr_cost
+
+        thr_cost.main()
     else:
         from studies import tables
 

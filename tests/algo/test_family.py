@@ -79,8 +79,8 @@ def test_pass_at_k_leaves_out_what_was_not_scored() -> None:
 def test_several_rewards() -> None:
     parts = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 10.0], [NAN, 4.0]]])
     found = adv.multi_reward_advantages(parts, torch.tensor([1.0, 0.5]))
-    # Standardised, two unequal scores of a group are +-0.7071: 0.7071 - 0.5 * 0.7071 for the first task, 0 for the
-    # second. total = [0.35355, -0.35355, 0.0, 0.0]
+    # Two unequal scores of a group become +-0.7071: 0.7071 - 0.5 * 0.7071 for the first task, 0 for the rest.
+    total = [0.35355, -0.35355, 0.0, 0.0]
     mean = sum(total) / 4
     deviation = math.sqrt(sum((x - mean) ** 2 for x in total) / 3) + 1e-4
     close(found.flatten(), [(x - mean) / deviation for x in total], 1e-3)

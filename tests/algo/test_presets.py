@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -146,6 +147,7 @@ def test_contradictions_are_told_at_parse_time(algo: dict[str, Any], message: st
 def test_contradictions_with_the_rest_of_the_configuration() -> None:
     assert "at least 2 rollouts" in contradictions(make_config(size=1))[0]
     assert contradictions(make_config(size=1, name="reinforce_pp")) == []
+    assert contradictions(make_config(size=1, name="remax")) == []
     assert "at least two rewards" in contradictions(make_config(name="gdpo", rewards=1))[0]
     config = make_config(name="c_grpo")
     config.rewards[0].fn = "rewards/citation_rubric.py:score_group"
@@ -196,3 +198,8 @@ def test_a_resolved_configuration_survives_its_file(tmp_path: Any) -> None:
 def test_no_torch_is_needed_to_check_a_configuration() -> None:
     code = "import sys, llmrl.config, llmrl.algo.presets; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_preset_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "algorithms.md").read_text()
+    assert [name for name in PRESETS if f"| `{name}` |" not in text] == []

@@ -50,7 +50,7 @@ def make_groups(random: np.random.Generator, num_groups: int, size: int) -> list
             )
             score = Score(reward=right, parts={"outcome": right, "rubric": float(random.random())})
             rollouts.append(Rollout(task=task, index=g, turns=[turn], score=score))
-        groups.append(RolloutGroup(task=task, rollouts=rollouts))
+        groups.append(RolloutGroup(task=task, rollouts=rollouts, greedy_reward=float(random.integers(0, 2))))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Two processes compute the whole-batch quantities of the GRPO family as one does: token scores, masks, KL in the reward."""
+"""Two processes compute the whole-batch quantities of the GRPO family like one: token scores, masks, KL in reward."""
 
 from __future__ import annotations
 

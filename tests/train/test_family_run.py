@@ -56,10 +56,23 @@ def test_without_it_those_groups_stay_in_the_batch_and_are_not_computed(tmp_path
         assert row["train/computed_frac"] == pytest.approx(1 - row["advantage/zero_variance_frac"])
 
 
+def test_remax_compares_with_the_greedy_completion_of_the_task(tmp_path: Path) -> None:
+    _, rollouts, accounts = run(tmp_path / "run", name="remax")
+    assert accounts["exact"]
+    groups: dict[tuple[int, str], set[float]] = {}
+    for row in rollouts:
+        groups.setdefault((row["step"], row["task"]), set()).add(row["reward"] - row["advantage"])
+    baselines = [values for values in groups.values()]
+    assert all(len(values) == 1 and values <= {0.0, 1.0} for values in baselines), (
+        "one baseline a group, a reward itself"
+    )
+    assert all(row["advantage"] == 0 for row in rollouts if row["answer"] == "always")
+
+
 def test_token_scores_are_recorded(tmp_path: Path) -> None:
     metrics, rollouts, _ = run(tmp_path / "run", name="thr", thr_p=0.1)
     assert all(0 <= row["thr/kept_frac"] <= 1 for row in metrics)
-    scored = [row for row in rollouts if row["token_scores"]]
+    scored = [row for row in rollouts if "token_scores" in row]
     assert scored
     for row in scored:
         assert row["answer"] == "varies"
