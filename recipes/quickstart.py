@@ -3,7 +3,7 @@
     accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.output_dir runs/quickstart
 
 A tiny model is built from a configuration and warm-started by supervised fine-tuning (TRL's SFTTrainer) on additions,
-most of them answered straight away, some with a scratchpad, until it is right about a third of the time. Then GRPO with
+most of them answered straight away, some with a scratchpad, until it is right a third to half of the time. Then GRPO with
 `rewards/math_answer.py` takes over: nobody tells the model that writing the scratchpad pays, it finds out. Expect
 held-out greedy accuracy from about 0.6 to above 0.95, and completions that grow from about 15 to 23 tokens.
 
@@ -39,12 +39,15 @@ class WarmStartConfig:
 
     target: float = 0.33
     """Stop when sampled accuracy on held-out prompts reaches this ..."""
-    scratchpad_target: float = 0.9
+    scratchpad_target: float = 0.85
     """... and answers with a scratchpad are right this often: what the model cannot do at all, it will not find by trying."""
-    min_steps: int = 300
-    max_steps: int = 2000
+    enough: float = 0.45
+    """Stop in any case when sampled accuracy reaches this: there should be something left to learn."""
+    min_steps: int = 500
+    max_steps: int = 1600
     check_every: int = 50
     learning_rate: float = 2e-3
+    """At its peak; it falls in a straight line to 0 at `max_steps`."""
     scratchpad_frac: float = 0.4
     """Share of the examples that show their work."""
 
@@ -113,7 +116,7 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     )
     draw = random.Random(seed)
     examples = []
-    for a, b in draw.choices(pairs(held_out=False), k=32 * 400):
+    for a, b in draw.choices(pairs(held_out=False), k=16 * 750):
         shown = draw.random() < options.scratchpad_frac
         examples.append({"prompt": prompt(a, b), "completion": completion(a, b, scratchpad=shown)})
     gate = make_gate(config, tokenizer)
@@ -122,10 +125,10 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
         args=SFTConfig(
             output_dir=str(unfinished),
             seed=seed,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
+            lr_scheduler_type="linear",
             warmup_steps=20,
             adam_beta2=0.98,
             use_cpu=True,
@@ -201,9 +204,13 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
             model.eval()
             accuracy, worked = asyncio.run(measure(model, step))
             model.train()
-            goal = f"(goes on to {options.target} and {options.scratchpad_target})"
-            print(f"warm start: step {step}, held-out accuracy {accuracy:.2f}, with scratchpad {worked:.2f} {goal}", flush=True)
-            control.should_training_stop = accuracy >= options.target and worked >= options.scratchpad_target
+            goal = f"(goes on to {options.target} and {options.scratchpad_target}, or {options.enough})"
+            print(
+                f"warm start: step {step}, held-out accuracy {accuracy:.2f}, with scratchpad {worked:.2f} {goal}",
+                flush=True,
+            )
+            ready = accuracy >= options.target and worked >= options.scratchpad_target
+            control.should_training_stop = ready or accuracy >= options.enough
 
     return Gate()
 
