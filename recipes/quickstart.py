@@ -3,9 +3,9 @@
     accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.output_dir runs/quickstart
 
 A tiny model is built from a configuration and warm-started by supervised fine-tuning (TRL's SFTTrainer) on additions,
-most of them answered straight away, some with a scratchpad, until it is right a third to half of the time. Then GRPO with
-`rewards/math_answer.py` takes over: nobody tells the model that writing the scratchpad pays, it finds out. Expect
-held-out greedy accuracy from about 0.6 to above 0.95, and completions that grow from about 15 to 23 tokens.
+most of them answered straight away, some with a scratchpad, until it is right a third to half of the time. Then GRPO
+with `rewards/math_answer.py` takes over: nobody tells the model that writing the scratchpad pays, it finds out. Expect
+held-out greedy accuracy from about 0.5 to above 0.95, and completions that grow from about 15 to 23 tokens.
 
 Run again with the folder of an unfinished run, it goes on where that stopped.
 """

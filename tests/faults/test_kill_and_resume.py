@@ -19,10 +19,18 @@ from llmrl.train.ledger import audit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_KILLS = 10
-SHORT = [
-    "--warm_start.min_steps", "250", "--warm_start.check_every", "250", "--warm_start.target", "0", "--warm_start.scratchpad_target", "0", "--warm_start.max_steps", "260",
-    "--train.max_steps", "9", "--train.save_steps", "2", "--rollout.num_prompts", "8", "--rollout.num_generations", "8",
-]  # fmt: skip
+SETTINGS = {
+    "warm_start.min_steps": 250,
+    "warm_start.check_every": 250,
+    "warm_start.target": 0,
+    "warm_start.scratchpad_target": 0,
+    "warm_start.max_steps": 260,
+    "train.max_steps": 9,
+    "train.save_steps": 2,
+    "rollout.num_prompts": 8,
+    "rollout.num_generations": 8,
+}
+SHORT = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
 NUM_STEPS, NUM_PROMPTS, GROUP = 9, 8, 8
 
 
