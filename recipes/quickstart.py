@@ -40,7 +40,7 @@ class WarmStartConfig:
     target: float = 0.33
     """Stop when sampled accuracy on held-out prompts reaches this ..."""
     scratchpad_target: float = 0.85
-    """... and answers with a scratchpad are right this often: what the model cannot do at all, it will not find by trying."""
+    """... and answers with a scratchpad are right this often: what never succeeds cannot be reinforced."""
     enough: float = 0.45
     """Stop in any case when sampled accuracy reaches this: there should be something left to learn."""
     min_steps: int = 500
