@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -674,7 +675,9 @@ def test_an_address_without_a_server_is_unavailable() -> None:
 def test_the_server_script_serves() -> None:
     any_box(packages=()).close()
     command = [sys.executable, str(ROOT / "scripts" / "serve_sandbox"), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+    # Where the tests themselves run in the background of a shell, SIGINT is ignored, and a child would inherit that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/", preexec_fn=heard)
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("sandbox ")

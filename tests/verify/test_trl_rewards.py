@@ -52,7 +52,8 @@ def test_trl_functions_get_exactly_the_keywords_of_trl() -> None:
     assert seen["completions"] == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
     assert seen["completion_ids"] == [[0, 1, 2]] * 2
     assert (seen["level"], seen["answer"], seen["trainer_state"].global_step) == ([1, 1], ["x", "x"], 7)
-    assert metrics == {"seen": 2.0}
+    # Judges that other tests of this process have asked report too.
+    assert {name: value for name, value in metrics.items() if not name.startswith("judge/")} == {"seen": 2.0}
     first, second = (r.score for r in rollouts)
     assert first is not None and (first.reward, first.info) == (0.5, {"reward": {"note": "first"}})
     assert second is not None and (second.reward, second.error) == (None, None)

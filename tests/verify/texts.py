@@ -24,12 +24,16 @@ def repeated(pattern: str, size: int) -> str:
 
 def assert_linear(function: Callable[[str], Any], pattern: str) -> None:
     """Run on 125 kB and on 1 MB of a repeated pattern; quadratic work would take 64 times as long, linear 8."""
-    seconds = []
-    for size in (SMALL, LARGE):
-        text = repeated(pattern, size)
-        start = time.process_time()
-        function(text)
-        seconds.append(time.process_time() - start)
-        assert seconds[0] < 1, f"{pattern!r}: {seconds[0]:.1f} s for {SMALL} characters"
-    # The constant covers what does not grow, and the clock; quadratic work at 1 MB is far above it.
-    assert seconds[1] < 25 * seconds[0] + 0.2, f"{pattern!r}: {seconds} s"
+    # A busy machine may stretch one measurement; what is quadratic fails every time.
+    for _ in range(3):
+        seconds = [_seconds(function, repeated(pattern, size)) for size in (SMALL, LARGE)]
+        # The constant covers what does not grow, and the clock; quadratic work at 1 MB is far above it.
+        if seconds[0] < 1 and seconds[1] < 25 * seconds[0] + 0.2:
+            return
+    raise AssertionError(f"{pattern!r}: {seconds} s for {SMALL} and {LARGE} characters")
+
+
+def _seconds(function: Callable[[str], Any], text: str) -> float:
+    start = time.process_time()
+    function(text)
+    return time.process_time() - start

@@ -34,15 +34,15 @@ def _wrap(command: list[str], plan: BoxPlan) -> list[str]:
     else:
         rights = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     paths = _outermost(["/usr", *plan.read_paths])
-    mounts: list[str] = []
+    # First of all, so that an interpreter or packages that lie below /tmp can be mounted into it.
+    mounts = ["--size", str(_SCRATCH_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
     for folder in _parents([*paths, *_DEVICES]):  # bubblewrap would make them for its own user alone
-        mounts += ["--perms", "0755", "--dir", folder]
+        mounts += ["--perms", "0755", "--dir", folder] if folder != "/tmp" else []
     for path in paths:
         mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
     for device in _DEVICES:
         mounts += ["--dev-bind", device, device]
-    mounts += ["--proc", "/proc", "--size", str(_SCRATCH_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
-    mounts += ["--remount-ro", "/", "--chdir", "/tmp"]
+    mounts += ["--proc", "/proc", "--remount-ro", "/", "--chdir", "/tmp"]
     return [program, *unshare, *rights, "--hostname", "box", "--die-with-parent", *mounts, "--", *command]
 
 
