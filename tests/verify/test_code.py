@@ -23,6 +23,8 @@ from llmrl.verify.code import reward_of, run_tests, same_output, same_value
 from llmrl.verify.code_rows import AssertTests, CallTests, StdinTests, extract_program, read_row
 from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "code"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the repository")

@@ -39,6 +39,8 @@ from llmrl.verify.sandbox.http import HttpSandbox
 from llmrl.verify.sandbox.local import LocalSandbox
 from llmrl.verify.sandbox.serve import make_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SHORT = Limits(cpu_seconds=1, wall_seconds=3.0, memory_mb=256, output_mb=2)
 LIMITS = Limits(cpu_seconds=5, wall_seconds=20.0, memory_mb=256, output_mb=2)

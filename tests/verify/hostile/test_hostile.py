@@ -19,6 +19,8 @@ import pytest
 
 from llmrl.verify.sandbox import SandboxUnavailable, open_sandbox
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 NOBODY = 65534
