@@ -36,6 +36,8 @@ from rewards import judge as judge_reward
 from rewards import translation_compare
 from tests.verify.cache_writer import write_and_read
 
+pytestmark = pytest.mark.slow
+
 QUESTION = Question(name="correct", instructions="Is it right?", fields={"reason": str, "correct": bool})
 GOOD = json.dumps({"reason": "same", "correct": True})
 

@@ -16,6 +16,8 @@ import pytest
 
 from llmrl.verify.pool import CallFailed, CallTimedOut, Pool, PoolError, WorkerDied
 
+pytestmark = pytest.mark.slow
+
 FAULTS = """
 import ctypes, os, signal, sys, threading, time
 
