@@ -1,4 +1,4 @@
-"""From nothing to a model that learns by reinforcement, in about a minute on one CPU core.
+"""From nothing to a model that learns by reinforcement, in one to two minutes on one CPU core.
 
     accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.output_dir runs/quickstart
 
