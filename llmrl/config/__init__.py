@@ -1,0 +1,44 @@
+"""Configuration: nested dataclasses (the only defaults in the project) and the parser that fills them.
+
+A recipe's YAML mirrors this tree and holds only what differs; any field can be given dotted on the command line
+(`--train.learning_rate 2e-6`). Fields that mean what a Hugging Face or TRL field means keep its name.
+Everything that can be wrong with the arguments is said here, before any model loads.
+"""
+
+from llmrl.config.algo import AlgoConfig, Preset
+from llmrl.config.checks import validate
+from llmrl.config.fields import (
+    MISSING,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from llmrl.config.parsing import load_config, parse, save_config, to_dict
+
+__all__ = [
+    "MISSING",
+    "AlgoConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Preset",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "load_config",
+    "parse",
+    "save_config",
+    "to_dict",
+    "validate",
+]
