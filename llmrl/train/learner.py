@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmrl.algo.algorithm import Algorithm
     from llmrl.config import Config
     from llmrl.train.policy import Policy
+    from llmrl.train.prefixes import Tree
 
 
 class Learner:
@@ -134,19 +135,30 @@ class Learner:
         self.num_updates += 1
         return report
 
-    def _micro_batches(self, samples: list[Sample], *, alone: bool = False) -> list[MicroBatch]:
-        """This process's share of the samples, equally many micro-batches on every process; `alone`: all of them."""
+    def _micro_batches(
+        self, samples: list[Sample], *, alone: bool = False, whole: Collection[int] = ()
+    ) -> list[MicroBatch]:
+        """This process's share of the samples, equally many micro-batches on every process; `alone`: all of them.
+
+        The samples of a group in `whole` share a micro-batch.
+        """
         num_processes = 1 if alone else self.accelerator.num_processes
-        share = self.config.share_prefixes and self.policy.can_share_prefixes
-        trees = share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
+        trees = self._trees(samples)
+        groups = [samples[tree.samples[0]].group for tree in trees]
         plans = plan_micro_batches(
             [tree.length for tree in trees],
             max_tokens=self.max_tokens,
             num_processes=num_processes,
             packing=self.config.packing,
+            units=[group if group in whole else -1 - i for i, group in enumerate(groups)],
         )
         rows_of = plans[0 if alone else self.accelerator.process_index]
         return [build_micro_batch(samples, rows, trees=trees, device=self.accelerator.device) for rows in rows_of]
+
+    def _trees(self, samples: list[Sample]) -> list[Tree]:
+        """How samples share prefixes; a tree is within one group."""
+        share = self.config.share_prefixes and self.policy.can_share_prefixes
+        return share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
 
     def _fill_all(self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm) -> None:
         """Compute what the loss and `refine` need of the policy as it is now, and of the reference."""

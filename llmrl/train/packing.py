@@ -19,33 +19,50 @@ Rows = list[list[int]]
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, max_tokens: int, num_processes: int = 1, packing: bool = True
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    num_processes: int = 1,
+    packing: bool = True,
+    units: Sequence[int] | None = None,
 ) -> list[list[Rows]]:
     """Decide which process computes which sequences in which forward pass.
 
-    Sequences are dealt to processes by estimated cost, the costliest first to the least loaded one. Each process then
-    fills micro-batches of at most `max_tokens` positions (rows * width), longest sequences first.
+    Units of sequences are dealt to processes by estimated cost, the costliest first to the least loaded one. Each
+    process then fills micro-batches of at most `max_tokens` positions (rows * width), longest sequences first.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: positions of one micro-batch, padding included; a longer sequence gets one of its own.
+        max_tokens: positions of one micro-batch, padding included; a larger unit gets one of its own.
         num_processes: how many processes share the work.
         packing: False gives every sequence a row of its own.
+        units: a number for each sequence; those with the same number share a micro-batch. By default each is alone.
 
     Returns:
         For each process its micro-batches. All have equally many: shorter lists end in empty micro-batches, since
         processes must run forward and backward passes together.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    shares: list[list[int]] = [[] for _ in range(num_processes)]
+    members: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        members.setdefault(i if units is None else units[i], []).append(i)
+    costs = {unit: sum(_cost(lengths[i]) for i in found) for unit, found in members.items()}
+    shares: list[list[list[int]]] = [[] for _ in range(num_processes)]
     load = [0.0] * num_processes
-    for i in order:
+    for unit in sorted(members, key=lambda unit: -costs[unit]):
         process = load.index(min(load))
-        shares[process].append(i)
-        load[process] += _cost(lengths[i])
+        shares[process].append(members[unit])
+        load[process] += costs[unit]
     plans = [_fill_micro_batches(share, lengths, max_tokens, packing) for share in shares]
     longest = max(1, max(len(plan) for plan in plans))
     return [plan + [[]] * (longest - len(plan)) for plan in plans]
+
+
+def fits(lengths: Sequence[int], *, max_tokens: int, packing: bool = True) -> bool:
+    """Whether sequences of these lengths, laid out alone, stay within `max_tokens` positions."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    width = lengths[order[0]]
+    _, rows = _place(order, [], lengths, width, packing)
+    return len(rows) * width <= max_tokens
 
 
 def _cost(length: int) -> float:
@@ -53,29 +70,45 @@ def _cost(length: int) -> float:
     return length * (1 + length / 8000)
 
 
-def _fill_micro_batches(share: list[int], lengths: Sequence[int], max_tokens: int, packing: bool) -> list[Rows]:
-    """First-fit decreasing; `share` is sorted by falling length, so a micro-batch is as wide as its first sequence."""
+def _fill_micro_batches(
+    share: list[list[int]], lengths: Sequence[int], max_tokens: int, packing: bool
+) -> list[list[list[int]]]:
+    """First-fit decreasing: units in order of their longest sequence, so a micro-batch is as wide as its first."""
     batches: list[Rows] = []
-    waiting = share
+    waiting = sorted(share, key=lambda unit: -lengths[unit[0]])
     while waiting:
-        width = lengths[waiting[0]]
-        max_rows = max(1, max_tokens // width)
+        width = lengths[waiting[0][0]]
+        max_rows = max_tokens // width
         rows: Rows = []
         space: list[int] = []
-        left: list[int] = []
-        for i in waiting:
-            row = next((r for r, free in enumerate(space) if free >= lengths[i]), None) if packing else None
-            if row is not None:
+        left: list[list[int]] = []
+        for unit in waiting:
+            places, new_space = _place(unit, space, lengths, width, packing)
+            if rows and len(new_space) > max(max_rows, len(rows)):
+                left.append(unit)
+                continue
+            rows += [[] for _ in range(len(new_space) - len(rows))]
+            for i, row in zip(unit, places, strict=True):
                 rows[row].append(i)
-                space[row] -= lengths[i]
-            elif len(rows) < max_rows:
-                rows.append([i])
-                space.append(width - lengths[i])
-            else:
-                left.append(i)
+            space = new_space
         batches.append(rows)
         waiting = left
     return batches
+
+
+def _place(
+    unit: list[int], space: list[int], lengths: Sequence[int], width: int, packing: bool
+) -> tuple[list[int], list[int]]:
+    """The first row with room for each sequence of a unit, or a new one; and the space that is then left in each."""
+    space, places = [*space], []
+    for i in unit:
+        row = next((r for r, free in enumerate(space) if free >= lengths[i]), None) if packing else None
+        if row is None:
+            row = len(space)
+            space.append(width)
+        space[row] -= lengths[i]
+        places.append(row)
+    return places, space
 
 
 def build_micro_batch(

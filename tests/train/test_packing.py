@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrl.train.packing import build_micro_batch, plan_micro_batches
+from llmrl.train.packing import build_micro_batch, fits, plan_micro_batches
 from llmrl.types import Sample
 
 LENGTHS = st.lists(st.integers(2, 200), max_size=40)
@@ -61,6 +61,39 @@ def test_packing_fills_rows_and_not_packing_pads() -> None:
     assert plan_micro_batches(lengths, max_tokens=20) == [[[[0], [1, 2]], [[3], [4], [5]]]]
     assert plan_micro_batches([], max_tokens=20, num_processes=2) == [[[]], [[]]]
     assert plan_micro_batches([50, 9], max_tokens=20, packing=False) == [[[[0]], [[1]]]]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), **PLANS)
+def test_units_stay_whole(
+    lengths: list[int], max_tokens: int, num_processes: int, packing: bool, data: st.DataObject
+) -> None:
+    units = data.draw(st.lists(st.integers(0, 8), min_size=len(lengths), max_size=len(lengths)))
+    options = {"max_tokens": max_tokens, "num_processes": num_processes, "packing": packing}
+    plans = plan_micro_batches(lengths, units=units, **options)
+    assert len({len(plan) for plan in plans}) == 1
+    micro_batches = [rows for plan in plans for rows in plan if rows]
+    found = [i for rows in micro_batches for row in rows for i in row]
+    assert sorted(found) == list(range(len(lengths)))
+    holds = [{units[i] for row in rows for i in row} for rows in micro_batches]
+    assert sum(map(len, holds)) == len(set(units)), "no unit in two micro-batches"
+    for rows, inside in zip(micro_batches, holds, strict=True):
+        longest = max(lengths[i] for row in rows for i in row)
+        assert max(sum(lengths[i] for i in row) for row in rows) == longest
+        if longest * len(rows) > max_tokens:
+            members = {unit: [lengths[i] for i in found if units[i] == unit] for unit in inside}
+            assert any(not fits(m, max_tokens=max_tokens, packing=packing) for m in members.values()), "over the budget"
+
+
+def test_whether_a_unit_fits_and_where_it_goes() -> None:
+    assert fits([6, 4, 3], max_tokens=18, packing=False)
+    assert not fits([6, 4, 3], max_tokens=17, packing=False)
+    assert fits([6, 4, 2], max_tokens=12)
+    assert not fits([6, 4, 3], max_tokens=17)
+    lengths, units = [6, 4, 5, 2], [0, 1, 1, 0]
+    assert plan_micro_batches(lengths, max_tokens=12) == [[[[0], [2]], [[1], [3]]]], "without units as they come"
+    assert plan_micro_batches(lengths, max_tokens=12, units=units) == [[[[0], [3]], [[2], [1]]]]
+    assert plan_micro_batches(lengths, max_tokens=1, units=units) == [[[[0], [3]], [[2], [1]]]], "whole, over the limit"
 
 
 def make_samples(seed: int, count: int) -> list[Sample]:
