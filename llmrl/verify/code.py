@@ -206,7 +206,10 @@ def _one_check(check: Callable[[int], bool], index: int, session: Session) -> Te
 
 def _call_check(session: Session, tests: CallTests) -> Callable[[int], bool]:
     def check(index: int) -> bool:
-        return same_value(session.name(tests.function)(*tests.inputs[index]), tests.outputs[index])
+        given, expected = session.name(tests.function)(*tests.inputs[index]), tests.outputs[index]
+        if tests.maybe_wrapped and isinstance(expected, list) and len(expected) == 1:
+            return same_value(given, expected[0]) or same_value(given, expected)
+        return same_value(given, expected)
 
     return check
 

@@ -44,6 +44,8 @@ class CallTests:
     function: str
     inputs: list[list[Any]]
     outputs: list[Any]
+    maybe_wrapped: bool = False
+    """APPS: an output that is a list of one may also stand for what is in it; the rows do not say which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,9 +131,8 @@ def _apps(row: Mapping[str, Any]) -> Row:
     if not name:
         return Row(tests=StdinTests(inputs=[_lines(i) for i in inputs], outputs=[_lines(o) for o in outputs]))
     calls = [_json_lines(i) if isinstance(i, str) else list(i) for i in inputs]
-    # Call-based rows wrap each result in a list of one.
-    values = [o[0] if isinstance(o, list) and len(o) == 1 else o for o in outputs]
-    return Row(tests=CallTests(function=name, inputs=calls, outputs=values), names=[name])
+    tests = CallTests(function=name, inputs=calls, outputs=list(outputs), maybe_wrapped=True)
+    return Row(tests=tests, names=[name])
 
 
 def _livecodebench(row: Mapping[str, Any]) -> Row:
@@ -247,12 +248,25 @@ def extract_program(answer: str, row: Row) -> str:
     if not code.strip():
         return ""
     if not row.prompt:
-        return code
+        return with_apps_call(code) if isinstance(row.tests, StdinTests) else code
     entry = row.names[0]
     if not _defines(code, entry):
         return row.prompt.rstrip("\n") + "\n" + _as_body(code)
     prelude = row.prompt[: re.search(_definition(entry), row.prompt, re.MULTILINE).start()]  # type: ignore[union-attr]
     return code if "from __future__" in code else prelude + code
+
+
+_APPS_HARNESS = "\nstdin = sys.stdin\nstdout = sys.stdout\ndef code():\n"
+"""How APPS's grader begins what it makes of a program that reads standard input; it then calls `code()`."""
+
+
+def with_apps_call(program: str) -> str:
+    """A program in the form in which APPS's grader runs it, with the call that the grader makes; others as they are.
+
+    That grader puts imports in front of a program and its lines into a function `code`. CodeRL's data keep some
+    programs in this form (`baseline_solutions`); run as they stand they would define a function and end.
+    """
+    return f"{program.rstrip()}\n\ncode()\n" if _APPS_HARNESS in program else program
 
 
 def _fenced(text: str) -> list[str]:

@@ -128,7 +128,7 @@ def test_rows_are_known_by_their_columns() -> None:
     mbpp = read_row(checks | {"test": None})
     assert isinstance(mbpp.tests, AssertTests) and len(mbpp.tests.checks) == 2 and mbpp.names == ["add"]
     calls = read_row({"input_output": json.dumps({"fn_name": "f", "inputs": [[1, [2]]], "outputs": [[3]]})})
-    assert calls.tests == CallTests(function="f", inputs=[[1, [2]]], outputs=[3])
+    assert calls.tests == CallTests(function="f", inputs=[[1, [2]]], outputs=[[3]], maybe_wrapped=True)
     lines = read_row({"input_output": {"inputs": [["1", "2"], "x\n"], "outputs": [["3"], "y"]}})
     assert lines.tests == StdinTests(inputs=["1\n2", "x\n"], outputs=["3", "y"])
     for empty in ({"test_list": []}, {"input_output": ""}, {"input_output": "{}"}, {"public_test_cases": "[]"}):
@@ -353,6 +353,16 @@ def test_call_rows_reach_functions_and_methods(box: Sandbox) -> None:
     assert verdicts("def plus(a, b): return a + b", box, **row) == ["error", "error"]
 
 
+def test_an_apps_output_may_be_wrapped_in_a_list_or_be_one(box: Sandbox) -> None:
+    row = {"input_output": {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [[1], [[2]], [3, 3]]}}
+    assert verdicts("def f(x): return [x] if x < 3 else [x] * 2", box, **row) == ["passed"] * 3
+    assert verdicts("def f(x): return x", box, **row) == ["passed", "wrong", "wrong"]
+    assert verdicts("def f(x): return [[x]]", box, **row) == ["wrong", "passed", "wrong"]
+    case = {"input": "1", "output": "[1]", "testtype": "functional"}
+    livecodebench = {"public_test_cases": [case], "metadata": '{"func_name": "f"}'}
+    assert verdicts("def f(x): return x", box, **livecodebench) == ["wrong"]
+
+
 def test_stdin_rows_run_the_program_once_per_input(box: Sandbox) -> None:
     row = {"input_output": {"inputs": ["1", "2", "0"], "outputs": ["1.0", "0.5", "x"]}}
     assert verdicts("print(1 / int(input()))", box, **row) == ["passed", "passed", "error"]
@@ -489,20 +499,58 @@ def test_mbpp_solutions_pass_and_their_negations_do_not(box: Sandbox) -> None:
             assert "passed" not in wrong, (columns["task_id"], wrong)
 
 
+CODES = {True: 1.0, False: -0.3, -1: -0.6, -2: -1.0}
+"""APPS's result codes as B-Coder's outcome."""
+
+
+def apps_rows() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row, and the columns of it that the reward takes."""
+    for columns in rows_of("apps_sample_2.jsonl"):
+        yield columns, {"input_output": columns["input_output"]}
+
+
 @needs_data
 @pytest.mark.timeout(300)
-def test_apps_programs_get_the_result_codes_they_carry(box: Sandbox) -> None:
-    codes = {True: 1.0, False: -0.3, -1: -0.6, -2: -1.0}
-    for columns in rows_of("apps_sample_2.jsonl"):
-        tests = {"input_output": columns["input_output"]}
+def test_apps_solutions_pass_and_spoilt_ones_do_not(box: Sandbox) -> None:
+    for columns, tests in apps_rows():
         for program in columns["solutions"]:
             assert reward.unit_tests(f"```python\n{program}\n```", **tests, sandbox=box).reward == 1.0
             wrong = re.sub(r"\bprint\(", "print('?', ", program) + "\nprint('?')"
             assert reward.unit_tests(f"```python\n{wrong}\n```", **tests, sandbox=box).reward == 0.0
-        for entry in columns["gen_solutions"]:
+
+
+@needs_data
+@pytest.mark.timeout(300)
+def test_apps_programs_get_the_result_codes_they_carry(box: Sandbox) -> None:
+    contradictions = []
+    for columns, tests in apps_rows():
+        carried = {source_lines(entry["code"]): entry["result"] for entry in columns["gen_solutions"]}
+        for entry in columns["gen_solutions"] + columns["baseline_solutions"]:
             score = reward.unit_tests(entry["code"], **tests, outcome="bcoder", sandbox=box)
-            assert score.reward == codes[entry["result"]], (columns["id"], entry["error_type"], score.info)
-        # The baseline entries were stored wrapped in a function that nobody calls: their code -1 cannot be had by
-        # running them, but they print nothing and so must fail.
-        for entry in columns["baseline_solutions"]:
-            assert reward.unit_tests(entry["code"], **tests, outcome="bcoder", sandbox=box).reward < 0
+            # A row that carries two codes for one program cannot be given both.
+            code = carried.get(source_lines(entry["code"]), entry["result"])
+            assert score.reward == CODES[code], (columns["id"], entry, score.info)
+            if code != entry["result"]:
+                contradictions.append((columns["id"], code, entry["result"]))
+    assert contradictions == [("0001", True, -1)]
+
+
+def source_lines(program: str) -> tuple[str, ...]:
+    """The lines of a program, of one in the form of APPS's grader those inside its function."""
+    _, harness, body = program.partition("\nstdout = sys.stdout\ndef code():\n")
+    lines = (body if harness else program).strip("\n").split("\n")
+    return tuple(line.removeprefix("\t" if harness else "").rstrip() for line in lines if line.strip())
+
+
+def test_a_program_in_the_form_of_the_apps_grader_is_called(box: Sandbox) -> None:
+    row = {"input_output": {"inputs": ["3\n"], "outputs": ["9\n"]}}
+    stored = "import sys\nstdin = sys.stdin\nstdout = sys.stdout\ndef code():\n\tprint(int(input()) ** 2)\n\t\n"
+    assert extract_program(stored, read_row(row)).endswith("\ncode()\n")
+    for program, verdict in (
+        (stored, 1.0),
+        (stored.replace("** 2", "** 3"), -0.3),
+        (stored.replace("int(", "unknown("), -0.6),
+    ):
+        assert reward.unit_tests(program, **row, outcome="bcoder", sandbox=box).reward == verdict
+    uncalled = "def code():\n    print(int(input()) ** 2)\n"
+    assert reward.unit_tests(uncalled, **row, outcome="bcoder", sandbox=box).reward == -0.3
