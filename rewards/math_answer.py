@@ -35,6 +35,9 @@ EXAMPLES = [
     {"completion": r"\boxed{1, 2}", "answer": "2", "reward": 0.0},
     {"completion": r"\boxed{2} or \boxed{2", "answer": "2", "reward": 0.0},
     {"completion": r"\boxed{2} then \boxed{2}", "answer": "2", "strict_single_box": True, "reward": 0.0},
+    {"completion": r"\boxed{17 \cdot 24}", "answer": "408", "reward": 0.0},
+    {"completion": r"\boxed{17 \cdot 24}", "answer": "408", "allow_unevaluated": True, "reward": 1.0},
+    {"completion": r"\boxed{17 \cdot 24 = 408}", "answer": "408", "reward": 1.0},
     {"completion": r"\boxed{9^{9^{9^{9}}}}", "answer": "9", "reward": 0.0},
     {"completion": "\\boxed{\x00\ud800}", "answer": "1", "reward": 0.0},
     # references that cannot be read
@@ -49,7 +52,13 @@ def warm_up() -> None:
     judge(r"\frac{x}{2} + 9", [r"\frac{y}{3}"])
 
 
-def math_answer(completion: str, answer: Any, require_box: bool = False, strict_single_box: bool = False) -> Score:
+def math_answer(
+    completion: str,
+    answer: Any,
+    require_box: bool = False,
+    strict_single_box: bool = False,
+    allow_unevaluated: bool = False,
+) -> Score:
     r"""Compare the completion's answer with the reference.
 
     Args:
@@ -57,11 +66,12 @@ def math_answer(completion: str, answer: Any, require_box: bool = False, strict_
         answer: plain answer, GSM8K solution (`#### x`), MATH solution (\boxed{}), or a list of accepted forms.
         require_box: an answer that is not in a box is wrong.
         strict_single_box: the completion must hold exactly one box.
+        allow_unevaluated: where the reference is a number, accept a sum or a product that comes to it; see `judge`.
     """
     extraction = extract_answer(completion, require_box=require_box or strict_single_box)
     golds = gold_answers(answer)
     info: dict[str, Any] = {"extracted": extraction.answer, "gold": golds[0] if len(golds) == 1 else golds}
-    correct = judge(extraction.answer, golds)
+    correct = judge(extraction.answer, golds, allow_unevaluated=allow_unevaluated)
     if correct is None:
         return Score(
             reward=None, info=info | {"reason": "the reference answer cannot be read", "answer": str(answer)[:200]}

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 MAX_ANSWER_LENGTH = 1000
@@ -141,7 +143,11 @@ def gold_answers(answer: Any) -> list[str]:
         found = text[text.rfind("####") + 4 :].strip()
     else:
         found = text.strip()
-    usable = found and len(found) <= MAX_ANSWER_LENGTH and any(character.isalnum() for character in found)
+    usable = (
+        found
+        and len(found) <= MAX_ANSWER_LENGTH
+        and any(character.isalnum() or character == "\u221e" for character in found)
+    )
     return [found] if found and usable else []
 
 
@@ -157,10 +163,16 @@ def is_readable(gold: str) -> bool:
 # --- equivalence ------------------------------------------------------------------------------------------------------
 
 
-def judge(prediction: str | None, golds: Iterable[str]) -> bool | None:
-    """Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
+def judge(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
+    r"""Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
 
     Must be called where a hang can be killed: some expressions take for ever to simplify.
+
+    Args:
+        prediction: what `extract_answer` found.
+        golds: what `gold_answers` gives.
+        allow_unevaluated: where the gold is a number, accept a sum or a product that comes to it (17 \cdot 24 for
+            408). Otherwise that is wrong, since it may be no more than the question itself.
     """
     golds = list(golds)
     if prediction is not None and any(_same(normalize(prediction), normalize(gold)) for gold in golds):
@@ -168,7 +180,9 @@ def judge(prediction: str | None, golds: Iterable[str]) -> bool | None:
     readable = [gold for gold in golds if is_readable(gold)]
     if not readable:
         return None
-    return prediction is not None and any(_equivalent(normalize(prediction), normalize(gold)) for gold in readable)
+    return prediction is not None and any(
+        _equivalent(normalize(prediction), normalize(gold), allow_unevaluated) for gold in readable
+    )
 
 
 def _same(ours: str, theirs: str) -> bool:
@@ -182,18 +196,39 @@ def _same(ours: str, theirs: str) -> bool:
     return value is not None and value == _as_fraction(theirs)
 
 
-def _equivalent(ours: str, theirs: str) -> bool:
+def _equivalent(ours: str, theirs: str, allow_unevaluated: bool) -> bool:
     """For answers that are not the same: numbers are decided here, as math-verify would; the rest is math-verify's."""
     if not ours or len(ours) > MAX_ANSWER_LENGTH:
         return False
     a, b = _as_fraction(ours), _as_fraction(theirs)
-    if (
-        a is not None and b is not None and abs(a - b) > Fraction(2, 10**6)
-    ):  # it compares decimals after rounding to 6 digits
+    if b is not None and a is not None and abs(a - b) > Fraction(2, 10**6):  # it rounds decimals to 6 digits
+        return False
+    if b is not None and a is None and not allow_unevaluated and _is_unevaluated(ours):
         return False
     return is_tame(ours) and not _JUXTAPOSED.search(ours) and _verify(theirs, ours)
 
 
+_SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*[-+]?\d+\s*\}|[-+]?\d+)")
+_OPERATION = re.compile(
+    r"\\(?:times|cdot|div|pm|mp|sum|prod|int|lim|[dt]?binom|gcd|lcm|max|min|lfloor|lceil|bmod|pmod|mod)(?![a-zA-Z])"
+    r"|[*!+\u00f7]|(?<=[\w)}\]%])\s*-"
+)
+
+
+def _is_unevaluated(answer: str) -> bool:
+    r"""Whether what stands last in a chain of equations is still to be worked out: 17 \cdot 24, \binom{5}{2}, 5!."""
+    depths = accumulate((c == "{") - (c == "}") for c in answer)
+    equals = [i for i, (c, depth) in enumerate(zip(answer, depths, strict=True)) if c == "=" and depth == 0]
+    last = answer[equals[-1] + 1 :] if equals else answer
+    return _OPERATION.search(_SCIENTIFIC.sub("", last)) is not None
+
+
+_UNICODE = str.maketrans(
+    {"\u2212": "-", "\u00b0": "^\\circ", "\u221e": "\\infty ", "\u03c0": "\\pi ", "\u00d7": "\\times "}
+    | {"\u00b7": "\\cdot ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2229": "\\cap "}
+    | dict.fromkeys("\u00a3\u20ac\u00a5")
+)
+"""Mathematics typed as characters, and currencies, which are left out."""
 _JUXTAPOSED = re.compile(r"\d\s+\d")
 """Two numbers side by side: math-verify would add them up."""
 _SPACING = re.compile(r"\\[!,;:> ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|~")
@@ -216,10 +251,7 @@ _MIXED = re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$")
 def normalize(answer: str) -> str:
     """One spelling for what is written in many: spacing, thousands separators, currency, degrees, units, wrappers."""
     text = answer.strip().strip("$").strip()
-    text = (
-        text.replace("\u2212", "-").replace("\u00b0", "^\\circ").replace("\\%", "%").replace("\\$", "").replace("$", "")
-    )
-    text = re.sub(r"[\u00a3\u20ac\u00a5]", "", text)
+    text = text.translate(_UNICODE).replace("\\%", "%").replace("\\$", "").replace("$", "")
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = _GROUPED.sub("", text)
     text = re.sub(r"^([-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?)(?=\D|$)", lambda m: m.group().replace(",", ""), text)
@@ -255,9 +287,26 @@ def _as_fraction(text: str) -> Fraction | None:
     return None
 
 
+MAX_POWER = 10**7
+"""Product of the numbers that stand as exponents in one answer."""
+MAX_NESTING = 40
+"""Brackets inside brackets; the LaTeX parser's time grows steeply with them."""
+_WILD = re.compile(
+    r"\^\s*\{?\s*[-+]?\d{5,}|(?:\d{5,}|\^\s*\{?\s*\d+)[\s})\]]*!|!\s*!|\^\s*\d+\s*\^"  # 9^{99999}, 99999!, 9!!, 9^9^9
+    r"|\^\s*\{[^{}]*\^\s*\{[^{}]*\^"  # e^{e^{e^9}}
+    r"|\([^()]*[-+][^()]*\)\s*\^\s*\{?\s*\d{4,}"  # (x+1)^{2000} is multiplied out
+    r"|\\(?:[dt]?binom|sum|prod|Gamma|int)(?![a-zA-Z]).*(?:\d{5,}|\d\s*\^\s*\{?\s*\d)",
+    re.DOTALL,
+)
+
+
 def is_tame(answer: str) -> bool:
-    """False for powers and factorials too large to evaluate, which nobody gives as an answer but to stop a verifier."""
-    if re.search(r"\^\s*\{?\s*[-+]?\d{5,}|\d{5,}\s*\}*\s*!|!\s*!|\^\s*\d+\s*\^", answer):
+    """False for what takes too long to evaluate or to parse, which nobody gives as an answer but to stop a verifier."""
+    if _WILD.search(answer):
+        return False
+    if max(accumulate((c in "([{") - (c in ")]}") for c in answer), default=0) > MAX_NESTING:
+        return False
+    if prod(int(power) for power in re.findall(r"\^\s*\{?\s*[-+]?([1-9]\d*)", answer)) > MAX_POWER:
         return False
     for start in (match.end() for match in re.finditer(r"\^\s*\{", answer)):
         exponent = answer[start : _closing(answer, start)]
@@ -285,11 +334,37 @@ def _parse(answer: str) -> list[Any]:
     return parse(f"\\boxed{{{answer}}}", [config], extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
 
 
+@functools.lru_cache(maxsize=4096)
 def _verify(gold: str, prediction: str) -> bool:
+    """math-verify's verdict on two short answers; the answers of a group repeat themselves, so verdicts are kept."""
     from math_verify import verify
 
     _silence()
-    return bool(verify(_parse(gold), _parse(prediction), allow_set_relation_comp=True, timeout_seconds=None))
+    theirs, ours = _parse(gold), _parse(prediction)
+    if theirs and ours and _surely_differ(theirs[0], ours[0]):
+        return False
+    return bool(verify(theirs, ours, allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def _surely_differ(gold: Any, prediction: Any) -> bool:
+    """Whether two expressions have different values where their symbols are replaced by numbers.
+
+    math-verify would simplify their difference before it says no, and that is most of what it costs. False stands for
+    "ask it": values closer than its rounding, percentages and lone symbols (words, often), for which it has rules of
+    its own, and whatever has no finite value.
+    """
+    from sympy import Expr, Rational, Symbol, UnevaluatedExpr
+
+    for expression in (gold, prediction):
+        if not isinstance(expression, Expr) or isinstance(expression, Symbol) or expression.has(UnevaluatedExpr):
+            return False
+    symbols = sorted(gold.free_symbols | prediction.free_symbols, key=str)
+    point = {symbol: Rational(7 + 6 * i, 5 + 4 * i) for i, symbol in enumerate(symbols)}
+    try:
+        values = [complex(expression.subs(point).evalf(15)) for expression in (gold, prediction)]
+    except Exception:
+        return False
+    return abs(values[0] - values[1]) > 1e-5 * max(1.0, *map(abs, values))
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +17,17 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from llmrl.types import Score
-from llmrl.verify.math import extract_answer, gold_answers, is_tame, judge, last_box, normalize, strip_thinking
+from llmrl.verify.math import (
+    _parse,
+    _surely_differ,
+    extract_answer,
+    gold_answers,
+    is_tame,
+    judge,
+    last_box,
+    normalize,
+    strip_thinking,
+)
 from llmrl.verify.spec import resolve
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
@@ -159,7 +171,7 @@ EQUAL = [
     ("(x+1)^2", "x^2+2x+1"),
     ("5", "x=5"),
     ("y=2x+1", "2x+1"),
-    ("1", r"\sin^2 x + \cos^2 x"),
+    (r"\tan x", r"\frac{\sin x}{\cos x}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
 ]
 DIFFERENT = [
@@ -229,7 +241,19 @@ def test_info_shows_what_was_compared() -> None:
     assert score.info == {"extracted": "5", "gold": "6"}
 
 
-@pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "9^9^9", "10000000!", "9^{999999999}", "2^{{9}^{9}}", "((9!)!)!!"])
+BOMBS = ["9^{9^{9^{9}}}", "9^9^9", "10000000!", "9^{999999999}", "2^{{9}^{9}}", "((9!)!)!!", "(9^{9999})^{9999}"]
+BOMBS += [
+    "(10000000)!",
+    r"\binom{99999999}{44444444}",
+    "\\Gamma(10^{9})",
+    "(10^9)!",
+    "e^{e^{e^{e^{e}}}}",
+    "(x+1)^{2000}",
+    "(" * 300 + "x" + ")" * 300,
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:20])
 def test_numbers_too_large_to_evaluate_are_wrong_at_once(bomb: str) -> None:
     assert not is_tame(normalize(bomb))
     started = time.perf_counter()
@@ -237,9 +261,41 @@ def test_numbers_too_large_to_evaluate_are_wrong_at_once(bomb: str) -> None:
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize("answer", ["e^{x^2}", "2^{10}", "2^{2^n}", "3^2+4^2", "5!", "x^{-1}", "10^{100}"])
+@pytest.mark.parametrize(
+    "answer",
+    ["e^{x^2}", "2^{10}", "2^{2^n}", "3^2+4^2", "5!", "x^{-1}", "10^{100}", r"(\frac{2}{3})^{2024}", "x^{a^2+b^2}"],
+)
 def test_ordinary_powers_are_tame(answer: str) -> None:
     assert is_tame(answer)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "lenient"),
+    [
+        (r"17 \cdot 24", 0.0, 1.0),
+        (r"17 \times 24", 0.0, 1.0),
+        ("17*24", 0.0, 1.0),
+        ("400 + 8", 0.0, 1.0),
+        ("410 - 2", 0.0, 1.0),
+        (r"408 \pm 0", 0.0, 1.0),
+        (r"\sum_{i=1}^{2} 136 i", 0.0, 1.0),
+        (r"x = 17 \cdot 24", 0.0, 1.0),
+        (r"17 \cdot 24 = 408", 1.0, 1.0),
+        (r"4.08 \times 10^2", 1.0, 1.0),
+        (r"40800 \cdot 10^{-2}", 1.0, 1.0),
+        ("x = 408", 1.0, 1.0),
+        (r"\frac{816}{2}", 1.0, 1.0),
+        (r"\sqrt{166464}", 1.0, 1.0),
+    ],
+)
+def test_a_number_is_not_given_by_repeating_the_question(prediction: str, strict: float, lenient: float) -> None:
+    assert reward_of(f"\\boxed{{{prediction}}}", "408") == strict
+    assert reward_of(f"\\boxed{{{prediction}}}", "408", allow_unevaluated=True) == lenient
+
+
+def test_a_sum_stays_an_answer_where_the_gold_is_no_number() -> None:
+    assert reward_of(r"\boxed{1 + \sqrt{2}}", r"\sqrt{2} + 1") == 1.0
+    assert reward_of(r"\boxed{x \cdot (x - 1)}", "x^2 - x") == 1.0
 
 
 # --- real data --------------------------------------------------------------------------------------------------------
@@ -282,6 +338,39 @@ def test_math500_golds_differ_from_their_neighbours(shared_data: Path) -> None:
     for gold, other in itertools.pairwise(answers):
         ours = judge(other, gold_answers(gold))
         assert ours == bool(verify(parsed(gold), parsed(other), timeout_seconds=None)), (gold, other)
+
+
+def test_a_no_without_math_verify_is_the_no_of_math_verify(shared_data: Path) -> None:
+    """Whatever is refused because its value differs is refused by math-verify too."""
+    from math_verify import verify
+
+    answers = [row["answer"] for row in read(shared_data / "math" / "math500.jsonl")]
+    chosen = random.Random(SEED)
+    golds = [normalize(answer) for answer in answers if not re.fullmatch(r"-?[\d,.]+", answer)]
+    num_refused = 0
+    for _ in range(300):
+        gold = chosen.choice(golds)
+        changed = re.sub(r"\d", lambda digit: chosen.choice([digit.group(), str(chosen.randrange(1, 10))]), gold)
+        parsed = [_parse(gold), _parse(chosen.choice([changed, f"-{gold}", f"{gold} + 0", chosen.choice(golds)]))]
+        if all(parsed) and _surely_differ(parsed[0][0], parsed[1][0]):
+            num_refused += 1
+            assert not verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None), parsed
+    assert num_refused > 30
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("x", "y"),
+        ("5\\%", "0.06"),
+        ("0.333333", "1/3"),
+        ("2\\sqrt{2}", "2.828427"),
+        ("x(x+1)", "x^2+x"),
+        ("1", "\\infty"),
+    ],
+)
+def test_what_math_verify_has_rules_for_is_left_to_it(gold: str, prediction: str) -> None:
+    assert not _surely_differ(_parse(gold)[0], _parse(prediction)[0])
 
 
 # --- any text ---------------------------------------------------------------------------------------------------------
