@@ -86,6 +86,8 @@ class Completion:
     finish: Finish
     policy_version: tuple[int, int]
     """(oldest, newest) weights that produced these tokens."""
+    version_spans: list[tuple[int, int]] = field(default_factory=list)
+    """(version, number of tokens) in order, from engines that know it token by token: [(3, 17), (4, 5)]."""
 
 
 class Status(StrEnum):
@@ -128,6 +130,8 @@ class Turn:
     """The completion as an assistant message, for rewards and people."""
     replies: list[Message] = field(default_factory=list)
     """What the environment answered (tool results, user messages); never trained on."""
+    version_spans: list[tuple[int, int]] = field(default_factory=list)
+    """(version, number of tokens) in order, from engines that know it token by token."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -21,6 +21,7 @@ from llmrl.config.fields import (
     VerifyConfig,
 )
 from llmrl.config.parsing import load_config, parse, save_config, to_dict
+from llmrl.config.vllm import VllmConfig
 
 __all__ = [
     "MISSING",
@@ -36,6 +37,7 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "VerifyConfig",
+    "VllmConfig",
     "load_config",
     "parse",
     "save_config",

@@ -58,6 +58,7 @@ def validate(config: Config) -> None:
         f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
         "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
+    found += _vllm_findings(c)
     check(
         0 <= c.verify.max_unscored_frac <= 1,
         f"verify.max_unscored_frac is {c.verify.max_unscored_frac}: must lie between 0 and 1",
@@ -71,6 +72,26 @@ def validate(config: Config) -> None:
         check(c.eval.steps > 0, "eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
     if found:
         raise UserError("configuration:\n" + "\n".join(f"  - {line}" for line in found))
+
+
+def _vllm_findings(config: Config) -> list[str]:
+    options = config.rollout.vllm
+    if options is None:
+        return []
+    if not config.rollout.engine.startswith("vllm"):
+        return [f"rollout.vllm is set but rollout.engine is {config.rollout.engine}, which does not read it"]
+    sizes = {
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "data_parallel_size": options.data_parallel_size,
+        "max_model_len": _given(options.max_model_len, 1),
+        "kv_cache_memory_bytes": _given(options.kv_cache_memory_bytes, 1),
+    }
+    found = [f"rollout.vllm.{name} is {value}: must be at least 1" for name, value in sizes.items() if value < 1]
+    if not 0 < options.gpu_memory_utilization <= 1:
+        found.append(
+            f"rollout.vllm.gpu_memory_utilization is {options.gpu_memory_utilization}: a share above 0, up to 1"
+        )
+    return found
 
 
 def _given(value: Any, otherwise: Any) -> Any:

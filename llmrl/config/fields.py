@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmrl.config.algo import AlgoConfig
+from llmrl.config.vllm import VllmConfig
 
 MISSING = "???"
 """Stands for a required field that nobody has set."""
@@ -77,8 +78,10 @@ class DataConfig:
 class RolloutConfig:
     """How completions are drawn."""
 
-    engine: Literal["hf"] = "hf"
-    """`hf`: the sampler of this project, in the trainer's process."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """`hf`: the sampler of this project, in the trainer's process. `vllm`: vLLM beside the trainer, on its devices."""
+    vllm: VllmConfig | None = None
+    """Options of the vLLM engines."""
     num_prompts: int = 16
     """P: tasks per step, over all processes."""
     num_generations: int = 8
@@ -90,7 +93,7 @@ class RolloutConfig:
     top_k: int = 0
     """0 keeps the whole vocabulary. Training needs the full support (top_p 1, top_k 0): see `validate`."""
     max_num_seqs: int = 128
-    """Rows decoded together by the `hf` engine; a finished row's place goes to the next waiting one."""
+    """Rows an engine decodes together; a finished row's place goes to the next waiting one."""
 
 
 @dataclass

@@ -114,6 +114,7 @@ class Collector:
             rollout_logprobs=completion.logprobs,
             finish=completion.finish,
             policy_version=completion.policy_version,
+            version_spans=completion.version_spans,
             message=self.chat.parse(completion.token_ids),
             seconds={"generate": time.perf_counter() - start},
         )

@@ -283,6 +283,19 @@ def make_algorithm(config: Config, rubric: Rubric | None = None) -> Algorithm:
 
 def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
     """The engine that `rollout.engine` names, serving the policy's weights."""
+    if config.rollout.engine == "vllm":
+        from llmrl.rollout.vllm_engine import VllmEngine
+
+        remote_code = config.model.trust_remote_code
+        return VllmEngine(
+            model.config,
+            options=config.rollout.vllm,
+            dtype=config.model.dtype,
+            max_num_seqs=config.rollout.max_num_seqs,
+            device=device,
+            trust_remote_code=remote_code,
+            path=config.model.path if remote_code else None,
+        )
     import torch
 
     from llmrl.rollout.hf_engine import HFEngine
@@ -295,6 +308,11 @@ def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: 
         device=device,
         attn_implementation=config.model.attn_implementation,
     )
+
+
+def engine_dtype(config: Config) -> str:
+    """The type the engine computes in."""
+    return (config.rollout.vllm and config.rollout.vllm.dtype) or config.model.dtype
 
 
 def _console(config: Config, accelerator: Accelerator) -> Console:
@@ -340,7 +358,7 @@ def _assemble(
         policy=policy,
         learner=learner,
         engine=engine,
-        sync=WeightSync(policy, engine, vocab_size=vocab_size, dtype=config.model.dtype),
+        sync=WeightSync(policy, engine, vocab_size=vocab_size, dtype=engine_dtype(config)),
         collector=Collector(engine, chat, rubric, config.rollout, seed=config.train.seed),
         algorithm=algorithm,
         health=Health(on_policy=learner.steps_per_batch == 1),

