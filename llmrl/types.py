@@ -318,6 +318,8 @@ class ForwardOutputs:
     """With gradient."""
     entropy: Float[Tensor, " M"]
     """Of the next-token distribution, in nats; with gradient where the algorithm asked for it."""
+    hidden: Float[Tensor, "M H"] | None = None
+    """What the output head computed them from; without gradient, and only where it was asked for."""
     values: Float[Tensor, " M"] | None = None
     """The critic's value of the state before each trained token."""
 

@@ -35,7 +35,9 @@ class Needs:
     collisions: bool = False
     """`extras["collisions"]`: sum_v p(v)^2 under that policy."""
     influence: bool = False
-    """`extras["influence"]`: each token's influence on the tokens that `influence_weights` chooses."""
+    """`extras["influence"]`: each token's influence on the group's tokens that `extras["influence_weights"]`, set by
+    `prepare`, give a weight above 0. Either `refine` finds it; or, where only one optimizer step uses the batch and
+    none of the three above is asked for, `reweight` does, group by group, while the group is trained on."""
     greedy_reward: bool = False
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     refine: bool = False
@@ -51,8 +53,11 @@ class Algorithm(Protocol):
         """Stage 4: set every rollout's advantage and lay out the training samples. Runs on every rank, alike."""
         ...
 
-    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
-        """W of each sample's tokens in M = sum_k w_k g_k h_k^T of its group; only asked with `needs.influence`."""
+    def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
+        """After `refine`: change the advantages of the `samples` of one group by their `extras["influence"]`.
+
+        Runs once for each group that has a weight and was not scored before `refine`, in the end on every process.
+        """
         ...
 
     def refine(self, batch: TrainBatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llmrl.algo import advantages as adv
@@ -18,7 +19,7 @@ from llmrl.algo.algorithm import Needs, reward_matrix, samples_of
 from llmrl.algo.mixing import mixed_rewards
 from llmrl.algo.presets import resolve
 from llmrl.algo.reduce import GROUP_TOKENS, aggregate
-from llmrl.algo.refine import KL_COV, Refinement
+from llmrl.algo.refine import INFLUENCE_WEIGHTS, KL_COV, Refinement
 from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -135,24 +136,28 @@ class GRPO:
                 totals[s.group] += s.num_tokens
             for s in samples:
                 s.extras[GROUP_TOKENS] = s.advantages * 0 + totals[s.group]
+        if self.needs.influence:
+            self._set_influence_weights(samples, groups)
         return samples
 
-    # --- between 4 and 5 ---
-
-    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
-        """THR's 1 / response length (NTHR's 1) for samples of correct responses, 0 for others and for groups whose
+    def _set_influence_weights(self, samples: list[Sample], groups: list[RolloutGroup]) -> None:
+        """THR's 1 / response length (NTHR's 1) for tokens of correct responses, 0 for others and for groups whose
         responses are all correct: those are not reweighted.
         """
-        correct, total = self.correct(batch.groups), lengths(batch.groups)
+        correct, total = self.correct(groups), lengths(groups)
         mixed = ~adv.flat_groups(correct)
-        places = {(p, r.index): (p, g) for p, group in enumerate(batch.groups) for g, r in enumerate(group.rollouts)}
-        weights = []
+        places = {(p, r.index): (p, g) for p, group in enumerate(groups) for g, r in enumerate(group.rollouts)}
         for s in samples:
             place = places[s.group, s.index]
             right = bool(mixed[s.group]) and correct[place].item() == 1
             unit = 1.0 if self.config.token_weighting == "nthr" else 1.0 / total[place].item()
-            weights.append(unit if right else 0.0)
-        return weights
+            s.extras[INFLUENCE_WEIGHTS] = np.full(s.num_tokens, unit if right else 0.0, np.float32)
+
+    # --- between 4 and 5 ---
+
+    def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
+        """Token Hidden Reward in one group."""
+        Refinement(self, batch, samples).reweight(samples[0].group)
 
     def refine(self, batch: TrainBatch) -> None:
         """Change advantages by what the policy that took the batch thinks of its tokens; see `refine.py`."""

@@ -17,24 +17,28 @@ from llmrl.algo import kl, masks
 from llmrl.algo import token_hidden_reward as thr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from llmrl.algo.grpo import GRPO
     from llmrl.types import Sample, TrainBatch
 
-INFLUENCE, ENTROPIES, COLLISIONS, KL_COV = "influence", "old_entropies", "collisions", "kl_cov"
+INFLUENCE, INFLUENCE_WEIGHTS = "influence", "influence_weights"
+ENTROPIES, COLLISIONS, KL_COV = "old_entropies", "collisions", "kl_cov"
 
 
 class Refinement:
-    """One pass of `refine` over one batch.
+    """One pass of `refine` over one batch, or over the `samples` of it that are given.
 
     A rollout may be several samples (a rewritten context); `self.rollouts` holds the samples of each, in order.
     """
 
-    def __init__(self, algorithm: GRPO, batch: TrainBatch) -> None:
+    def __init__(self, algorithm: GRPO, batch: TrainBatch, samples: list[Sample] | None = None) -> None:
         self.algorithm, self.config, self.batch = algorithm, algorithm.config, batch
+        self.samples = batch.samples if samples is None else samples
         self.rollouts: dict[tuple[int, int], list[Sample]] = {}
-        for sample in batch.samples:
+        for sample in self.samples:
             self.rollouts.setdefault((sample.group, sample.index), []).append(sample)
 
     def run(self) -> None:
@@ -46,16 +50,21 @@ class Refinement:
             self.token_baseline()
         if c.whiten_advantages:
             self.whiten()
+        if c.token_weighting == "thr":
+            self.batch.metrics["thr/p"] = self.thr_p
         if c.token_weighting != "none":
-            self.weigh_tokens()
+            for p in range(len(self.batch.groups)):
+                self.weigh_tokens(p)
         if (c.top_entropy_quantile or 1) < 1:
             self.keep_high_entropy()
         if c.policy_loss in ("clip_cov", "kl_cov"):
             self.hold_back_covariance()
-        for sample in self.batch.samples:
-            for name in (INFLUENCE, ENTROPIES, COLLISIONS):
-                sample.extras.pop(name, None)
-        self._write_back()
+        self._finish(range(len(self.batch.groups)))
+
+    def reweight(self, p: int) -> None:
+        """Token Hidden Reward alone, in one group."""
+        self.weigh_tokens(p)
+        self._finish([p])
 
     def subtract_kl(self) -> None:
         """KL in the reward: off the whole rollout's reward, before the baseline; with baseline none off each token's,
@@ -101,46 +110,46 @@ class Refinement:
 
     def whiten(self) -> None:
         """Mean 0 and deviation 1 over all tokens of the batch."""
-        samples = self.batch.samples
+        samples = self.samples
         if samples:
             self._set(samples, adv.whiten(_stream(samples, "advantages")))
 
-    def weigh_tokens(self) -> None:
-        """Token Hidden Reward or NTHR: a factor on every token of the groups that were scored."""
-        c, correct = self.config, self.algorithm.correct(self.batch.groups)
-        p_now = thr.scheduled_p(self.batch.policy_version, start=c.thr_p or 0.0, end=c.thr_p_end, steps=c.thr_p_steps)
-        kept = scored = 0.0
-        for p, group in enumerate(self.batch.groups):
-            right = {r.index: correct[p, g].item() == 1 for g, r in enumerate(group.rollouts)}
-            found = {
-                index: _stream(samples, INFLUENCE)
-                for (number, index), samples in self.rollouts.items()
-                if number == p and INFLUENCE in samples[0].extras
-            }
-            if not any(right[index] for index in found):
-                continue
-            above = thr.threshold(
-                list(found.values()),
-                [right[i] for i in found],
-                rule=c.thr_threshold,
-                value=c.thr_threshold_value or 0.0,
-            )
-            known = correct[p][~torch.isnan(correct[p])] == 1
-            eta = thr.nthr_eta(known) if c.nthr_eta is None else c.nthr_eta
-            for rollout in group.rollouts:
-                if rollout.index not in found:
-                    continue
-                influences, is_right = found[rollout.index], right[rollout.index]
-                score = influences if is_right else -influences
-                if c.token_weighting == "thr":
-                    weights = thr.thr_weights(score, p=p_now, above=above)
-                else:
-                    weights = torch.ones_like(score) if is_right else thr.nthr_weights(influences, eta=eta, above=above)
-                samples = self.rollouts[p, rollout.index]
-                self._set(samples, _stream(samples, "advantages") * weights)
-                rollout.token_scores[c.token_weighting] = score.tolist()
-                kept, scored = kept + (weights != 0).sum().item(), scored + len(weights)
-        self.batch.metrics |= {"thr/p": p_now, "thr/kept_frac": kept / scored if scored else 1.0}
+    def weigh_tokens(self, p: int) -> None:
+        """Token Hidden Reward or NTHR: a factor on every token of group `p`, if it was scored."""
+        c, group = self.config, self.batch.groups[p]
+        scored = {r.index: self.rollouts[p, r.index] for r in group.rollouts if (p, r.index) in self.rollouts}
+        scored = {index: samples for index, samples in scored.items() if INFLUENCE in samples[0].extras}
+        (correct,) = self.algorithm.correct([group])
+        right = {r.index: value == 1 for r, value in zip(group.rollouts, correct.tolist(), strict=True)}
+        if not any(right[index] for index in scored):
+            return
+        influences = {index: _stream(samples, INFLUENCE) for index, samples in scored.items()}
+        rule = {"rule": c.thr_threshold, "value": c.thr_threshold_value or 0.0}
+        above = thr.threshold([*influences.values()], [right[index] for index in scored], **rule)
+        eta = thr.nthr_eta(correct[~torch.isnan(correct)] == 1) if c.nthr_eta is None else c.nthr_eta
+        for rollout in (r for r in group.rollouts if r.index in scored):
+            influence, is_right = influences[rollout.index], right[rollout.index]
+            score = influence if is_right else -influence
+            if c.token_weighting == "thr":
+                weights = thr.thr_weights(score, p=self.thr_p, above=above)
+            else:
+                weights = torch.ones_like(score) if is_right else thr.nthr_weights(influence, eta=eta, above=above)
+            samples = scored[rollout.index]
+            self._set(samples, _stream(samples, "advantages") * weights)
+            rollout.token_scores[c.token_weighting] = score.tolist()
+            self._count(int((weights != 0).sum()), len(weights))
+
+    @property
+    def thr_p(self) -> float:
+        """THR's p at this step."""
+        c = self.config
+        return thr.scheduled_p(self.batch.policy_version, start=c.thr_p or 0.0, end=c.thr_p_end, steps=c.thr_p_steps)
+
+    def _count(self, num_kept: int, num_scored: int) -> None:
+        metrics = self.batch.metrics
+        metrics["thr/kept_tokens"] = metrics.get("thr/kept_tokens", 0) + num_kept
+        metrics["thr/scored_tokens"] = metrics.get("thr/scored_tokens", 0) + num_scored
+        metrics["thr/kept_frac"] = metrics["thr/kept_tokens"] / metrics["thr/scored_tokens"]
 
     def keep_high_entropy(self) -> None:
         """Advantage 0 (so no policy loss) for all but the tokens of highest entropy among those that carry signal."""
@@ -151,7 +160,7 @@ class Refinement:
 
     def hold_back_covariance(self) -> None:
         """Clip-Cov: advantage 0 for the drawn tokens. KL-Cov: a stream that says where the loss penalises movement."""
-        for sample in self.batch.samples if self.config.policy_loss == "kl_cov" else ():
+        for sample in self.samples if self.config.policy_loss == "kl_cov" else ():
             sample.extras[KL_COV] = np.zeros_like(sample.advantages)
         samples = self._with_signal()
         if not samples:
@@ -169,16 +178,19 @@ class Refinement:
                 sample.extras[KL_COV] = values.numpy()
 
     def _with_signal(self) -> list[Sample]:
-        return [sample for sample in self.batch.samples if np.any(sample.advantages)]
+        return [sample for sample in self.samples if np.any(sample.advantages)]
 
     def _set(self, samples: list[Sample], values: Tensor) -> None:
         for sample, part in zip(samples, values.split([s.num_tokens for s in samples]), strict=True):
             sample.advantages = part.numpy().astype(np.float32)
 
-    def _write_back(self) -> None:
-        """Rollouts show what was trained on: one number, or one per token."""
-        for p, group in enumerate(self.batch.groups):
-            for rollout in group.rollouts:
+    def _finish(self, groups: Iterable[int]) -> None:
+        """Drop the streams that were used. Rollouts show what was trained on: one number, or one per token."""
+        for sample in self.samples:
+            for name in (INFLUENCE, ENTROPIES, COLLISIONS):
+                sample.extras.pop(name, None)
+        for p in groups:
+            for rollout in self.batch.groups[p].rollouts:
                 if samples := self.rollouts.get((p, rollout.index)):
                     values = np.concatenate([s.advantages for s in samples])
                     same = len(values) and np.all(values == values[0])

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from llmrl.algo.presets import resolve
+from llmrl.algo.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.errors import RunFailed
-from llmrl.train.packing import build_micro_batch, plan_micro_batches
+from llmrl.train.influence import Reweighting, group_influence, groups_to_score
+from llmrl.train.packing import build_micro_batch, fits, plan_micro_batches
 from llmrl.train.policy import evaluating
 from llmrl.train.prefixes import share_prefixes, single_trees
 from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
@@ -71,14 +73,14 @@ class Learner:
             RunFailed: more than `train.max_skipped_steps` optimizer steps had a non-finite gradient.
         """
         computed = _with_gradient(batch.samples, algorithm)
-        self._fill_all(computed, batch, algorithm)
+        to_reweight = self._fill_all(computed, algorithm)
         if algorithm.needs.refine:
             algorithm.refine(batch)
         self.policy.module.train()
         reports = []
         for _ in range(self.num_iterations):
             for mini_batch in self._mini_batches(batch):
-                reports.append(self._step(mini_batch, batch, algorithm))
+                reports.append(self._step(mini_batch, batch, algorithm, to_reweight))
         keys = dict.fromkeys(key for report in reports for key in report)
         means = {key: float(np.mean([report[key] for report in reports if key in report])) for key in keys}
         # Later steps measure the update, not the mismatch.
@@ -98,8 +100,10 @@ class Learner:
         parts = [set(order[k :: self.num_mini_batches].tolist()) for k in range(self.num_mini_batches)]
         return [[s for s in batch.samples if s.group in part] for part in parts]
 
-    def _step(self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
-        """One optimizer step over one mini-batch."""
+    def _step(
+        self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm, to_reweight: set[int]
+    ) -> dict[str, float]:
+        """One optimizer step over one mini-batch; the groups in `to_reweight` get their advantages on the way."""
         counts = Counts(
             num_tokens=max(1, sum(s.num_tokens for s in samples)),
             num_sequences=max(1, len(samples)),
@@ -108,12 +112,14 @@ class Learner:
         )
         computed = _with_gradient(samples, algorithm)
         num_computed = max(1, sum(s.num_tokens for s in computed))
-        micro_batches = self._micro_batches(computed)
+        micro_batches = self._micro_batches(computed, whole=to_reweight)
         totals: dict[str, Tensor] = {}
+        reweighting = Reweighting(self.policy, algorithm, batch, computed, to_reweight)
         for number, micro_batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.module):
-                outputs = self.policy.forward(micro_batch)
+                outputs = self.policy.forward(micro_batch, with_hidden=bool(to_reweight))
+                reweighting.apply(micro_batch, outputs)
                 loss, metrics = algorithm.loss(outputs, micro_batch, counts)
                 loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
                 # Data-parallel wrappers average gradients over processes; the shares of the loss are to be added.
@@ -121,6 +127,8 @@ class Learner:
             metrics |= {"loss/total": loss.detach(), **_mismatch(outputs.logprobs.detach(), micro_batch, num_computed)}
             metrics["policy/entropy"] = outputs.entropy.detach().sum() / num_computed
             _accumulate(totals, metrics)
+        if to_reweight:
+            reweighting.adopt(self._gather(reweighting.found))
         totals = self._reduce(totals)
         grad_norm = self._clip()
         report = {key: value.item() for key, value in totals.items()} | {"policy/grad_norm": grad_norm}
@@ -160,35 +168,45 @@ class Learner:
         share = self.config.share_prefixes and self.policy.can_share_prefixes
         return share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
 
-    def _fill_all(self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm) -> None:
-        """Compute what the loss and `refine` need of the policy as it is now, and of the reference."""
+    def _fill_all(self, samples: list[Sample], algorithm: Algorithm) -> set[int]:
+        """Compute what the loss and `refine` need of the policy as it is now, and of the reference.
+
+        Returns the groups whose influences are left to the forward pass that trains on them: those that fit into one
+        micro-batch, where nothing else is asked of the policy as it is now.
+        """
         needs = algorithm.needs
         if needs.ref_logprobs:
             self._fill(samples, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
         wants_old = self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies
-        waiting = samples
+        waiting, later = samples, set()
         if needs.influence:
-            scored = self._fill_influence(samples, algorithm.influence_weights(samples, batch), with_old=wants_old)
+            groups = groups_to_score(samples)
+            later = set() if wants_old else {g for g, members in groups.items() if self._fits(samples, members)}
+            now = [members for group, members in groups.items() if group not in later]
+            scored = self._fill_influence(samples, now, with_old=wants_old)
             if not needs.old_entropies:  # that pass has the log-probabilities too
                 waiting = [sample for index, sample in enumerate(samples) if index not in scored]
         if wants_old:
             names = ["old_logprobs", "old_entropies"] if needs.old_entropies else ["old_logprobs"]
             self._fill(waiting, lambda micro_batch: self._old_streams(micro_batch, names))
         if needs.collisions:
-            self._fill(samples, self._collisions)
+            self._fill(samples, lambda micro_batch: {"collisions": self.policy.collisions(micro_batch)})
+        return later
+
+    def _fits(self, samples: list[Sample], group: list[int]) -> bool:
+        lengths = [tree.length for tree in self._trees([samples[i] for i in group])]
+        return fits(lengths, max_tokens=self.max_tokens, packing=self.config.packing)
 
     def _old_streams(self, micro_batch: MicroBatch, names: list[str]) -> dict[str, Tensor]:
         outputs = self.policy.forward(micro_batch)
         streams = {"old_logprobs": outputs.logprobs, "old_entropies": outputs.entropy}
         return {name: streams[name] for name in names}
 
-    def _collisions(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        hidden = self.policy.token_hidden_states(micro_batch)
-        return {"collisions": self.policy.token_statistics(hidden, micro_batch.targets, micro_batch.targets[:0])[1]}
-
     @torch.no_grad()
     def _fill(self, samples: list[Sample], compute: Callable[[MicroBatch], dict[str, Tensor]]) -> None:
         """Compute streams once for all samples, each process its share, and set them on all of them everywhere."""
+        if not samples:
+            return
         found: dict[int, dict[str, np.ndarray]] = {}
         # accelerate puts the policy's forward pass under autocast; the reference's has to round alike.
         with evaluating(self.policy.module), self.accelerator.autocast():
@@ -197,45 +215,40 @@ class Learner:
         self._share_streams(samples, found)
 
     @torch.no_grad()
-    def _fill_influence(self, samples: list[Sample], weights: list[float], *, with_old: bool) -> set[int]:
-        """`extras["influence"]` (and the old log-probabilities) of the samples of groups with a weight above 0.
+    def _fill_influence(self, samples: list[Sample], groups: list[list[int]], *, with_old: bool) -> set[int]:
+        """`extras["influence"]` (and the old log-probabilities) of the samples of groups, given by their indices.
 
         A group is whole on one process, which holds the hidden states of one group at a time. Returns which samples.
         """
-        groups: dict[int, list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault(sample.group, []).append(index)
-        chosen = [indices for indices in groups.values() if any(weights[i] for i in indices)]
-        tokens = [sum(len(samples[i].input_ids) for i in indices) for indices in chosen]
+        tokens = [sum(len(samples[i].input_ids) for i in indices) for indices in groups]
         plans = plan_micro_batches(tokens, max_tokens=1, num_processes=self.accelerator.num_processes, packing=False)
         found: dict[int, dict[str, np.ndarray]] = {}
         with evaluating(self.policy.module), self.accelerator.autocast():
             for number in (i for rows in plans[self.accelerator.process_index] for row in rows for i in row):
-                self._influence_of_group(samples, weights, chosen[number], found)
+                self._influence_of_group(samples, groups[number], found)
         if not with_old:
             for streams in found.values():
                 del streams["old_logprobs"]
         return set(self._share_streams(samples, found))
 
     def _influence_of_group(
-        self, samples: list[Sample], weights: list[float], indices: list[int], found: dict[int, dict[str, np.ndarray]]
+        self, samples: list[Sample], indices: list[int], found: dict[int, dict[str, np.ndarray]]
     ) -> None:
-        from llmrl.algo.token_hidden_reward import influence, influence_matrix, prediction_errors
-
         micro_batches = self._micro_batches([samples[i] for i in indices], alone=True)
+        outputs = [self.policy.forward(micro_batch, with_hidden=True, alone=True) for micro_batch in micro_batches]
         order = [indices[i] for micro_batch in micro_batches for i in micro_batch.sample_indices]
         lengths = torch.cat([micro_batch.sequence_lengths for micro_batch in micro_batches])
-        targets = torch.cat([micro_batch.targets for micro_batch in micro_batches])
-        hidden = torch.cat([self.policy.token_hidden_states(micro_batch) for micro_batch in micro_batches])
-        token_weights = torch.tensor([weights[i] for i in order], device=hidden.device).repeat_interleave(lengths)
-        vocabulary, columns = targets.unique(return_inverse=True)
-        logprobs, _, probabilities = self.policy.token_statistics(hidden, targets, vocabulary)
-        hidden, errors = hidden.float(), prediction_errors(probabilities, columns)
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores = influence(errors, hidden, influence_matrix(errors, hidden, token_weights))
+        logprobs = torch.cat([output.logprobs for output in outputs])
+        scores = group_influence(
+            self.policy,
+            torch.cat([output.hidden for output in outputs if output.hidden is not None]),
+            logprobs,
+            torch.cat([micro_batch.targets for micro_batch in micro_batches]),
+            torch.cat([micro_batch.extras[INFLUENCE_WEIGHTS] for micro_batch in micro_batches]),
+        )
         streams = torch.stack([scores, logprobs]).cpu().numpy()
         for index, part in zip(order, np.split(streams, lengths.cumsum(0).tolist()[:-1], axis=1), strict=True):
-            found[index] = {"influence": part[0], "old_logprobs": part[1]}
+            found[index] = {INFLUENCE: part[0], "old_logprobs": part[1]}
 
     def _share_streams(
         self, samples: list[Sample], found: dict[int, dict[str, np.ndarray]]
@@ -244,10 +257,7 @@ class Learner:
 
         Returns those of all processes.
         """
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            found = dict(gather_object(list(found.items())))
+        found = self._gather(found)
         for index, streams in found.items():
             for name, values in streams.items():
                 if hasattr(samples[index], name):
@@ -255,6 +265,14 @@ class Learner:
                 else:
                     samples[index].extras[name] = values
         return found
+
+    def _gather(self, found: dict[int, Any]) -> dict[int, Any]:
+        """What all processes found, by index of sample."""
+        if self.accelerator.num_processes == 1:
+            return found
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(found.items())))
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add (or take the maximum of) every metric over processes, in one collective each."""

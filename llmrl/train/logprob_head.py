@@ -44,47 +44,62 @@ def token_logprobs(
     Returns:
         (log-probabilities, entropies in nats).
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        # The backward pass computes the logits again, outside autocast: both must see the same rounded hidden states.
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+    hidden = _rounded(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
-def token_statistics(
+def token_collisions(
     hidden: Float[Tensor, "M H"],
     weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, " M"],
-    vocabulary: Int[Tensor, " W"],
     *,
     temperature: float = 1.0,
     bias: Float[Tensor, " V"] | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
-    """Without gradient: log-probabilities of `targets`, sum_v p(v)^2, and probabilities of the tokens in `vocabulary`.
-
-    The arguments are those of `token_logprobs`.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-    collisions = torch.empty_like(logprobs)
-    probabilities = hidden.new_empty((len(hidden), len(vocabulary)), dtype=torch.float32)
-    with torch.autocast(device, enabled=False):
+) -> Float[Tensor, " M"]:
+    """sum_v p(v)^2 of each next-token distribution, without gradient. The arguments are those of `token_logprobs`."""
+    hidden = _rounded(hidden)
+    collisions = hidden.new_empty(len(hidden), dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(len(hidden), len(weight)):
             logits, _ = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))
-            chosen = logits.gather(1, targets[rows, None])[:, 0]
-            highest = logits.amax(dim=1, keepdim=True)
-            unnormalised = logits.sub_(highest).exp_()
-            total = unnormalised.sum(dim=1)
-            logprobs[rows] = chosen - highest[:, 0] - total.log()
-            collisions[rows] = torch.linalg.vecdot(unnormalised, unnormalised) / total.square()
-            torch.div(unnormalised[:, vocabulary], total[:, None], out=probabilities[rows])
-    return logprobs, collisions, probabilities
+            collisions[rows] = logits.softmax(dim=1).square_().sum(dim=1)
+    return collisions
+
+
+@torch.no_grad()
+def restricted_probabilities(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    logprobs: Float[Tensor, " M"],
+    vocabulary: Int[Tensor, " W"],
+    columns: Int[Tensor, " M"],
+    *,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "M W"]:
+    """Probabilities of the tokens in `vocabulary` alone, without gradient and without the logits of the others.
+
+    p(v) = p(y) exp(z(v) - z(y)): the log-probability of the target y stands for the sum over the whole vocabulary.
+
+    `logprobs` are those of each row's target, which is at `columns` of `vocabulary`; the other arguments are those of
+    `token_logprobs`.
+    """
+    hidden = _rounded(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if bias is None else bias[vocabulary]
+        logits, _ = _logits(hidden, weight[vocabulary], bias, (temperature, softcap, scale))
+        return logits.add_((logprobs - logits.gather(1, columns[:, None])[:, 0])[:, None]).exp_()
+
+
+def _rounded(hidden: Tensor) -> Tensor:
+    """Hidden states in autocast's type: the backward pass computes logits again, outside autocast, from these."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 class _Head(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import RunFailed, UserError
-from llmrl.train.logprob_head import token_logprobs, token_statistics
+from llmrl.train.logprob_head import restricted_probabilities, token_collisions, token_logprobs
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.prefixes import Cost, Tree
 from llmrl.types import ForwardOutputs, Sample
@@ -170,13 +170,16 @@ class PolicyModule(nn.Module):
         targets: Int[Tensor, " M"],
         attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
         temperature: float | None = None,
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-        """(log-probabilities, entropies) of `targets`, each predicted by the hidden state at its `predict_from`."""
+        with_hidden: bool = False,
+    ) -> dict[str, Tensor]:
+        """Fields of `ForwardOutputs` of `targets`, each predicted by the hidden state at its `predict_from`."""
         hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
         options = self.head_options()
         if temperature is not None:
             options["temperature"] = temperature
-        return token_logprobs(hidden, self.head_weight, targets, **options)
+        logprobs, entropy = token_logprobs(hidden, self.head_weight, targets, **options)
+        outputs = {"logprobs": logprobs, "entropy": entropy}
+        return outputs | {"hidden": hidden.detach()} if with_hidden else outputs
 
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
@@ -210,10 +213,14 @@ class Policy:
         if keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.bare).eval().requires_grad_(False)
 
-    def forward(self, batch: MicroBatch) -> ForwardOutputs:
-        """Log-probabilities (with gradient) of the trained tokens, through the data-parallel wrapper."""
-        logprobs, entropy = self.module(*_inputs(batch))
-        return ForwardOutputs(logprobs=logprobs, entropy=entropy)
+    def forward(self, batch: MicroBatch, *, with_hidden: bool = False, alone: bool = False) -> ForwardOutputs:
+        """Log-probabilities (with gradient) of the trained tokens, and what they were computed from if asked for.
+
+        It goes through the data-parallel wrapper; `alone` goes round it, so that processes may call it differently
+        often.
+        """
+        module = self.bare if alone else self.module
+        return ForwardOutputs(**module(*_inputs(batch), with_hidden=with_hidden))
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
@@ -221,27 +228,30 @@ class Policy:
         inputs = _inputs(batch)
         if self.has_adapters:
             with self.bare.model.disable_adapter():  # pyright: ignore[reportCallIssue]
-                return self.module(*inputs)[0]
+                return self.module(*inputs)["logprobs"]
         if self._reference is None:
             raise RunFailed("reference log-probabilities were asked for, but no reference model was kept")
-        return self._reference.to(batch.input_ids.device)(*inputs)[0]
+        return self._reference.to(batch.input_ids.device)(*inputs)["logprobs"]
 
     @torch.no_grad()
-    def token_hidden_states(self, batch: MicroBatch) -> Float[Tensor, "M H"]:
-        """The input of the output head that predicts each trained token.
-
-        It goes round the data-parallel wrapper, so processes may call it differently often.
-        """
+    def collisions(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """sum_v p(v)^2 of the distribution that each trained token was drawn from."""
         hidden = self.bare.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
-        return hidden.flatten(0, 1)[batch.predict_from]
+        hidden = hidden.flatten(0, 1)[batch.predict_from]
+        return token_collisions(hidden, self.bare.head_weight, **self.bare.head_options())
 
-    def token_statistics(
-        self, hidden: Float[Tensor, "M H"], targets: Int[Tensor, " M"], vocabulary: Int[Tensor, " W"]
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M W"]]:
-        """Log-probabilities of `targets`, sum_v p(v)^2, probabilities of `vocabulary`, from `token_hidden_states`."""
-        return token_statistics(hidden, self.bare.head_weight, targets, vocabulary, **self.bare.head_options())
+    def restricted_probabilities(
+        self,
+        hidden: Float[Tensor, "M H"],
+        logprobs: Float[Tensor, " M"],
+        vocabulary: Int[Tensor, " W"],
+        columns: Int[Tensor, " M"],
+    ) -> Float[Tensor, "M W"]:
+        """Probabilities of the tokens of `vocabulary`; the targets are at `columns` of it and have `logprobs`."""
+        options = self.bare.head_options()
+        return restricted_probabilities(hidden, self.bare.head_weight, logprobs, vocabulary, columns, **options)
 
-    def _exact(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def _exact(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """The forward pass in the weights' own type: accelerate's mixed precision replaces the instance's `forward`."""
         return PolicyModule.forward(self.bare, *inputs, **options)
 
@@ -253,8 +263,8 @@ class Policy:
             for sequence in sequences:
                 ids = torch.tensor([sequence], device=self.device)
                 places = torch.arange(len(sequence), device=self.device)
-                logprobs, _ = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
-                rows.append(logprobs.tolist())
+                outputs = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
+                rows.append(outputs["logprobs"].tolist())
         return rows
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -321,7 +331,7 @@ class Policy:
 
     def _compare(self, what: str, batch: MicroBatch, plain: Float[Tensor, " M"], fix: str) -> None:
         with evaluating(self.bare):
-            ours, _ = self._exact(*_inputs(batch), temperature=1.0)
+            ours = self._exact(*_inputs(batch), temperature=1.0)["logprobs"]
         tolerance = CHECK_TOLERANCE[next(self.bare.parameters()).dtype]
         gap = (ours - plain).abs().max().item()
         if not gap <= tolerance:

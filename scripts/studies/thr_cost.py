@@ -24,7 +24,7 @@ from llmrl.train.learner import Learner
 from llmrl.train.policy import Policy
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
-VOCABULARY, PROMPT, COMPLETION, GROUPS, SIZE, REPETITIONS = 32_000, 64, 96, 4, 8, 4
+VOCABULARY, PROMPT, COMPLETION, GROUPS, SIZE, REPETITIONS = 32_000, 64, 96, 4, 8, 8
 ARMS: dict[str, dict[str, Any]] = {"grpo": {}, "thr": {"token_weighting": "thr", "thr_p": 0.1}}
 
 

@@ -23,7 +23,7 @@ from llmrl.algo.token_hidden_reward import (
 )
 from llmrl.config import AlgoConfig
 from llmrl.train.learner import Learner
-from llmrl.train.policy import Policy
+from llmrl.train.policy import Policy, PolicyModule
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 from tests.invariance.cases import make_config, tiny_model, trained_parameters
 
@@ -175,10 +175,16 @@ def make_groups(seed: int) -> list[RolloutGroup]:
     return groups
 
 
-def update(seed: int, *, train: dict | None = None, **algo: object) -> tuple[dict, dict, list[RolloutGroup]]:
+def build(*, train: dict | None = None, **algo: object) -> tuple[Learner, GRPO]:
     config = make_config(algo=algo, train=train)
-    algorithm = GRPO(AlgoConfig(**algo), max_completion_length=16)  # pyright: ignore
-    learner = Learner(config, Policy(tiny_model(), temperature=1.0, keep_reference=False), Accelerator(cpu=True))
+    policy = Policy(tiny_model(), temperature=1.0, keep_reference=False)
+    policy.check_forward()
+    learner = Learner(config, policy, Accelerator(cpu=True))
+    return learner, GRPO(AlgoConfig(**algo), max_completion_length=16)  # pyright: ignore
+
+
+def update(seed: int, *, train: dict | None = None, **algo: object) -> tuple[dict, dict, list[RolloutGroup]]:
+    learner, algorithm = build(train=train, **algo)
     groups = make_groups(seed)
     metrics = learner.update(algorithm.prepare(groups, policy_version=0), algorithm)
     return metrics, trained_parameters(learner), groups
@@ -251,9 +257,40 @@ def scored(group: RolloutGroup) -> list[Rollout]:
 
 @pytest.mark.parametrize("preset", ["thr", "nthr"])
 def test_micro_batches_and_packing_change_nothing(preset: str, seed: int) -> None:
-    expected = flat(update(seed, name=preset)[1])
-    for train in ({"max_tokens_per_micro_batch": 1}, {"packing": False}, {"max_tokens_per_micro_batch": 20}):
-        torch.testing.assert_close(flat(update(seed, name=preset, train=train)[1]), expected, rtol=0, atol=2e-6)
+    _, parameters, groups = update(seed, name=preset)
+    expected, scores = flat(parameters), all_scores(groups)
+    layouts = [{"max_tokens_per_micro_batch": size} for size in (1, 20, 40, 60)]
+    for train in (*layouts, {"packing": False}, {"share_prefixes": False}):
+        _, parameters, groups = update(seed, name=preset, train=train)
+        torch.testing.assert_close(flat(parameters), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(all_scores(groups), scores, rtol=1e-4, atol=1e-5)
+
+
+def all_scores(groups: list[RolloutGroup]) -> Tensor:
+    scores = [r.token_scores.values() for group in groups for r in group.rollouts]
+    return torch.tensor([value for found in scores for values in found for value in values])
+
+
+@pytest.mark.parametrize(
+    ("algo", "max_tokens", "expected"),
+    [
+        ({"name": "grpo"}, 2048, 1),
+        ({"name": "thr"}, 2048, 1),  # scored in the forward pass that trains
+        ({"name": "thr"}, 1, 18),  # no group fits: a pass for each of the 9 samples to score it, another to train on it
+        ({"name": "thr", "num_mini_batches": 2}, 2048, 4),  # the old log-probabilities' pass, one for each group
+        ({"name": "thr", "top_entropy_quantile": 0.9}, 2048, 4),  # scores, then entropies, then the update
+    ],
+)
+def test_how_many_forward_passes_it_takes(
+    algo: dict, max_tokens: int, expected: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"max_tokens_per_micro_batch": max_tokens, "share_prefixes": False}
+    learner, algorithm = build(train=train, **(algo | {"thr_threshold": "none"} if algo["name"] == "thr" else algo))
+    batch = algorithm.prepare(make_groups(seed), policy_version=0)
+    calls, forward = [], PolicyModule.hidden_states
+    monkeypatch.setattr(PolicyModule, "hidden_states", lambda *args: calls.append(1) or forward(*args))
+    learner.update(batch, algorithm)
+    assert len(calls) == expected
 
 
 def test_nthr_touches_incorrect_responses_only(seed: int) -> None:

@@ -164,9 +164,9 @@ def spy_on_mini_batches(learner: Learner) -> list[set[int]]:
     dealt: list[set[int]] = []
     step = learner._step
 
-    def remember(samples, batch, algorithm):
+    def remember(samples, *rest):
         dealt.append({sample.group for sample in samples})
-        return step(samples, batch, algorithm)
+        return step(samples, *rest)
 
     learner._step = remember  # pyright: ignore
     return dealt

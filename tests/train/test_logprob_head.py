@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmrl.train import logprob_head
-from llmrl.train.logprob_head import token_logprobs
+from llmrl.train.logprob_head import restricted_probabilities, token_collisions, token_logprobs
 
 ROWS, HIDDEN, VOCABULARY = 37, 12, 101
 
@@ -90,6 +90,24 @@ def test_values_and_gradients(
     ours_gradients = torch.autograd.grad(objective(ours), trained)
     for value, expected in zip(ours_gradients, torch.autograd.grad(objective(reference), trained), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probabilities_of_some_tokens_and_collisions(variant: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", 16 * VOCABULARY)
+    options, tensors = dict(VARIANTS[variant]), inputs(seed)
+    if options.get("bias"):
+        options["bias"] = tensors["bias"]
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    every = torch.arange(VOCABULARY).repeat(ROWS, 1)
+    expected = torch.stack([literal(hidden, weight, column, **options)[0].exp() for column in every.T], dim=1)
+    vocabulary, columns = targets.unique(return_inverse=True)
+    logprobs = literal(hidden, weight, targets, **options)[0].float()
+    found = restricted_probabilities(hidden, weight, logprobs, vocabulary, columns, **options)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), expected[:, vocabulary], rtol=1e-4, atol=1e-6)
+    collisions = token_collisions(hidden, weight, **options)
+    torch.testing.assert_close(collisions.double(), expected.square().sum(1), rtol=1e-4, atol=1e-6)
 
 
 def test_finite_differences_of_one_logprob_and_entropy(seed: int) -> None:
