@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import pickle
 import queue
@@ -18,14 +19,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 LOAD_LIMIT_S = 180.0
 """A worker must have imported a reward's module within this time; it does not count towards the call's own limit."""
+MESSAGE_S = 0.01
+"""Calls expected to take no longer than this together travel in one message, which spares waiting and waking."""
+MESSAGE_CALLS = 32
 
 
 def available_cores() -> int:
@@ -49,15 +53,20 @@ class CallFailed(PoolError):
     """The function raised; the message is its traceback."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """One call; `arguments` None asks a worker to start and load `specs`."""
 
     specs: list[str]
     arguments: dict[str, Any] | None
     time_limit_s: float
-    future: Future[Any] = field(default_factory=Future)
+    future: asyncio.Future[Any]
+    """Settled by its own event loop."""
     barrier: threading.Barrier | None = None
+
+
+_Outcome = tuple[_Job, Any, Exception | None]
+"""A job, what it returned, or why it did not."""
 
 
 class Pool:
@@ -88,7 +97,7 @@ class Pool:
         Raises:
             CallTimedOut, WorkerDied, CallFailed: see there.
         """
-        return await asyncio.wrap_future(self._submit(_Job([spec], arguments, time_limit_s)))
+        return await self._submit([spec], arguments, time_limit_s)
 
     async def warm(self, specs: Iterable[str]) -> None:
         """Start every worker and have it import `specs`, so that the first calls are not slow.
@@ -97,8 +106,8 @@ class Pool:
             CallFailed: with the traceback, when a module cannot be imported in a worker.
         """
         barrier = threading.Barrier(self.num_workers)
-        jobs = [_Job(list(specs), None, LOAD_LIMIT_S, barrier=barrier) for _ in range(self.num_workers)]
-        await asyncio.gather(*(asyncio.wrap_future(self._submit(job)) for job in jobs))
+        names = list(specs)
+        await asyncio.gather(*(self._submit(names, None, LOAD_LIMIT_S, barrier) for _ in range(self.num_workers)))
 
     async def close(self) -> None:
         """Kill the workers and wait until they are gone. Calls still running get WorkerDied. Safe to call twice."""
@@ -117,7 +126,14 @@ class Pool:
         for thread in threads:
             thread.join()
 
-    def _submit(self, job: _Job) -> Future[Any]:
+    def _submit(
+        self,
+        specs: list[str],
+        arguments: dict[str, Any] | None,
+        time_limit_s: float,
+        barrier: threading.Barrier | None = None,
+    ) -> asyncio.Future[Any]:
+        job = _Job(specs, arguments, time_limit_s, asyncio.get_running_loop().create_future(), barrier)
         with self._lock:
             if self._closed:
                 raise WorkerDied("the pool of reward workers is closed")
@@ -130,35 +146,77 @@ class Pool:
         return job.future
 
     def _serve(self, worker: _Worker) -> None:
-        """The life of one worker's thread: take a job, have it done, hand over the result."""
+        """The life of one worker's thread: take jobs, have them done, hand over the results."""
         while (job := self._jobs.get()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            try:
-                if self._closed:
-                    raise WorkerDied("the pool of reward workers was closed before this call started")
-                job.future.set_result(_run(worker, job))
-            except Exception as error:
-                job.future.set_exception(error)
+            self._work_off(worker, deque([job, *self._further(worker, job)]))
             if job.barrier is not None:  # so that each worker takes exactly one of the warm-up jobs
                 with contextlib.suppress(threading.BrokenBarrierError):
                     job.barrier.wait(LOAD_LIMIT_S)
         worker.kill()
 
+    def _further(self, worker: _Worker, first: _Job) -> list[_Job]:
+        """Waiting jobs that travel with the first one: as many as are expected to be quick, and this worker's share."""
+        jobs: list[_Job] = []
+        seconds = worker.expected_s(first)
+        share = min(MESSAGE_CALLS, self._jobs.qsize() // self.num_workers)
+        while len(jobs) < share and seconds < MESSAGE_S:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None or job.arguments is None:  # those are for one worker each
+                self._jobs.put(job)
+                break
+            jobs.append(job)
+            seconds += worker.expected_s(job)
+        return jobs
 
-def _run(worker: _Worker, job: _Job) -> Any:
-    """Do a job; when the worker dies, once more, since what killed it may have been left behind by an earlier call."""
-    for last_try in (False, True):
-        try:
-            for spec in job.specs:
-                worker.load(spec)
-            return None if job.arguments is None else worker.ask((job.specs[0], job.arguments), job.time_limit_s)
-        except WorkerDied as error:
-            if worker.retired:
-                raise WorkerDied("the pool of reward workers was closed during this call") from None
-            if last_try:
-                raise WorkerDied(f"{error}, and did so again when it was tried a second time") from None
-    raise AssertionError("unreachable")
+    def _work_off(self, worker: _Worker, jobs: deque[_Job]) -> None:
+        """Have jobs done in order. One in which the worker dies is tried once more, since what killed it may have been
+        left behind by an earlier call.
+        """
+        tried: _Job | None = None
+        while jobs:
+            outcomes: list[_Outcome] = []
+            try:
+                if self._closed:
+                    raise WorkerDied("the pool of reward workers was closed before this call started")
+                for value, error in worker.work(list(jobs)):
+                    outcomes.append((jobs.popleft(), value, error))
+                    if not worker.has_answer():
+                        outcomes = _hand_over(outcomes)
+            except WorkerDied as error:
+                if worker.retired:
+                    error = WorkerDied("the pool of reward workers was closed during this call")
+                elif jobs[0] is tried:
+                    error = WorkerDied(f"{error}, and did so again when it was tried a second time")
+                if self._closed or jobs[0] is tried:
+                    outcomes.append((jobs.popleft(), None, error))
+                else:
+                    tried = jobs[0]
+            except Exception as error:  # a thread that ended here would leave its callers waiting for ever
+                if jobs:
+                    outcomes.append((jobs.popleft(), None, error))
+            _hand_over(outcomes)
+
+
+def _hand_over(outcomes: list[_Outcome]) -> list[_Outcome]:
+    """Settle futures, each event loop woken once. Returns an empty list, for the outcomes to come."""
+    loops = {id(loop): loop for loop in (job.future.get_loop() for job, _, _ in outcomes)}
+    for key, loop in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(_settle, [o for o in outcomes if id(o[0].future.get_loop()) == key])
+    return []
+
+
+def _settle(outcomes: list[_Outcome]) -> None:
+    for job, value, error in outcomes:
+        if job.future.done():  # its caller was cancelled
+            continue
+        if error is None:
+            job.future.set_result(value)
+        else:
+            job.future.set_exception(error)
 
 
 class _Worker:
@@ -169,34 +227,87 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.loaded: set[str] = set()
+        self.seconds: dict[str, float] = {}
+        """What calls of a spec took lately, the slow ones remembered longest."""
         self.retired = False
+
+    def expected_s(self, job: _Job) -> float:
+        """Seconds that a job will probably take; infinity for the first of its kind."""
+        return math.inf if job.arguments is None else self.seconds.get(job.specs[0], math.inf)
+
+    def has_answer(self) -> bool:
+        """Whether the next answer is there already."""
+        return self.process is not None and self.connection is not None and self.connection.poll(0)
+
+    def work(self, jobs: list[_Job]) -> Iterator[tuple[Any, Exception | None]]:
+        """Do jobs in order and yield (value, error) of each; the rest is left when a call had to be killed.
+
+        Raises:
+            WorkerDied: during the first job not yet yielded.
+        """
+        requests: list[bytes] = []
+        for job in jobs:
+            try:
+                for spec in job.specs:
+                    self.load(spec)
+                if job.arguments is not None:
+                    requests.append(_pickled((job.specs[0], job.arguments)))
+            except WorkerDied:
+                raise
+            except Exception as error:  # it cannot be imported or sent; those before it have their turn first
+                if not requests:
+                    yield None, error
+                    return
+                break
+        if not requests:  # all it asked for was to start
+            yield None, None
+            return
+        self._send(requests)
+        for job in jobs[: len(requests)]:
+            started = time.perf_counter()
+            try:
+                outcome = self._receive(job.specs[0], job.time_limit_s), None
+            except (CallFailed, CallTimedOut) as error:
+                outcome = None, error
+            seconds = time.perf_counter() - started
+            self.seconds[job.specs[0]] = max(seconds, 0.9 * self.seconds.get(job.specs[0], 0.0))
+            yield outcome
+            if self.process is None:
+                return
 
     def load(self, spec: str) -> None:
         """Have the process import `spec`, starting the process if there is none."""
         if self.process is None or self.process.poll() is not None:
             self._start()
         if spec not in self.loaded:
-            self.ask((spec, None), LOAD_LIMIT_S)
+            self._send([_pickled((spec, None))])
+            self._receive(spec, LOAD_LIMIT_S)
             self.loaded.add(spec)
 
-    def ask(self, request: tuple[str, dict[str, Any] | None], time_limit_s: float) -> Any:
-        """Send one request and wait for its answer; the process is killed when none comes in time."""
-        assert self.connection is not None and self.process is not None
-        data = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
+    def _send(self, requests: list[bytes]) -> None:
+        """Hand over requests in one message, so that neither side waits for the other to read."""
+        assert self.connection is not None
+        try:
+            self.connection.send_bytes(_pickled(requests))
+        except OSError:
+            raise WorkerDied(f"worker died before its call ({self._stop(grace_s=1.0)})") from None
+
+    def _receive(self, spec: str, time_limit_s: float) -> Any:
+        """Wait for the next answer; the process is killed when none comes in time."""
+        assert self.connection is not None
         started = time.perf_counter()
         try:
-            self.connection.send_bytes(data)
             if not self.connection.poll(time_limit_s):
                 self._stop()
-                raise CallTimedOut(f"timed out after {time_limit_s:g} s: {request[0]} was still running and was killed")
+                raise CallTimedOut(f"timed out after {time_limit_s:g} s: {spec} was still running and was killed")
             answer = self.connection.recv_bytes()
         except (EOFError, OSError):
             seconds = time.perf_counter() - started
-            raise WorkerDied(f"worker died {seconds:.1f} s into {request[0]} ({self._stop(grace_s=1.0)})") from None
+            raise WorkerDied(f"worker died {seconds:.1f} s into {spec} ({self._stop(grace_s=1.0)})") from None
         try:
             ok, value = pickle.loads(answer)
         except Exception as error:
-            raise CallFailed(f"{request[0]} returned something this process cannot read: {error!r}") from None
+            raise CallFailed(f"{spec} returned something this process cannot read: {error!r}") from None
         if ok:
             return value
         if value.startswith("MemoryError"):  # what is left of its heap cannot be trusted
@@ -244,6 +355,10 @@ class _Worker:
         if (process := self.process) is not None:
             _kill_group(process)
             process.wait()
+
+
+def _pickled(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,5 @@
-"""One worker process of the pool: reads (load | call) requests from its pipe, answers with (ok, value or traceback).
+"""One worker process of the pool: reads messages of (load | call) requests from its pipe and
+answers each with (ok, value or traceback).
 
 Started by `llmrl.verify.pool`, which kills it when a call takes too long; nothing here guards against hanging.
 """
@@ -37,10 +38,11 @@ def main(pipe: int, memory_limit_bytes: int, parent: int) -> None:
     with Connection(pipe) as connection:
         while True:
             try:
-                request = connection.recv_bytes()
+                requests = pickle.loads(connection.recv_bytes())
             except EOFError:
                 return
-            connection.send_bytes(_answer(request, functions))
+            for request in requests:
+                connection.send_bytes(_answer(request, functions))
 
 
 def _confine(pipe: int, memory_limit_bytes: int, parent: int) -> None:

@@ -196,6 +196,26 @@ def test_warm_up_runs_once_in_each_worker_outside_the_limit(tmp_path: Path) -> N
         pool.shut_down()
 
 
+def test_faults_among_quick_calls_that_travel_together_cost_only_themselves(pool: Pool, spec: str) -> None:
+    faults = {5: "hang", 9: "segfault", 10: "return something unpicklable", 30: "os._exit"}
+
+    async def main() -> list[object]:
+        await pool.warm([spec])
+        for _ in range(3):  # now calls of this spec are known to be quick
+            await asyncio.gather(*(pool.call(spec, {"do": "measure"}, LIMIT_S) for _ in range(8)))
+        calls = [
+            pool.call(spec, {"do": faults.get(i, "measure"), "text": "x" * i}, LIMIT_S if i in faults else 20)
+            for i in range(60)
+        ]
+        calls.append(pool.call(spec, {"do": "measure", "text": (x for x in "cannot be sent")}, 5))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert [r for i, r in enumerate(results[:60]) if i not in faults] == [i for i in range(60) if i not in faults]
+    assert [type(results[i]) for i in faults] == [CallTimedOut, WorkerDied, CallFailed, WorkerDied]
+    assert isinstance(results[60], TypeError)
+
+
 def test_results_arrive_as_soon_as_each_is_ready(pool: Pool, spec: str) -> None:
     async def main() -> float:
         await pool.warm([spec])
