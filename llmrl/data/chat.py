@@ -47,6 +47,7 @@ class Chat:
         self._template = _read_template(tokenizer, prompt_format, chat_template)
         self._bos = _default_bos(tokenizer) if prompt_format == "text" else None
         self._anchor = tokenizer.encode("a", add_special_tokens=False) if prompt_format == "text" else []
+        self._anchor_text = self._decode(self._anchor)
         self.stop_token_ids = self._find_stop_tokens(generation_config)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.stop_token_ids[0] if pad is None else pad
@@ -81,7 +82,7 @@ class Chat:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids.pop()
         # Some decoders drop the first space they meet, so that of a continuation is shielded by a token before it.
-        return self._decode(self._anchor + token_ids).removeprefix(self._decode(self._anchor))
+        return self._decode(self._anchor + token_ids).removeprefix(self._anchor_text)
 
     def parse(self, completion_ids: Sequence[int]) -> Message:
         """Make the assistant message of a completion."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 LANE_ROWS = 16
 """Rows that share one stored prompt. A larger group stores it again: the (lane, place) rectangle that attention works
 on is as wide as its fullest lane, so one huge group would leave it mostly empty."""
+IDLE_LANES = 0.25
+"""Share of lanes that may be computed along for nothing: moving a lane costs more than a few steps with it."""
 PREFILL_TOKENS = 8192
 """Padded tokens of one prefill pass; bounds its activations."""
 LOGITS_ELEMENTS = 1 << 24
@@ -142,6 +144,7 @@ class FastDecoder:
             lane.rows += 1
             chosen.append(lane)
         fresh.sort(key=lambda lane: len(lane.prompt))
+        self._drop_idle_lanes()
         self._add_lanes(fresh + [lane for lane, _ in copies])
         for chunk in _chunks([len(lane.prompt) for lane in fresh]):
             self._prefill(fresh[chunk])
@@ -165,7 +168,7 @@ class FastDecoder:
 
     def _drop_idle_lanes(self) -> None:
         """Forget lanes that no row reads, moving the last one into each gap."""
-        for lane in [lane for lane in self.lanes if lane.rows == 0]:
+        for lane in [lane for lane in reversed(self.lanes) if lane.rows == 0]:
             if self.open_lane.get(lane.prompt) is lane:
                 del self.open_lane[lane.prompt]
             last = self.lanes.pop()
@@ -212,7 +215,8 @@ class FastDecoder:
 
     def _arrange(self) -> None:
         """Work out, after rows came or went, where each row stands in the (lane, key-value head, place) rectangle."""
-        self._drop_idle_lanes()
+        if sum(lane.rows == 0 for lane in self.lanes) > IDLE_LANES * len(self.lanes):
+            self._drop_idle_lanes()
         kv_heads, num_lanes, num_rows = self.weights.kv_heads, len(self.lanes), len(self.row_lane)
         lane = np.array([lane.index for lane in self.row_lane])
         per_lane = np.bincount(lane, minlength=num_lanes)
