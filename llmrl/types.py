@@ -235,7 +235,8 @@ class Sample:
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     """Further streams [M] float32 that an algorithm prepared (returns, weights ...)."""
     old_logprobs: np.ndarray | None = None
-    """[M] float32, filled by the learner when more than one optimizer step uses the batch."""
+    """[M] float32, filled by the learner when more than one optimizer step uses the batch (with bypass, always: the
+    sampler's)."""
     ref_logprobs: np.ndarray | None = None
     """[M] float32, filled by the learner when the algorithm asks for the reference."""
 

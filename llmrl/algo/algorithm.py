@@ -30,6 +30,8 @@ class Needs:
     old_logprobs: bool = False
     """Log-probabilities under the policy that took the batch, before `refine` (otherwise they are computed only when
     several optimizer steps use the batch)."""
+    rollout_as_old: bool = False
+    """The sampler's log-probabilities take the place of old_logprobs, which are then not computed (bypass)."""
     old_entropies: bool = False
     """`extras["old_entropies"]`: entropies (nats) under that policy."""
     collisions: bool = False

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llmrl.algo import advantages as adv
-from llmrl.algo import kl, losses, masks
+from llmrl.algo import corrections, kl, losses, masks
 from llmrl.algo.algorithm import Needs, reward_matrix, samples_of
 from llmrl.algo.mixing import mixed_rewards
 from llmrl.algo.presets import resolve
@@ -59,6 +59,7 @@ class GRPO:
             every_sample=self.beta > 0 or bool(c.entropy_coef) or bool(c.whiten_advantages),
             entropy_gradient=bool(c.entropy_coef),
             old_logprobs=in_reward or covariance or token_baseline,
+            rollout_as_old=c.vllm_importance_sampling_mode == "bypass",
             old_entropies=entropies,
             collisions=token_baseline,
             influence=influence,
@@ -187,15 +188,21 @@ class GRPO:
     # --- stage 5 ---
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: policy loss, masked where off-policy, plus KL penalty, aggregated; less the entropy bonus."""
+        """Stage 5: policy loss, corrected where off-policy, plus KL penalty, aggregated; less the entropy bonus."""
         c, logprobs = self.config, outputs.logprobs
         # Without old_logprobs the policy is the one that took the batch: the ratio is 1, its gradient is not zero.
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         sequences = (batch.sequence_ids, batch.sequence_lengths)
         level = c.importance_sampling_level or "token"
         ratio = losses.importance_ratio(logprobs, old_logprobs, *sequences, level)
-        token_losses = self._policy_loss(ratio, logprobs, old_logprobs, batch)
         metrics = self._ratio_metrics(ratio.detach(), batch, counts)
+        weights, found = corrections.of_batch(c, old_logprobs, batch, counts)
+        metrics |= found
+        if weights is not None and c.policy_loss == "vespo":  # they enter its ratio, which is the whole sequence's
+            old_logprobs, weights = old_logprobs - weights.clamp(min=losses.MIN_WEIGHT).log(), None
+        token_losses = self._policy_loss(ratio, logprobs, old_logprobs, batch)
+        if weights is not None:
+            token_losses = token_losses * weights
         if c.off_policy_mask_threshold is not None:
             keep = masks.off_policy_keep(
                 logprobs, batch.rollout_logprobs, batch.advantages, *sequences, threshold=c.off_policy_mask_threshold

@@ -7,6 +7,7 @@ mean over a sequence's tokens is the sequence's loss.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Level = Literal["token", "sequence", "sequence_token"]
-MIN_LOG_WEIGHT = -18.42
-"""VESPO's floor on the log of a sequence's ratio: log 1e-8."""
+MIN_WEIGHT = 1e-8
+"""VESPO's floor on a sequence's ratio."""
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def vespo_loss(
     """
     with torch.no_grad():
         clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        log_w = sequence_sum(clamped, sequence_ids, sequence_lengths).clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+        log_w = sequence_sum(clamped, sequence_ids, sequence_lengths).clamp(math.log(MIN_WEIGHT), MAX_LOG_RATIO)
         k = torch.where(advantages >= 0, k_pos, k_neg)
         slope = torch.where(advantages >= 0, lambda_pos, lambda_neg)
         weight = (slope + k * log_w - slope * log_w.exp()).exp()

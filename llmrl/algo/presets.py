@@ -42,6 +42,7 @@ GRPO: dict[str, Any] = {
     "vespo_lambda_neg": 2.0,
     "cov_fraction": 2e-4,
     "kl_cov_coef": 1.0,
+    "vllm_importance_sampling_mode": "none",
     "beta": 0.0,
     "kl_in": "loss",
     "kl_estimator": "k3",
@@ -95,6 +96,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "c_grpo": {"rubric_alpha": 0.3},
 }  # fmt: skip
 
+CLIP_MIN, CLIP_MAX = "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"
+SAMPLER_BOUNDS: dict[str, dict[str, float]] = {
+    "token_truncate": {CLIP_MIN: 0.0, CLIP_MAX: 2.0},
+    "token_mask": {CLIP_MIN: 0.5, CLIP_MAX: 5.0},
+    "sequence_truncate": {CLIP_MIN: 0.0, CLIP_MAX: 3.0},
+    "sequence_mask": {CLIP_MIN: 0.0, CLIP_MAX: 3.0},
+}
+"""Of the sampler's correction: TIS as its authors use it, IcePop, and TRL's default for sequences."""
+
 TOKEN_RATIO_LOSSES = ("gmpo", "vespo", "clip_cov", "kl_cov")
 """Policy losses with a ratio of their own: `importance_sampling_level` is not theirs to choose."""
 
@@ -108,6 +118,7 @@ PENALTY_IN_LOSS = ("beta above 0 and kl_in loss", lambda c: c.beta > 0 and c.kl_
 TOKEN_WEIGHTING = ("token_weighting thr or nthr", lambda c: c.token_weighting != "none")
 THR = ("token_weighting thr", lambda c: c.token_weighting == "thr")
 PASSK = ("baseline passk", lambda c: c.baseline == "passk")
+WEIGHTED = ("a vllm_importance_sampling_mode of weights", lambda c: c.vllm_importance_sampling_mode in SAMPLER_BOUNDS)
 SUM_FIRST = ("multi_objective_aggregation sum_then_normalize", lambda c: c.multi_objective_aggregation[0] == "s")
 READ_WITH: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "baseline": SUM_FIRST,
@@ -137,6 +148,8 @@ READ_WITH: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "vespo_lambda_neg": _loss_is("vespo"),
     "cov_fraction": _loss_is("clip_cov", "kl_cov"),
     "kl_cov_coef": _loss_is("kl_cov"),
+    CLIP_MIN: WEIGHTED,
+    CLIP_MAX: WEIGHTED,
     "kl_in": PENALTY,
     "kl_estimator": PENALTY,
     "use_bias_correction_kl": PENALTY_IN_LOSS,
@@ -174,6 +187,7 @@ def _resolve(config: AlgoConfig) -> tuple[AlgoConfig, list[str]]:
     if given["epsilon"] is not None and "epsilon_high" not in PRESETS[config.name]:
         row["epsilon_high"] = given["epsilon"]
     row.setdefault("epsilon_high", row["epsilon"])
+    row |= SAMPLER_BOUNDS.get(given["vllm_importance_sampling_mode"] or row["vllm_importance_sampling_mode"], {})
     filled = dataclasses.replace(config, **{k: row.get(k) if v is None else v for k, v in given.items()})
     findings = []
     for name, (words, condition) in READ_WITH.items():
@@ -194,9 +208,16 @@ def _holds(condition: Callable[[Any], bool], config: AlgoConfig) -> bool:
 
 def contradictions(config: Config) -> list[str]:
     """What is wrong with `config.algo`, alone and together with the rest; one line each, with the fix."""
-    c, findings = _resolve(config.algo)
+    c, findings = _resolve(with_staleness(config))
     findings += _ranges(c) + _clashes(c) + _clashes_outside(c, config)
     return findings
+
+
+def with_staleness(config: Config) -> AlgoConfig:
+    """`config.algo`, and where nothing is said about stale rollouts, truncated weights."""
+    if config.rollout.max_staleness > 0 and config.algo.vllm_importance_sampling_mode is None:
+        return dataclasses.replace(config.algo, vllm_importance_sampling_mode="token_truncate")
+    return config.algo
 
 
 def _ranges(c: AlgoConfig) -> list[str]:
@@ -212,7 +233,7 @@ def _ranges(c: AlgoConfig) -> list[str]:
         "kl_horizon",
         "thr_p_steps",
     )
-    not_negative = ("epsilon", "epsilon_high", "beta", "kl_cov_coef", "nthr_eta", "entropy_coef")
+    not_negative = ("epsilon", "epsilon_high", "beta", "kl_cov_coef", "nthr_eta", "entropy_coef", CLIP_MIN)
     positive = ("max_ratio", "sapo_temperature_pos", "sapo_temperature_neg", "kl_target", "off_policy_mask_threshold")
     findings = wrong(counts, "be at least 1", lambda v: v >= 1)
     findings += wrong(not_negative, "not be negative", lambda v: v >= 0)
@@ -223,6 +244,11 @@ def _ranges(c: AlgoConfig) -> list[str]:
     findings += wrong(("dual_clip",), "be above 1", lambda v: v > 1)
     if c.delta is not None and c.delta <= 1 + (c.epsilon_high or 0):
         findings.append(f"algo.delta is {c.delta}: must be above 1 + epsilon_high, or it clips before that does")
+    if c.vllm_importance_sampling_mode in SAMPLER_BOUNDS and not (getattr(c, CLIP_MIN) < 1 < getattr(c, CLIP_MAX)):
+        findings.append(
+            f"algo.{CLIP_MIN} {getattr(c, CLIP_MIN)} and algo.{CLIP_MAX} {getattr(c, CLIP_MAX)}: 1, where sampler and "
+            "policy agree, must lie between them"
+        )
     if c.thr_threshold == "quantile" and not 0 <= (c.thr_threshold_value or 0) < 1:
         findings.append(
             f"algo.thr_threshold_value is {c.thr_threshold_value}: a quantile must be at least 0 and below 1"
@@ -251,6 +277,11 @@ def _clashes(c: AlgoConfig) -> list[str]:
         (
             c.policy_loss == "gmpo" and (c.top_entropy_quantile or 1) < 1,
             "algo.top_entropy_quantile leaves tokens out, but policy_loss gmpo takes the mean over a whole sequence",
+        ),
+        (
+            c.policy_loss == "vespo" and (c.vllm_importance_sampling_mode or "").startswith("sequence"),
+            "algo.policy_loss vespo multiplies the weights of a sequence's tokens into its own ratio: use "
+            "algo.vllm_importance_sampling_mode token_truncate or token_mask",
         ),
         (
             c.kl_in == "loss" and c.kl_estimator == "k1",

@@ -82,6 +82,16 @@ class AlgoConfig:
     """kl_cov: weight of |logprobs - old_logprobs| on those tokens."""
     off_policy_mask_threshold: float | None = None
     """Drop sequences of negative advantage whose mean log(sampler / policy) exceeds this (nats; try 0.5). None: off."""
+    vllm_importance_sampling_mode: (
+        Literal["none", "bypass", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
+    """Correct for a sampler (of any engine) that is not quite the policy, by weights pi_old / sampler on the loss of
+    each token or sequence, truncated to or masked outside the two bounds below (TRL's names); `bypass` takes the
+    sampler's log-probabilities for old_logprobs instead. Default: none, with rollout.max_staleness token_truncate."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """... lower bound. Default by mode: token_mask 0.5 (IcePop), the others 0."""
+    vllm_importance_sampling_clip_max: float | None = None
+    """... upper bound. Default by mode: token_truncate 2, token_mask 5 (IcePop), those of sequences 3."""
     beta: float | None = None
     """Weight of the KL penalty to the reference model; 0 needs no reference."""
     kl_in: Literal["loss", "reward"] | None = None

@@ -39,6 +39,7 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         check(value >= 1, f"{name} is {value}: must be at least 1")
     at_least_zero = {
+        "rollout.max_staleness": c.rollout.max_staleness,
         "train.learning_rate": c.train.learning_rate,
         "train.warmup_steps": c.train.warmup_steps,
         "train.max_grad_norm": c.train.max_grad_norm,
@@ -59,6 +60,7 @@ def validate(config: Config) -> None:
         "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
     found += _vllm_findings(c)
+    check(c.rollout.max_staleness <= 0, "rollout.max_staleness above 0 is not supported yet")
     check(
         0 <= c.verify.max_unscored_frac <= 1,
         f"verify.max_unscored_frac is {c.verify.max_unscored_frac}: must lie between 0 and 1",

@@ -92,6 +92,9 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary. Training needs the full support (top_p 1, top_k 0): see `validate`."""
+    max_staleness: int = 0
+    """Generate ahead while the learner updates: rollouts may be up to so many policy versions old when they are trained
+    on. 0: strictly on-policy, generation and training take turns."""
     max_num_seqs: int = 128
     """Rows an engine decodes together; a finished row's place goes to the next waiting one."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmrl.algo.corrections import finish_metrics, mismatch_metrics
 from llmrl.algo.presets import resolve
 from llmrl.algo.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.errors import RunFailed
@@ -22,7 +23,6 @@ from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from jaxtyping import Float
     from torch import Tensor
 
     from llmrl.algo.algorithm import Algorithm
@@ -67,7 +67,8 @@ class Learner:
 
         Returns:
             Metrics, the same on every process: means over the optimizer steps of what the loss reports, and
-            loss/total, policy/entropy, policy/grad_norm, policy/lr, kl/mismatch (sampler against trainer).
+            loss/total, policy/entropy, policy/grad_norm, policy/lr, and kl/mismatch (sampler against trainer before the
+            first step: `mismatch_metrics`).
 
         Raises:
             RunFailed: more than `train.max_skipped_steps` optimizer steps had a non-finite gradient.
@@ -124,14 +125,15 @@ class Learner:
                 loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
                 # Data-parallel wrappers average gradients over processes; the shares of the loss are to be added.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            metrics |= {"loss/total": loss.detach(), **_mismatch(outputs.logprobs.detach(), micro_batch, num_computed)}
+            metrics |= mismatch_metrics(outputs.logprobs.detach(), micro_batch.rollout_logprobs, num_computed)
+            metrics["loss/total"] = loss.detach()
             metrics["policy/entropy"] = outputs.entropy.detach().sum() / num_computed
             _accumulate(totals, metrics)
         if to_reweight:
             reweighting.adopt(self._gather(reweighting.found))
         totals = self._reduce(totals)
         grad_norm = self._clip()
-        report = {key: value.item() for key, value in totals.items()} | {"policy/grad_norm": grad_norm}
+        report = finish_metrics({key: value.item() for key, value in totals.items()}) | {"policy/grad_norm": grad_norm}
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
             report = {key: value for key, value in report.items() if not key.startswith(("kl/", "policy/entropy"))}
         if math.isfinite(grad_norm) and math.isfinite(report["loss/total"]):
@@ -178,16 +180,22 @@ class Learner:
         if needs.ref_logprobs:
             self._fill(samples, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
         wants_old = self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies
+        if needs.rollout_as_old:
+            wants_old = False
+            for sample in samples:
+                sample.old_logprobs = sample.rollout_logprobs
         waiting, later = samples, set()
         if needs.influence:
             groups = groups_to_score(samples)
-            later = set() if wants_old else {g for g, members in groups.items() if self._fits(samples, members)}
+            later = {g for g, members in groups.items() if self._fits(samples, members)}
+            if wants_old or self.steps_per_batch > 1:
+                later = set()
             now = [members for group, members in groups.items() if group not in later]
             scored = self._fill_influence(samples, now, with_old=wants_old)
             if not needs.old_entropies:  # that pass has the log-probabilities too
                 waiting = [sample for index, sample in enumerate(samples) if index not in scored]
-        if wants_old:
-            names = ["old_logprobs", "old_entropies"] if needs.old_entropies else ["old_logprobs"]
+        names = ["old_logprobs"] * wants_old + ["old_entropies"] * needs.old_entropies
+        if names:
             self._fill(waiting, lambda micro_batch: self._old_streams(micro_batch, names))
         if needs.collisions:
             self._fill(samples, lambda micro_batch: {"collisions": self.policy.collisions(micro_batch)})
@@ -340,14 +348,6 @@ def _schedule(config: Config, *, total: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if kind == "cosine" else 1.0
 
     return factor
-
-
-def _mismatch(logprobs: Float[Tensor, " M"], batch: MicroBatch, num_tokens: int) -> dict[str, Tensor]:
-    """How far the trainer's log-probabilities are from the sampler's: mean k3 and largest gap (nats)."""
-    gap = batch.rollout_logprobs - logprobs
-    k3 = gap.clamp(-20, 20).exp() - 1 - gap
-    largest = gap.abs().max() if len(gap) else torch.zeros((), device=gap.device)
-    return {"kl/mismatch": k3.sum() / num_tokens, "kl/mismatch/max": largest}
 
 
 def _split(

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.algo.presets import describe, resolve
+from llmrl.algo.presets import describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
 from llmrl.types import Task
@@ -151,7 +151,7 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     if isinstance(peft_config, LoraConfig):
         config.model = dataclasses.replace(config.model, lora=peft_config)
     validate(config)
-    config.algo = resolve(config.algo)
+    config.algo = resolve(with_staleness(config))
     return config
 
 

@@ -10,7 +10,16 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llmrl.algo.presets import GRPO, PRESETS, READ_WITH, cautions, contradictions, describe, resolve
+from llmrl.algo.presets import (
+    GRPO,
+    PRESETS,
+    READ_WITH,
+    SAMPLER_BOUNDS,
+    cautions,
+    contradictions,
+    describe,
+    resolve,
+)
 from llmrl.config import AlgoConfig, Config, Preset, RewardConfig, RolloutConfig, load_config, save_config, validate
 from llmrl.errors import UserError
 
@@ -54,8 +63,9 @@ def test_the_rows_and_the_names_are_the_same() -> None:
     assert set(REQUIRED) <= set(PRESETS)
     options = {f.name for f in dataclasses.fields(AlgoConfig)} - {"name"}
     rows = {option for row in (GRPO, *PRESETS.values()) for option in row}
+    by_mode = {option for row in SAMPLER_BOUNDS.values() for option in row}
     off_when_unset = {"delta", "dual_clip", "off_policy_mask_threshold", "kl_target", "thr_p_end", "nthr_eta"}
-    assert rows | off_when_unset | {"epsilon_high"} == options
+    assert rows | off_when_unset | by_mode | {"epsilon_high"} == options
     assert set(READ_WITH) <= options
     for name, value in GRPO.items():
         literal = get_args(get_args(get_type_hints(AlgoConfig)[name])[0])
@@ -115,6 +125,13 @@ def test_what_is_given_wins() -> None:
         ({"name": "rloo", "scale_rewards": "group"}, "only read with baseline group, batch or none"),
         ({"name": "vespo", "importance_sampling_level": "sequence"}, "only read with policy_loss clip, cispo or sapo"),
         ({"dynamic_sampling_max_batches": 3}, "only read with dynamic_sampling"),
+        ({"vllm_importance_sampling_clip_max": 3.0}, "only read with a vllm_importance_sampling_mode of weights"),
+        (
+            {"vllm_importance_sampling_mode": "bypass", "vllm_importance_sampling_clip_min": 0.5},
+            "only read with a vllm_importance_sampling_mode of weights",
+        ),
+        ({"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.0}, "1, where sampler"),
+        ({"name": "vespo", "vllm_importance_sampling_mode": "sequence_mask"}, "use algo.vllm_importance_sampling_mode"),
         ({"name": "gspo", "token_weighting": "thr"}, "set algo.importance_sampling_level sequence_token"),
         ({"name": "gmpo", "token_weighting": "thr"}, "policy_loss gmpo takes one per sequence"),
         (

@@ -227,8 +227,12 @@ def test_metrics_against_a_literal_loop(seed: int) -> None:
     sampled = torch.cat([torch.from_numpy(s.rollout_logprobs) for s in samples if s.advantages.any()])
     learner, algorithm = make_learner(model, make_config(train={"max_tokens_per_micro_batch": 30}))
     metrics = learner.update(train_batch(samples), algorithm)
-    gap = (sampled - torch.cat(logprobs)).detach()
+    gap = (torch.cat(logprobs) - sampled).detach()
     assert metrics["kl/mismatch"] == pytest.approx((gap.exp() - 1 - gap).mean().item(), rel=1e-4)
+    assert metrics["kl/mismatch/gap"] == pytest.approx(gap.abs().mean().item(), rel=1e-4)
+    assert metrics["kl/mismatch/ratio/max"] == pytest.approx(gap.max().exp().item(), rel=1e-4)
+    size = gap.exp().sum().item() ** 2 / gap.exp().square().sum().item() / len(gap)
+    assert metrics["kl/mismatch/ess"] == pytest.approx(size, rel=1e-4)
     assert metrics["kl/mismatch/max"] == pytest.approx(gap.abs().max().item(), rel=1e-4)
     assert metrics["policy/entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
     assert metrics["loss/ratio/max"] == 1.0
