@@ -40,6 +40,8 @@ class Needs:
     """`extras["influence"]`: each token's influence on the group's tokens that `extras["influence_weights"]`, set by
     `prepare`, give a weight above 0. Either `refine` finds it; or, where only one optimizer step uses the batch and
     none of the three above is asked for, `reweight` does, group by group, while the group is trained on."""
+    values: bool = False
+    """`extras["old_values"]`: the critic's values of the states before each token, before `refine`."""
     greedy_reward: bool = False
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     refine: bool = False
@@ -50,6 +52,8 @@ class Algorithm(Protocol):
     """One file of `llmrl/algo/` implements this for one family of methods."""
 
     needs: Needs
+    policy_frozen: bool
+    """The update at hand trains the critic only: the policy's parameters must not move."""
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
         """Stage 4: set every rollout's advantage and lay out the training samples. Runs on every rank, alike."""
@@ -70,8 +74,8 @@ class Algorithm(Protocol):
         """
         ...
 
-    def observe(self, metrics: dict[str, float]) -> None:
-        """What the update measured, the same on every process."""
+    def observe(self, metrics: dict[str, float]) -> list[str]:
+        """What the update measured, the same on every process. Returns lines to show, if there is anything to say."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

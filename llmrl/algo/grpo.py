@@ -42,6 +42,8 @@ class GRPO:
         Shao et al. 2024, arXiv:2402.03300; for the others see `docs/algorithms.md`.
     """
 
+    policy_frozen = False
+
     def __init__(
         self, config: AlgoConfig, *, max_completion_length: int, rewards: dict[str, float] | None = None
     ) -> None:
@@ -164,7 +166,7 @@ class GRPO:
         """Change advantages by what the policy that took the batch thinks of its tokens; see `refine.py`."""
         Refinement(self, batch).run()
 
-    def observe(self, metrics: dict[str, float]) -> None:
+    def observe(self, metrics: dict[str, float]) -> list[str]:
         """Adapt beta to the measured KL, where it is adaptive."""
         c, measured = self.config, metrics.get("kl/ref")
         if c.kl_target is not None and measured is not None:
@@ -175,6 +177,7 @@ class GRPO:
                 horizon=c.kl_horizon,
                 num_rollouts=self.num_rollouts,
             )
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """The adaptive coefficient."""

@@ -55,12 +55,15 @@ GRPO: dict[str, Any] = {
     "thr_p_steps": 100,
     "thr_threshold": "nthr_min",
     "thr_threshold_value": 1.0,
+    "use_token_rewards": True,
+    "positive_lm_coef": 0.0,
     "num_iterations": 1,
     "num_mini_batches": 1,
 }
 """The row the others are told by their difference from. Options that are off when unset have no entry."""
 
 DAPO = {"epsilon_high": 0.28, "loss_type": "dapo"}
+PPO = {"baseline": "critic", "whiten_advantages": True, "loss_type": "dapo", "num_mini_batches": 4}
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "num_mini_batches": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -94,6 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "thr": {"token_weighting": "thr", "thr_p": 0.1},
     "nthr": {"token_weighting": "nthr"},
     "c_grpo": {"rubric_alpha": 0.3},
+    "ppo": PPO,
+    "vapo": PPO | {"epsilon_high": 0.28, "positive_lm_coef": 0.1},
 }  # fmt: skip
 
 CLIP_MIN, CLIP_MAX = "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"
@@ -105,6 +110,9 @@ SAMPLER_BOUNDS: dict[str, dict[str, float]] = {
 }
 """Of the sampler's correction: TIS as its authors use it, IcePop, and TRL's default for sequences."""
 
+FAMILIES = {"ppo": "ppo", "vapo": "ppo"}
+"""The presets that are not of the GRPO family, and whose they are: `make_algorithm` picks the class by it."""
+
 TOKEN_RATIO_LOSSES = ("gmpo", "vespo", "clip_cov", "kl_cov")
 """Policy losses with a ratio of their own: `importance_sampling_level` is not theirs to choose."""
 
@@ -113,6 +121,7 @@ def _loss_is(*names: str) -> tuple[str, Callable[[Any], bool]]:
     return f"policy_loss {' or '.join(names)}", lambda c: c.policy_loss in names
 
 
+CRITIC = ("baseline critic", lambda c: c.baseline == "critic")
 PENALTY = ("beta above 0", lambda c: c.beta > 0)
 PENALTY_IN_LOSS = ("beta above 0 and kl_in loss", lambda c: c.beta > 0 and c.kl_in == "loss")
 TOKEN_WEIGHTING = ("token_weighting thr or nthr", lambda c: c.token_weighting != "none")
@@ -163,6 +172,8 @@ READ_WITH: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a threshold",
         lambda c: c.token_weighting != "none" and c.thr_threshold != "none",
     ),
+    "use_token_rewards": CRITIC,
+    "positive_lm_coef": CRITIC,
     "nthr_eta": ("token_weighting nthr", lambda c: c.token_weighting == "nthr"),
 }
 """For options that not every choice reads: what they are read with, in words and as a condition. The order matters: an
@@ -208,9 +219,11 @@ def _holds(condition: Callable[[Any], bool], config: AlgoConfig) -> bool:
 
 def contradictions(config: Config) -> list[str]:
     """What is wrong with `config.algo`, alone and together with the rest; one line each, with the fix."""
+    from llmrl.algo.critic_presets import critic_contradictions
+
     c, findings = _resolve(with_staleness(config))
     findings += _ranges(c) + _clashes(c) + _clashes_outside(c, config)
-    return findings
+    return findings + critic_contradictions(config)
 
 
 def with_staleness(config: Config) -> AlgoConfig:
@@ -234,6 +247,7 @@ def _ranges(c: AlgoConfig) -> list[str]:
         "thr_p_steps",
     )
     not_negative = ("epsilon", "epsilon_high", "beta", "kl_cov_coef", "nthr_eta", "entropy_coef", CLIP_MIN)
+    not_negative += ("positive_lm_coef",)
     positive = ("max_ratio", "sapo_temperature_pos", "sapo_temperature_neg", "kl_target", "off_policy_mask_threshold")
     findings = wrong(counts, "be at least 1", lambda v: v >= 1)
     findings += wrong(not_negative, "not be negative", lambda v: v >= 0)
@@ -260,6 +274,7 @@ def _clashes(c: AlgoConfig) -> list[str]:
     per_token = [
         (c.token_weighting != "none", f"token_weighting {c.token_weighting}"),
         (c.baseline == "optimal_token", "baseline optimal_token"),
+        (c.baseline == "critic", "baseline critic"),
         (c.baseline == "none" and c.kl_in == "reward", "a KL penalty in the reward with baseline none"),
     ]
     findings = []
@@ -293,7 +308,7 @@ def _clashes(c: AlgoConfig) -> list[str]:
             "cancels to first order): only k1 is sound there, or set algo.kl_in loss",
         ),
         (
-            c.dynamic_sampling and (c.baseline in ("none", "batch", "greedy") or c.whiten_advantages),
+            c.dynamic_sampling and (c.baseline in ("none", "batch", "greedy", "critic") or c.whiten_advantages),
             "algo.dynamic_sampling drops groups whose accuracies are all equal, but with this baseline those do carry "
             "a gradient: use baseline group, or leave it off",
         ),
@@ -311,6 +326,21 @@ def _clashes(c: AlgoConfig) -> list[str]:
             c.baseline == "optimal_token" and c.kl_in == "reward",
             "algo.baseline optimal_token is for an outcome reward; a KL penalty goes into the loss: algo.kl_in loss",
         ),
+        (
+            (FAMILIES.get(c.name) == "ppo") != (c.baseline == "critic"),
+            f"algo.name {c.name} with baseline {c.baseline}: ppo and vapo take the critic's values for their baseline, "
+            "and no other preset has a critic (nor rewards kept apart by multi_objective_aggregation)",
+        ),
+        (
+            c.baseline == "critic" and c.token_weighting != "none",
+            f"algo.token_weighting {c.token_weighting} weighs advantages by which rollouts of a group are right, not "
+            "a critic's: use preset thr or nthr, or leave it out",
+        ),
+        (
+            c.baseline == "critic" and (c.rubric_alpha or 0) > 0,
+            "algo.rubric_alpha makes a rollout's reward depend on the others of its group, which a critic cannot know: "
+            "use c_grpo, or set algo.rubric_alpha 0",
+        ),
     ]
     return findings + [text for wrong, text in pairs if wrong]
 
@@ -322,7 +352,7 @@ def _clashes_outside(c: AlgoConfig, config: Config) -> list[str]:
     pairs = [
         (size < 1, f"rollout.num_generations is {size}: must be at least 1"),
         (
-            1 <= size < 2 and (several or c.baseline not in ("none", "batch", "greedy")),
+            1 <= size < 2 and (several or c.baseline not in ("none", "batch", "greedy", "critic")),
             f"rollout.num_generations is {size}: a group-relative advantage needs at least 2 rollouts",
         ),
         (

@@ -44,10 +44,7 @@ class Refinement:
     def run(self) -> None:
         """All steps that the configuration asks for, in their order."""
         c = self.config
-        if c.kl_in == "reward":
-            self.subtract_kl()
-        if c.baseline == "optimal_token":
-            self.token_baseline()
+        self.estimate()
         if c.whiten_advantages:
             self.whiten()
         if c.token_weighting == "thr":
@@ -65,6 +62,13 @@ class Refinement:
         """Token Hidden Reward alone, in one group."""
         self.weigh_tokens(p)
         self._finish([p])
+
+    def estimate(self) -> None:
+        """The advantages themselves, where the policy's view of its tokens enters them."""
+        if self.config.kl_in == "reward":
+            self.subtract_kl()
+        if self.config.baseline == "optimal_token":
+            self.token_baseline()
 
     def subtract_kl(self) -> None:
         """KL in the reward: off the whole rollout's reward, before the baseline; with baseline none off each token's,

@@ -5,14 +5,15 @@ A recipe's YAML mirrors this tree and holds only what differs; any field can be 
 Everything that can be wrong with the arguments is said here, before any model loads.
 """
 
+from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig, Preset
 from llmrl.config.checks import validate
+from llmrl.config.critic import CriticConfig
 from llmrl.config.fields import (
     MISSING,
     Config,
     DataConfig,
     EvalConfig,
-    LoraConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "MISSING",
     "AlgoConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "EvalConfig",
     "LoraConfig",

@@ -8,7 +8,7 @@ from typing import Literal
 Preset = Literal[
     "grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "clip_cov",
     "kl_cov", "rloo", "opo", "remax", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr",
-    "nthr", "c_grpo",
+    "nthr", "c_grpo", "ppo", "vapo",
 ]  # fmt: skip
 
 
@@ -22,11 +22,14 @@ class AlgoConfig:
     name: Preset = "grpo"
     """The preset: a row of `llmrl/algo/presets.py`. What is given below wins over it."""
     baseline: (
-        Literal["group", "batch", "none", "leave_one_out", "length_weighted", "greedy", "optimal_token", "passk"] | None
+        Literal[
+            "group", "batch", "none", "leave_one_out", "length_weighted", "greedy", "optimal_token", "passk", "critic"
+        ]
+        | None
     ) = None
     """What is subtracted from a reward: its group's mean, the batch's mean, nothing; the mean of the others (RLOO); the
-    mean weighted by length (OPO); the greedy completion's reward (ReMax); one per token (optimal token baseline); or
-    the analytic pass@k advantage."""
+    mean weighted by length (OPO); the greedy completion's reward (ReMax); one per token (optimal token baseline); the
+    analytic pass@k advantage; or a critic's values (PPO)."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """... and what it is divided by: the standard deviation of its group, of the batch, or nothing (Dr. GRPO)."""
     batch_std_of: Literal["raw", "centred"] | None = None
@@ -121,6 +124,10 @@ class AlgoConfig:
     thr_threshold_value: float | None = None
     nthr_eta: float | None = None
     """nthr: factor on the selected tokens of incorrect responses (default: 2 |0.5 - success rate|)."""
+    use_token_rewards: bool | None = None
+    """critic: where a verifier gives dense rewards, they are paid in place of the reward at the end."""
+    positive_lm_coef: float | None = None
+    """critic: weight of the language-model loss on correct rollouts (VAPO); 0 is off."""
     num_iterations: int | None = None
     """Passes over each batch of rollouts."""
     num_mini_batches: int | None = None

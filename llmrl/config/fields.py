@@ -1,30 +1,17 @@
-"""The options of a run and their defaults, but for those of the algorithm (`algo.py`)."""
+"""The options of a run and their defaults, but for those of the algorithm (`algo.py`) and its critic (`critic.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig
+from llmrl.config.critic import CriticConfig
 from llmrl.config.vllm import VllmConfig
 
 MISSING = "???"
 """Stands for a required field that nobody has set."""
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adapters (peft). The reference model is the same network with its adapter switched off."""
-
-    r: int = 16
-    """Rank."""
-    lora_alpha: float = 32
-    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    """Names (or a regular expression) of layers that get an adapter; `all-linear`: every linear layer but the head."""
-    use_rslora: bool = False
-    use_dora: bool = False
 
 
 @dataclass
@@ -201,6 +188,8 @@ class Config:
     rewards: list[RewardConfig] = field(default_factory=list)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    critic: CriticConfig | None = None
+    """Read by algorithms with a value function (ppo, vapo)."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

@@ -14,6 +14,7 @@ SHOWN = (
     ("pass@1", "reward/pass@1"),
     ("length", "rollout/length/mean"),
     ("entropy", "policy/entropy"),
+    ("explained", "value/explained_variance"),
     ("grad", "policy/grad_norm"),
     ("s/step", "time/step_s"),
 )

@@ -46,9 +46,16 @@ class Learner:
         algo = resolve(config.algo)
         self.num_iterations, self.num_mini_batches = algo.num_iterations or 1, algo.num_mini_batches or 1
         self.steps_per_batch = self.num_iterations * self.num_mini_batches
+        critic = policy.bare.critic
+        own = set() if critic is None else {id(p) for p in critic.parameters()}
         self.parameters = [p for p in policy.bare.parameters() if p.requires_grad]
+        self.policy_parameters = [p for p in self.parameters if id(p) not in own]
+        self.critic_parameters = [p for p in self.parameters if id(p) in own]
+        groups: list[dict[str, Any]] = [{"params": self.policy_parameters}]
+        if config.critic is not None and self.critic_parameters:
+            groups.append({"params": self.critic_parameters, "lr": config.critic.learning_rate})
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            groups,
             lr=config.train.learning_rate,
             betas=(config.train.adam_beta1, config.train.adam_beta2),
             eps=config.train.adam_epsilon,
@@ -132,11 +139,11 @@ class Learner:
         if to_reweight:
             reweighting.adopt(self._gather(reweighting.found))
         totals = self._reduce(totals)
-        grad_norm = self._clip()
-        report = finish_metrics({key: value.item() for key, value in totals.items()}) | {"policy/grad_norm": grad_norm}
+        norms = self._clip(policy_frozen=algorithm.policy_frozen)
+        report = finish_metrics({key: value.item() for key, value in totals.items()}) | norms
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
             report = {key: value for key, value in report.items() if not key.startswith(("kl/", "policy/entropy"))}
-        if math.isfinite(grad_norm) and math.isfinite(report["loss/total"]):
+        if all(math.isfinite(value) for value in (*norms.values(), report["loss/total"])):
             self.optimizer.step()
             self.scheduler.step()
         else:
@@ -196,7 +203,10 @@ class Learner:
                 waiting = [sample for index, sample in enumerate(samples) if index not in scored]
         names = ["old_logprobs"] * wants_old + ["old_entropies"] * needs.old_entropies
         if names:
+            names += ["old_values"] * needs.values
             self._fill(waiting, lambda micro_batch: self._old_streams(micro_batch, names))
+        elif needs.values:
+            self._fill(samples, lambda micro_batch: {"old_values": self.policy.values(micro_batch)})
         if needs.collisions:
             self._fill(samples, lambda micro_batch: {"collisions": self.policy.collisions(micro_batch)})
         return later
@@ -207,7 +217,7 @@ class Learner:
 
     def _old_streams(self, micro_batch: MicroBatch, names: list[str]) -> dict[str, Tensor]:
         outputs = self.policy.forward(micro_batch)
-        streams = {"old_logprobs": outputs.logprobs, "old_entropies": outputs.entropy}
+        streams = {"old_logprobs": outputs.logprobs, "old_entropies": outputs.entropy, "old_values": outputs.values}
         return {name: streams[name] for name in names}
 
     @torch.no_grad()
@@ -293,11 +303,20 @@ class Learner:
             for key, column in zip(keys, gathered.T, strict=True)  # pyright: ignore
         }
 
-    def _clip(self) -> float:
+    def _clip(self, *, policy_frozen: bool = False) -> dict[str, float]:
+        """Gradient norms before clipping. Policy and critic are clipped apart: neither shortens the other's step."""
+        if policy_frozen:
+            for parameter in self.policy_parameters:  # no gradient at all: with zeros Adam would count a step
+                parameter.grad = None
         limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.policy.module.parameters(), limit)
-        assert norm is not None, "accelerate gives no norm under DeepSpeed, which the learner does not support"
-        return float(norm)
+        parts = {"policy/grad_norm": self.policy_parameters, "value/grad_norm": self.critic_parameters}
+        norms = {}
+        for name, parameters in parts.items():
+            if parameters:
+                norm = self.accelerator.clip_grad_norm_(parameters, limit)
+                assert norm is not None, "accelerate gives no norm under DeepSpeed, which the learner does not support"
+                norms[name] = float(norm)
+        return norms
 
     def _skip(self, report: dict[str, float], samples: list[Sample]) -> None:
         """Record the mini-batch of a step that would have broken the weights; stop over the budget."""

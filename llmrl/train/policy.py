@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.config import LoraConfig, ModelConfig
+    from llmrl.train.critic import Critic
     from llmrl.types import MicroBatch
 
 TINY = "tiny:"
@@ -139,6 +140,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.critic: Critic | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -171,6 +173,7 @@ class PolicyModule(nn.Module):
         attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
         temperature: float | None = None,
         with_hidden: bool = False,
+        with_values: bool = False,
     ) -> dict[str, Tensor]:
         """Fields of `ForwardOutputs` of `targets`, each predicted by the hidden state at its `predict_from`."""
         hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
@@ -179,6 +182,8 @@ class PolicyModule(nn.Module):
             options["temperature"] = temperature
         logprobs, entropy = token_logprobs(hidden, self.head_weight, targets, **options)
         outputs = {"logprobs": logprobs, "entropy": entropy}
+        if with_values and self.critic is not None:
+            outputs["values"] = self.critic(hidden, input_ids, position_ids, predict_from, attention_mask)
         return outputs | {"hidden": hidden.detach()} if with_hidden else outputs
 
     @property
@@ -204,7 +209,9 @@ class Policy:
         module: the `PolicyModule`, replaced by its data-parallel wrapper once the learner has prepared it.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float, keep_reference: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, temperature: float, keep_reference: bool, critic: Critic | None = None
+    ) -> None:
         self.bare = PolicyModule(model, temperature=temperature)
         self.module: nn.Module = self.bare
         self.has_adapters = hasattr(model, "disable_adapter")
@@ -212,15 +219,29 @@ class Policy:
         self._reference: PolicyModule | None = None
         if keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.bare).eval().requires_grad_(False)
+        self.bare.critic = critic
 
     def forward(self, batch: MicroBatch, *, with_hidden: bool = False, alone: bool = False) -> ForwardOutputs:
-        """Log-probabilities (with gradient) of the trained tokens, and what they were computed from if asked for.
+        """Log-probabilities and values (with gradient) of the trained tokens, and what they were computed from if asked
+        for.
 
         It goes through the data-parallel wrapper; `alone` goes round it, so that processes may call it differently
         often.
         """
         module = self.bare if alone else self.module
-        return ForwardOutputs(**module(*_inputs(batch), with_hidden=with_hidden))
+        return ForwardOutputs(**module(*_inputs(batch), with_hidden=with_hidden, with_values=True))
+
+    @torch.no_grad()
+    def values(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """The critic's values alone, round the data-parallel wrapper."""
+        critic = self.bare.critic
+        if critic is None:
+            raise RunFailed("values were asked for, but there is no critic")
+        hidden = None
+        if critic.trunk is None:
+            hidden = self.bare.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+            hidden = hidden.flatten(0, 1)[batch.predict_from]
+        return critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:

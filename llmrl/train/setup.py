@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.algo.presets import describe, resolve, with_staleness
+from llmrl.algo.critic_presets import resolve_critic
+from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
 from llmrl.types import Task
@@ -77,6 +79,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     rubric = _rubric(config, given["reward"])
     rubric.check(tasks[0])
 
+    from llmrl.train.critic import build_critic
     from llmrl.train.policy import Policy, add_lora, load_generation_config, load_model, load_tokenizer
 
     quieten_libraries()
@@ -99,6 +102,8 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    model.to(accelerator.device)
+    critic = build_critic(config, model, tokenizer) if config.critic is not None else None
     adapters = given["peft_config"] or config.model.lora
     if adapters is not None:
         model = add_lora(model, adapters, seed=config.train.seed)
@@ -107,6 +112,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         model.to(accelerator.device),
         temperature=config.rollout.temperature,
         keep_reference=algorithm.needs.ref_logprobs,
+        critic=critic,
     )
     return _assemble(
         config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
@@ -151,6 +157,7 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     if isinstance(peft_config, LoraConfig):
         config.model = dataclasses.replace(config.model, lora=peft_config)
     validate(config)
+    config.critic = resolve_critic(config)
     config.algo = resolve(with_staleness(config))
     return config
 
@@ -275,10 +282,27 @@ def check_output_dir(config: Config, accelerator: Accelerator) -> bool:
 
 def make_algorithm(config: Config, rubric: Rubric | None = None) -> Algorithm:
     """The algorithm that `algo.name` names, told the names and weights of the rewards."""
+    rewards = {name: part.weight for name, part in rubric.parts.items()} if rubric is not None else {}
+    make = ALGORITHMS[FAMILIES.get(config.algo.name, "grpo")]
+    return make(config, max_completion_length=config.rollout.max_completion_length, rewards=rewards)
+
+
+def _make_grpo(config: Config, **options: Any) -> Algorithm:
     from llmrl.algo.grpo import GRPO
 
-    rewards = {name: part.weight for name, part in rubric.parts.items()} if rubric is not None else {}
-    return GRPO(config.algo, max_completion_length=config.rollout.max_completion_length, rewards=rewards)
+    return GRPO(config.algo, **options)
+
+
+def _make_ppo(config: Config, **options: Any) -> Algorithm:
+    from llmrl.algo.ppo import PPO
+
+    critic = resolve_critic(config)
+    assert critic is not None
+    return PPO(config.algo, critic, **options)
+
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _make_ppo}
+"""By family of presets (`FAMILIES`). Each imports what it needs only when it is called."""
 
 
 def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:

@@ -114,7 +114,8 @@ class Trainer:
             metrics = rollout_metrics(drawn, accuracy=self.rubric.accuracy_name or "")
             metrics |= batch.metrics | stats | self.rubric.take_metrics()
             metrics["rollout/drawn_groups"] = float(len(drawn))
-            self.algorithm.observe(metrics)
+            for line in self.algorithm.observe(metrics):
+                self.console.say(line)
             metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)

@@ -298,24 +298,44 @@ class Rubric:
         if errors:
             total.error = "\n".join(errors)
         elif terms:
-            _add_up(total, terms, results)
+            _add_up(total, terms, results, rollout)
         return total
 
 
-def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[str, _Result]) -> None:
-    """Set the reward, and the token rewards where parts give any: sums of weight * value over (name, weight, value)."""
+def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[str, _Result], rollout: Rollout) -> None:
+    """Set the reward, and the token rewards where parts give any: sums of weight * value over (name, weight, value).
+
+    Parts without dense rewards are paid for the last token, so that nothing that counts is missing from them.
+    """
     reward = sum(weight * value for _, weight, value in terms)
-    dense = [(weight, results[name].score.token_rewards or []) for name, weight, _ in terms if name in results]
-    dense = [(weight, tokens) for weight, tokens in dense if tokens]
-    lengths = sorted({len(tokens) for _, tokens in dense})
+    try:
+        given = {name: _dense_rewards(results[name].score, rollout) for name, _, _ in terms if name in results}
+    except ValueError as error:
+        total.error = str(error)
+        return
     if not math.isfinite(reward):
         total.error = f"the weighted sum of the rewards is {reward}: {terms}"
-    elif len(lengths) > 1:
-        total.error = f"the parts give token rewards of different lengths: {lengths}"
-    else:
-        total.reward = reward
-        if dense:
-            total.token_rewards = [sum(weight * tokens[t] for weight, tokens in dense) for t in range(lengths[0])]
+        return
+    total.reward = reward
+    dense = [(weight, given[name]) for name, weight, _ in terms if given.get(name)]
+    if dense:
+        total.token_rewards = [sum(weight * tokens[t] for weight, tokens in dense) for t in range(len(dense[0][1]))]
+        total.token_rewards[-1] += sum(weight * value for name, weight, value in terms if not given.get(name))
+
+
+def _dense_rewards(score: Score, rollout: Rollout) -> list[float]:
+    """A part's token rewards, its turn rewards added at the last token of each turn; empty where it gives neither."""
+    num_tokens, tokens = rollout.num_completion_tokens, list(score.token_rewards or [])
+    if score.turn_rewards and num_tokens:
+        if len(score.turn_rewards) != len(rollout.turns):
+            raise ValueError(f"{len(score.turn_rewards)} turn rewards for a rollout of {len(rollout.turns)} turns")
+        tokens, end = tokens or [0.0] * num_tokens, 0
+        for turn, reward in zip(rollout.turns, score.turn_rewards, strict=True):
+            end += len(turn.completion_ids)
+            tokens[max(0, end - 1)] += reward
+    if tokens and len(tokens) != num_tokens:
+        raise ValueError(f"{len(tokens)} token rewards for a rollout of {num_tokens} completion tokens")
+    return tokens
 
 
 def _scaled(value: float, scale: tuple[float, float] | None) -> float:

@@ -13,13 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from llmrl.algo.algorithm import Algorithm
+from llmrl.algo.critic_presets import resolve_critic
 from llmrl.algo.presets import resolve
-from llmrl.config import AlgoConfig, Config, LoraConfig, RolloutConfig, TrainConfig
+from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutConfig, TrainConfig
 from llmrl.tiny import build_tiny_model
+from llmrl.train.critic import build_critic
 from llmrl.train.learner import Learner
 from llmrl.train.policy import Policy, add_lora
 from llmrl.train.setup import make_algorithm
-from llmrl.types import Sample, TrainBatch
+from llmrl.types import Rollout, RolloutGroup, Sample, Score, Task, TrainBatch, Turn
 
 VOCABULARY = 61
 MAX_COMPLETION_LENGTH = 16
@@ -112,6 +114,71 @@ def make_learner(
     return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
 
 
+def make_ppo_learner(
+    kind: str, *, lora: bool = False, seed: int = 0, accelerator: Accelerator | None = None, **options: Any
+) -> tuple[Learner, Algorithm]:
+    """PPO with a critic of this kind. Its head and adapters are not at zero, as they would be at the start.
+
+    Args:
+        kind: `critic.kind`.
+        lora: train adapters of the policy.
+        seed: of the model.
+        accelerator: default: this process alone.
+        options: `algo`, `critic` and `train` options as dictionaries, `arch`, `temperature`.
+    """
+    config = make_config(algo={"name": "ppo"} | options.get("algo", {}), train=options.get("train"))
+    config.model.lora = LoraConfig(r=4, lora_alpha=4) if lora else None
+    config.critic = CriticConfig(kind=kind, **({"learning_rate": 0.2} | options.get("critic", {})))  # pyright: ignore
+    config.critic = resolve_critic(config)
+    model: Any = tiny_model(options.get("arch", "qwen2"), seed=seed)
+    critic = build_critic(config, model, tokenizer=None)  # pyright: ignore
+    generator = torch.Generator().manual_seed(seed + 3)
+    with torch.no_grad():
+        for name, parameter in critic.named_parameters():
+            if "lora_B" in name or "head" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model = make_lora(model) if lora else model
+    algorithm = make_algorithm(config)
+    policy = Policy(
+        model,
+        temperature=options.get("temperature", 1.0),
+        keep_reference=algorithm.needs.ref_logprobs,
+        critic=critic,
+    )
+    return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
+
+
+def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGroup]:
+    """Groups with a prompt in common; one rollout in three has a second turn behind an observation, one a rewritten
+    context; rewards of all kinds, some of them dense."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for number in range(count):
+        task, prompt = Task(id=f"t{number}", messages=[]), random.integers(0, VOCABULARY, 5).tolist()
+        rollouts = []
+        for index in range(size):
+            turns: list[Turn] = []
+            for _ in range(1 if index == 0 else 2):
+                ids = random.integers(0, VOCABULARY, int(random.integers(1, 7))).tolist()
+                seen = prompt if not turns else [*turns[0].prompt_ids, *turns[0].completion_ids, 3, 4]
+                turns.append(
+                    Turn(
+                        prompt_ids=[7, *seen] if turns and index == 2 else seen,
+                        completion_ids=ids,
+                        rollout_logprobs=random.uniform(-5, -3, len(ids)).tolist(),
+                        finish="stop",
+                        policy_version=(0, 0),
+                        message={},
+                    )
+                )
+            num_tokens = sum(len(turn.completion_ids) for turn in turns)
+            dense = random.standard_normal(num_tokens).tolist() if (number + index) % 3 == 2 else None
+            score = Score(reward=float(random.integers(0, 2)), token_rewards=dense)
+            rollouts.append(Rollout(task=task, index=index, turns=turns, score=score))
+        groups.append(RolloutGroup(task=task, rollouts=rollouts))
+    return groups
+
+
 def move(module: torch.nn.Module, *, seed: int) -> None:
     """A small random step of all parameters."""
     generator = torch.Generator().manual_seed(seed)
@@ -134,20 +201,21 @@ class Outcome:
     parameters: dict[str, Tensor]
 
 
-def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample]) -> Outcome:
+def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample] | TrainBatch) -> Outcome:
     """Run `Learner.update` and keep the gradients that the (last) optimizer step saw."""
     gradients: dict[str, Tensor] = {}
     clip = learner._clip
 
-    def look_and_clip() -> float:
+    def look_and_clip(**options: Any) -> dict[str, float]:
         for name, parameter in learner.policy.bare.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, f"{name} got no gradient"
                 gradients[name] = parameter.grad.clone()
-        return clip()
+        return clip(**options)
 
     learner._clip = look_and_clip  # pyright: ignore
-    metrics = learner.update(train_batch(samples), algorithm)
+    batch = train_batch(samples) if isinstance(samples, list) else samples
+    metrics = learner.update(batch, algorithm) | batch.metrics
     return Outcome(metrics, gradients, trained_parameters(learner))
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from llmrl.config import LoraConfig
 from llmrl.train.learner import Learner
 from llmrl.train.policy import Policy
 from llmrl.train.setup import make_algorithm
 from tests.algo.test_token_hidden_reward import make_groups
-from tests.invariance.cases import make_config, tiny_model, trained_parameters
+from tests.invariance.cases import make_config, make_ppo_learner, scored_groups, tiny_model, trained_parameters
 
 CASES: dict[str, dict[str, Any]] = {
     "thr": {"name": "thr", "thr_p": 0.25},
@@ -31,9 +32,43 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+CRITICS: dict[str, dict[str, Any]] = {
+    "separate critic": {"kind": "separate", "algo": {"num_iterations": 2}},
+    "separate critic with adapters, one step": {
+        "kind": "separate", "algo": {"num_mini_batches": 1}, "critic": {"lora": LoraConfig(r=2)},
+    },
+    "shared critic": {"kind": "shared", "algo": {"positive_lm_coef": 0.1}},
+    "adapter critic, penalty": {
+        "kind": "adapter", "lora": True, "algo": {"beta": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+    },
+    "value pre-training": {"kind": "separate", "critic": {"warmup_steps": 1}},
+}  # fmt: skip
+
+
+def run_critics(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    """The same with PPO's kinds of critic, after two updates."""
+    results = {}
+    for name, case in CRITICS.items():
+        options = case | {"algo": {"num_mini_batches": 2} | case.get("algo", {})}
+        learner, algorithm = make_ppo_learner(accelerator=accelerator, **options)
+        metrics: dict[str, float] = {}
+        for step in range(2):
+            batch = algorithm.prepare(scored_groups(seed + step), policy_version=step)
+            metrics |= {f"{step} {k}": v for k, v in (learner.update(batch, algorithm) | batch.metrics).items()}
+            algorithm.observe(batch.metrics)
+        advantages = [r.advantage for group in batch.groups for r in group.rollouts]  # pyright: ignore
+        results[name] = {
+            "metrics": metrics,
+            "parameters": trained_parameters(learner),
+            "scores": [],
+            "advantages": advantages,
+        }
+    return results
+
+
 def run_cases(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """Metrics, parameters and token scores after one update of every case."""
-    results = {}
+    results = run_critics(seed, accelerator)
     for name, algo in CASES.items():
         config = make_config(algo=algo)
         algorithm = make_algorithm(config)

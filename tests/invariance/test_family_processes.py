@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.invariance.family_worker import CASES, run_cases
+from tests.invariance.family_worker import CASES, CRITICS, run_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 240
@@ -48,7 +48,7 @@ def one_process() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *CRITICS])
 def test_two_processes_are_one(case: str, two_processes: dict, one_process: dict) -> None:
     ours, alone = two_processes[case], one_process[case]
     assert ours["metrics"].keys() == alone["metrics"].keys()

@@ -243,6 +243,7 @@ class InfiniteGradient:
     """A loss that is finite and has no finite gradient."""
 
     needs = Needs()
+    policy_frozen = False
 
     def loss(self, outputs, batch, counts):
         zero = (outputs.logprobs - outputs.logprobs.detach()).sum()

@@ -138,7 +138,7 @@ def test_info_and_sub_parts_are_kept_under_the_name_of_the_part() -> None:
     found = score([Part(fn=detailed, weight=2), one], rollout())
     assert found.parts == {"detailed": 1.0, "one": 1.0, "detailed/tests": 0.5}
     assert found.info == {"detailed": {"why": "because"}}
-    assert found.token_rewards == [0.0, 1.0, 1.0]
+    assert found.token_rewards == [0.0, 1.0, 2.0], "what the other part gives is paid for the last token"
 
 
 def test_what_cannot_be_added_up_is_an_error() -> None:
@@ -147,11 +147,23 @@ def test_what_cannot_be_added_up_is_an_error() -> None:
     found = score([one], given)
     assert found.reward is None
     assert found.error is not None and "weighted sum" in found.error
-    lengths = iter((2, 3))
-    uneven = [lambda completion: Score(reward=1.0, token_rewards=[0.0] * next(lengths))] * 2
-    found = score(list(uneven), rollout())
+    found = score([lambda completion: Score(reward=1.0, token_rewards=[0.0] * 2)], rollout())
     assert found.reward is None
-    assert found.error is not None and "different lengths: [2, 3]" in found.error
+    assert found.error is not None and "2 token rewards for a rollout of 3 completion tokens" in found.error
+    found = score([lambda completion: Score(reward=1.0, turn_rewards=[0.0] * 2)], rollout())
+    assert found.reward is None
+    assert found.error is not None and "2 turn rewards for a rollout of 1 turns" in found.error
+
+
+def test_turn_rewards_are_paid_for_the_last_token_of_their_turn() -> None:
+    given = rollout(num_tokens=2)
+    given.turns += [*rollout(num_tokens=3).turns, *rollout(num_tokens=1).turns]
+    by_turn = Score(reward=0.5, turn_rewards=[1.0, -1.0, 0.25])
+    found = score([Part(fn=lambda completion: by_turn, weight=2), one], given)
+    assert (found.reward, found.token_rewards) == (2.0, [0.0, 2.0, 0.0, 0.0, -2.0, 0.5 + 1.0])
+    given.score = None
+    by_both = Score(reward=0.5, turn_rewards=[1.0, 0.0, 0.0], token_rewards=[0.25] * 6)
+    assert score([lambda completion: by_both], given).token_rewards == [0.25, 1.25, 0.25, 0.25, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(("gate", "reward"), [(one, 3.0), (zero, 0.0)])

@@ -1,0 +1,125 @@
+"""The critic: hidden states of a trunk -> the value of the state before each trained token. Three kinds of trunk.
+
+- separate: a model of its own, at first a copy of the policy's trunk (or another model's).
+- shared: the policy's own trunk; only the value head is new.
+- adapter: the policy's frozen base seen through adapters of its own. The modules are copied, the base weights are not:
+  they are the same tensors.
+
+A critic is a part of the `PolicyModule`, so that data-parallel wrappers see one module, but not of the language model
+in it: neither weights that go to engines nor the saved model hold it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llmrl.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmrl.config import Config
+
+
+class ValueHead(nn.Module):
+    """Linear map of a hidden state to a value, in float32 under any precision; it starts at 0 everywhere."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.weight + self.bias
+
+
+class Critic(nn.Module):
+    """A trunk (None: the policy's) and a value head.
+
+    Args:
+        trunk: a transformers decoder; adapters may be injected into it.
+        hidden_size: width of its hidden states.
+        train_trunk: with the policy's trunk, whether the value's gradient goes into it.
+    """
+
+    def __init__(self, trunk: nn.Module | None, *, hidden_size: int, train_trunk: bool = True) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.train_trunk = train_trunk
+        self.head = ValueHead(hidden_size)
+
+    def forward(
+        self,
+        policy_hidden: Float[Tensor, "M H"] | None,
+        input_ids: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"],
+        predict_from: Int[Tensor, " M"],
+        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+    ) -> Float[Tensor, " M"]:
+        """Value of the state before each trained token: at the position that predicts it.
+
+        `policy_hidden` are the policy's hidden states there, which only a critic without a trunk reads; the rest is as
+        in `PolicyModule.forward`.
+        """
+        if self.trunk is not None:
+            outputs = self.trunk(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            )
+            return self.head(outputs.last_hidden_state.flatten(0, 1)[predict_from])
+        assert policy_hidden is not None
+        return self.head(policy_hidden if self.train_trunk else policy_hidden.detach())
+
+
+def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Critic:
+    """The critic that `config.critic` (resolved) describes.
+
+    Args:
+        config: of the run.
+        model: the policy's language model, before adapters are put into it.
+        tokenizer: of the policy.
+
+    Raises:
+        UserError: `critic.path` is no model, or one with a smaller vocabulary.
+    """
+    c = config.critic
+    assert c is not None
+    if c.kind == "shared":
+        hidden_size = model.config.get_text_config().hidden_size
+        return Critic(None, hidden_size=hidden_size, train_trunk=bool(c.train_trunk)).to(model.device)
+    from llmrl.train.policy import add_lora
+
+    if c.kind == "adapter":
+        base = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+    elif c.path is not None:
+        base = _other_model(config, model, tokenizer)
+    else:
+        base = copy.deepcopy(model)
+    if c.lora is not None:
+        add_lora(base, c.lora, seed=config.train.seed + 1)
+    critic = Critic(base.get_decoder(), hidden_size=base.config.get_text_config().hidden_size)
+    return critic.to(model.device)
+
+
+def _other_model(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    from llmrl.train.policy import load_model
+
+    assert config.critic is not None and config.critic.path is not None
+    wanted = dataclasses.replace(config.model, path=config.critic.path, revision=None)
+    other = load_model(wanted, tokenizer, seed=config.train.seed)
+    if config.model.gradient_checkpointing:
+        other.gradient_checkpointing_enable()
+    sizes = [m.config.get_text_config().vocab_size for m in (other, model)]
+    if sizes[0] < sizes[1]:
+        raise UserError(
+            f"critic.path {config.critic.path!r} has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: "
+            "the critic has to know the same tokens; choose a model of the same family"
+        )
+    return other
