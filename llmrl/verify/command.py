@@ -21,7 +21,7 @@ from llmrl.types import Rollout, RolloutGroup, Score
 from llmrl.verify.contract import Verdict, run_examples
 from llmrl.verify.pool import available_cores
 from llmrl.verify.rows import is_conversational, read_rows, result_line, row_key, row_to_rollout
-from llmrl.verify.rubric import Rubric, WrongReturn
+from llmrl.verify.rubric import RowError, Rubric
 
 PROGRESS_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -113,7 +113,7 @@ class _Group:
 
 
 async def _verify(arguments: argparse.Namespace) -> int:
-    rubric = Rubric(arguments.reward, num_workers=arguments.num_workers, raise_type_errors=True)
+    rubric = Rubric(arguments.reward, num_workers=arguments.num_workers, strict=True)
     tally = _Tally()
     started = time.perf_counter()
     try:
@@ -146,8 +146,8 @@ async def _score_all(
         group, task = waiting.popleft()
         try:
             await task
-        except WrongReturn as error:
-            raise UserError(f"{arguments.input}, line {group.lines[error.index]}, field reward: {error}") from None
+        except RowError as error:
+            raise UserError(f"{arguments.input}, line {group.lines[error.index]}, {error}") from None
         for row, rollout in zip(group.rows, group.rollouts, strict=True):
             assert rollout.score is not None
             tally.add(rollout.score)

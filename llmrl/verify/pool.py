@@ -53,6 +53,10 @@ class CallFailed(PoolError):
     """The function raised; the message is its traceback."""
 
 
+class CallRefused(CallFailed):
+    """The function raised a UserError: its row or its arguments are wrong; the message is its own."""
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """One call; `arguments` None asks a worker to start and load `specs`."""
@@ -95,7 +99,7 @@ class Pool:
             time_limit_s: seconds from the start of the function; waiting for a free worker does not count.
 
         Raises:
-            CallTimedOut, WorkerDied, CallFailed: see there.
+            CallTimedOut, WorkerDied, CallFailed, CallRefused: see there.
         """
         return await self._submit([spec], arguments, time_limit_s)
 
@@ -310,6 +314,8 @@ class _Worker:
             raise CallFailed(f"{spec} returned something this process cannot read: {error!r}") from None
         if ok:
             return value
+        if ok is None:
+            raise CallRefused(value)
         if value.startswith("MemoryError"):  # what is left of its heap cannot be trusted
             self._stop()
         raise CallFailed(value)
@@ -332,6 +338,9 @@ class _Worker:
             )
         self.connection = Connection(ours.detach())
         self.loaded = set()
+        if self.retired:  # `kill` came while the process was being made, and has not seen it
+            self._stop()
+            raise WorkerDied("the pool of reward workers was closed")
 
     def _stop(self, grace_s: float = 0.0) -> str:
         """Kill the process with all it started; returns how it ended if it did so by itself within `grace_s`."""

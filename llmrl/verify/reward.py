@@ -228,21 +228,43 @@ def as_score(value: Any, name: str) -> Score:
     """What a reward returned, as a Score.
 
     Raises:
-        RewardTypeError: neither a number, a bool, None nor a Score.
+        RewardTypeError: neither a number, a bool, None nor a Score; or a Score whose parts or token rewards are not.
         ValueError: NaN or infinite.
     """
     score = value if isinstance(value, Score) else Score(reward=value)
-    number: Any = score.reward
-    if number is not None and getattr(number, "ndim", None) == 0:  # a NumPy or torch scalar
-        number = number.item()
-    if number is not None and not isinstance(number, (int, float)):
-        raise RewardTypeError(
-            f"reward {name} returned {_shown(number)} of type {type(number).__name__}; it must return a number, a "
-            "bool, None (could not judge) or a Score"
-        )
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"reward {name} returned {number}; a reward is a finite number, or None for `could not judge`")
-    return replace(score, reward=None if number is None else float(number))
+    tokens = score.token_rewards
+    return replace(
+        score,
+        reward=_number(score.reward, f"reward {name} returned", "a number, a bool, None (could not judge) or a Score"),
+        parts={
+            part: _number(number, f"reward {name} returned, as its part {part!r},", "a number, a bool or None")
+            for part, number in score.parts.items()
+        },
+        token_rewards=None if tokens is None else [_token_reward(number, name) for number in tokens],
+    )
+
+
+def _token_reward(value: Any, name: str) -> float:
+    number = _number(value, f"reward {name} returned, among its token rewards,", "a number")
+    if number is None:
+        raise RewardTypeError(f"reward {name} returned None among its token rewards; each must be a number")
+    return number
+
+
+def _number(value: Any, what: str, wanted: str) -> float | None:
+    if value is not None and getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
+        value = value.item()
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)):
+        raise RewardTypeError(f"{what} {_shown(value)} of type {type(value).__name__}; it must return {wanted}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{what} {number}; a reward is a finite number, or None for `could not judge`")
+    return number
 
 
 def _shown(value: Any) -> str:

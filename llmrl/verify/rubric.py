@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Task
-from llmrl.verify.pool import Pool, PoolError, available_cores
+from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
 
 T = TypeVar("T")
@@ -50,8 +50,8 @@ class TrainerState:
     epoch: float = 0.0
 
 
-class WrongReturn(UserError):
-    """A reward returned a wrong type for the rollout with this index in its group."""
+class RowError(UserError):
+    """A reward refused, or returned a wrong type for, the rollout with this index in its group."""
 
     def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
@@ -80,7 +80,8 @@ class Rubric:
         num_workers: worker processes for rewards marked `POOL = True`.
         memory_limit_bytes: address space of each worker.
         conversational: TRL functions get completions as lists of messages; otherwise as strings.
-        raise_type_errors: a reward that returns a wrong type raises WrongReturn instead of costing its sample an error.
+        strict: a reward that returns a wrong type, or raises a UserError, raises RowError instead of costing its sample
+            an error.
 
     Raises:
         UserError: unknown spec, argument or gate.
@@ -93,7 +94,7 @@ class Rubric:
         num_workers: int = 1,
         memory_limit_bytes: int = 4 << 30,
         conversational: bool = True,
-        raise_type_errors: bool = False,
+        strict: bool = False,
     ) -> None:
         self.parts: dict[str, Part] = {}
         self.rewards: dict[str, Reward] = {}
@@ -104,7 +105,7 @@ class Rubric:
             self.parts[reward.name], self.rewards[reward.name] = part, reward
         self._check_parts()
         self.conversational = conversational
-        self.raise_type_errors = raise_type_errors
+        self.strict = strict
         self.trainer_state = TrainerState()
         self.metrics: dict[str, list[float]] = {}
         """What TRL functions reported through `log_metric` since `take_metrics`."""
@@ -244,8 +245,10 @@ class Rubric:
         return results
 
     def _failed(self, error: Exception, rollout: Rollout) -> _Result:
-        if isinstance(error, RewardTypeError) and self.raise_type_errors:
-            raise WrongReturn(str(error), rollout.index) from None
+        if self.strict and isinstance(error, RewardTypeError):
+            raise RowError(f"field reward: {error}", rollout.index) from None
+        if self.strict and isinstance(error, (UserError, CallRefused)):
+            raise RowError(str(error), rollout.index) from None
         if isinstance(error, LlmrlError):  # the run must stop: a used-up budget, a judge that fails its canaries
             raise error
         text = str(error) if isinstance(error, PoolError) else "".join(traceback.format_exception(error, limit=-30))

@@ -1,5 +1,5 @@
 """One worker process of the pool: reads messages of (load | call) requests from its pipe and
-answers each with (ok, value or traceback).
+answers each with (ok, value or text).
 
 Started by `llmrl.verify.pool`, which kills it when a call takes too long; nothing here guards against hanging.
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from llmrl.errors import UserError
 from llmrl.verify.spec import find, resolve
 
 _PR_SET_PDEATHSIG = 1
@@ -60,7 +61,11 @@ def _confine(pipe: int, memory_limit_bytes: int, parent: int) -> None:
 
 
 def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
-    """Do what the request says; whatever it raises, sys.exit included, becomes the answer."""
+    """Do what the request says; whatever it raises, sys.exit included, becomes the answer.
+
+    Returns:
+        A pickled (True, value); (None, message) of a UserError; (False, traceback) of anything else.
+    """
     try:
         spec, arguments = pickle.loads(request)
         if arguments is None:
@@ -77,6 +82,8 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
         del error
         gc.collect()
         return pickle.dumps((False, text))
+    except UserError as error:
+        return pickle.dumps((None, str(error)))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc(limit=-30)))
     finally:

@@ -25,6 +25,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def fails(completion):\n"
         "    if completion == 'fail': raise RuntimeError('the reason')\n"
         "    return None if completion == 'abstain' else 0.5\n"
+        "def parts(completion):\n"
+        "    from llmrl.types import Score\n"
+        "    return Score(reward=1.0, parts={'why': 'because'})\n"
         "def score_group(rollouts): return [float(len(rollouts))] * len(rollouts)\n"
         "def conversation(completions, **columns): return [len(c) if type(c) is list else -1 for c in completions]\n"
         "def code(completion, entry_point, test, prompt): return float(entry_point in test and 'def' in prompt)\n"
@@ -150,6 +153,19 @@ OK = {"completion": "abc"}
             (),
             "line 2, field reward: reward mine returned 'good' of type str",
         ),
+        (
+            [{"test_list": [], **OK}, {"tests": [], **OK}],
+            ["unit_tests"],
+            (),
+            "rows.jsonl, line 2, unit_tests: the row has no tests it knows",
+        ),
+        (
+            [{"answer": "1", **OK}, {"question": "?", **OK}],
+            ["qa_match"],
+            (),
+            "rows.jsonl, line 2, the row has no gold answer",
+        ),
+        ([OK], ["mine.py:parts"], (), "line 1, field reward: reward parts returned, as its part 'why', 'because'"),
         ([], ["mine.py"], (), "there are no rows"),
         ([OK], ["no_such_reward"], (), "no reward of the name"),
         ([OK], ["mine.py"], ("--num_workers", "0"), "--num_workers 0"),

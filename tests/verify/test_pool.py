@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmrl.verify.pool import CallFailed, CallTimedOut, Pool, PoolError, WorkerDied
+from llmrl.verify.pool import CallFailed, CallRefused, CallTimedOut, Pool, PoolError, WorkerDied, _Worker
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,9 @@ def faults(do, text=""):
         return Local()
     if do == "return something unpicklable":
         return lambda: 1
+    if do == "refuse":
+        from llmrl.errors import UserError
+        raise UserError("the row has no tests")
     if do == "say who":
         return os.getpid()
     if do == "sleep":
@@ -262,6 +266,28 @@ def test_close_ends_running_calls_and_leaves_no_process(spec: str) -> None:
     pids = asyncio.run(main())
     assert len(pids) == 2
     assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_a_users_mistake_comes_back_as_one_without_a_traceback(pool: Pool, spec: str) -> None:
+    with pytest.raises(CallRefused) as error:
+        asyncio.run(pool.call(spec, {"do": "refuse"}, 5))
+    assert str(error.value) == "the row has no tests"
+
+
+def test_a_worker_that_is_closed_while_it_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = _Worker(0)
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def slow_start(*args: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+        worker.kill()  # from the thread that closes the pool
+        started.append(popen(*args, **keywords))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow_start)
+    with pytest.raises(WorkerDied, match="closed"):
+        worker.load("math_answer")
+    assert started[0].returncode is not None
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "pass"])

@@ -264,16 +264,28 @@ def test_numbers_bools_none_and_scores_are_scores(value: Any, reward: float | No
     assert score.reward is None or type(score.reward) is float
 
 
-@pytest.mark.parametrize("value", ["1.0", [1.0], {"reward": 1}, object(), Score(reward="1"), np.array([1.0])])  # type: ignore[arg-type]
+WRONG_TYPES: list[Any] = ["1.0", [1.0], {"reward": 1}, object(), Score(reward="1"), np.array([1.0])]  # type: ignore[arg-type]
+WRONG_INSIDE: list[Any] = [{"parts": {"a": "1"}}, {"token_rewards": ["1"]}, {"token_rewards": [None]}]
+INFINITE: list[Any] = [math.nan, math.inf, -math.inf, Score(reward=math.nan), np.float64("nan"), 10**400]
+INFINITE_INSIDE: list[Any] = [{"parts": {"a": math.nan}}, {"token_rewards": [0.0, math.inf]}]
+
+
+@pytest.mark.parametrize("value", [*WRONG_TYPES, *(Score(reward=1, **inside) for inside in WRONG_INSIDE)])
 def test_other_types_are_type_errors(value: Any) -> None:
     with pytest.raises(RewardTypeError, match="reward f returned"):
         as_score(value, "f")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, Score(reward=math.nan), np.float64("nan")])
+@pytest.mark.parametrize("value", [*INFINITE, *(Score(reward=1, **inside) for inside in INFINITE_INSIDE)])
 def test_numbers_that_are_not_finite_are_errors(value: Any) -> None:
     with pytest.raises(ValueError, match="finite"):
         as_score(value, "f")
+
+
+def test_parts_and_token_rewards_become_plain_numbers() -> None:
+    score = as_score(Score(reward=1, parts={"a": np.float32(0.5), "b": None}, token_rewards=[1, True]), "f")
+    assert (score.parts, score.token_rewards) == ({"a": 0.5, "b": None}, [1.0, 1.0])
+    assert type(score.parts["a"]) is float
 
 
 def test_a_score_that_a_reward_keeps_is_not_changed() -> None:

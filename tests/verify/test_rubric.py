@@ -282,12 +282,12 @@ def test_a_group_reward_of_the_wrong_length_is_an_error_of_the_group(values: Any
 
 def test_one_bad_entry_of_a_group_costs_one_rollout() -> None:
     async def main() -> None:
-        rubric = Rubric([trl_style(lambda **columns: [1.0, "bad", None])])
-        rollouts = [rollout(index=i) for i in range(3)]
+        rubric = Rubric([trl_style(lambda **columns: [1.0, "bad", None, 10**400])])
+        rollouts = [rollout(index=i) for i in range(4)]
         await rubric.score_group(group(*rollouts))
         scores = [r.score for r in rollouts if r.score]
-        assert [s.reward for s in scores] == [1.0, None, None]
-        assert [s.error is None for s in scores] == [True, False, True]
+        assert [s.reward for s in scores] == [1.0, None, None, None]
+        assert [s.error is None for s in scores] == [True, False, True, False]
 
     asyncio.run(main())
 
