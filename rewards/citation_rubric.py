@@ -86,42 +86,45 @@ async def citation_rubric(
     """
     check_mixing(alpha, rubric_norm, rubric_for)
     environment = (metadata or {}).get("remote_env_info") or {}
-    rubrics = list(rubrics if rubrics is not None else environment.get("rubrics") or [])
-    question = question or next(iter(environment.get("search_forbidden_strs") or []), None) or prompt or ""
-    if judge is None and server_url is None:
-        raise UserError(
-            "citation_rubric: set args.judge (a judge's {base_url, model}, or `lexical`) or args.server_url"
-        )
     golds = gold_answers(answer) or gold_answers(label)
     if not golds:
         raise UserError("the row has no gold answer: give the column answer or label")
     request: dict[str, Any] = {
         "history": _history(completion, messages),
-        "question": question,
+        "question": question or next(iter(environment.get("search_forbidden_strs") or []), None) or prompt or "",
         "known_answers": golds,
-        "rubrics": rubrics,
+        "rubrics": list(rubrics if rubrics is not None else environment.get("rubrics") or []),
         "unfinished": rollout is not None and rollout.status != Status.COMPLETED,
         "need_rubric": alpha > 0,
     }
     if server_url is not None:
         result = await _ask_server(server_url, request)
-    else:
-        # A wrong rollout's rubric reward then neither counts for itself nor sets anybody's maximum.
-        spare = rubric_for == "correct" and rubric_norm != "group_max"
+    elif judge is not None:
         options = RubricOptions(
             check_entities=check_entities,
             check_connectivity=check_connectivity,
             check_quotes=check_quotes,
             max_pages=max_pages,
         )
+        # A wrong rollout's rubric reward then neither counts for itself nor sets anybody's maximum.
+        spare = rubric_for == "correct" and rubric_norm != "group_max"
         chosen = load_judge(judge, entities or environment.get("entities"))
         result = await evaluate(chosen, **request, rubric_only_if_correct=spare, options=options)
+    else:
+        raise UserError(
+            "citation_rubric: set args.judge (a judge's {base_url, model}, or `lexical`) or args.server_url"
+        )
     if zero_unjudged:
         result.outcome, result.rubric = result.outcome or 0.0, result.rubric or 0.0
+    return _mixed_score(result, alpha, rubric_norm, rubric_for)
+
+
+def _mixed_score(result: Evaluation, alpha: float, rubric_norm: RubricNorm, rubric_for: RubricFor) -> Score:
+    """One rollout's two rewards mixed, with both and the record of each rubric shown."""
+    parts = {"outcome": result.outcome, "rubric": result.rubric}
     (reward,) = mix_rewards(
         [result.outcome], [result.rubric], alpha=alpha, rubric_norm=rubric_norm, rubric_for=rubric_for
     )
-    parts = {"outcome": result.outcome, "rubric": result.rubric}
     return Score(reward=reward, parts=parts, info={**parts, **result.info, "rubric_scores": record_dicts(result)})
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from llmrl.errors import UserError
 from llmrl.types import Message, Score
 from llmrl.verify.answers import completion_text
-from llmrl.verify.code import Outcome, UnusableRow, reward_of, run_tests
-from llmrl.verify.code_rows import extract_program, read_row
+from llmrl.verify.code import Outcome, TestResult, UnusableRow, reward_of, run_tests
+from llmrl.verify.code_rows import Row, extract_program, read_row
 from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
 
 POOL = True
@@ -93,10 +93,17 @@ def unit_tests(
             "metadata": metadata,
         }
     )
+    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+    return _judge(completion_text(completion), row, outcome, limits, total_seconds, sandbox)
+
+
+def _judge(
+    answer: str, row: Row, outcome: Outcome, limits: Limits, total_seconds: float, sandbox: Sandbox | None
+) -> Score:
+    """Run the program of an answer against the tests of a row."""
     if row.tests is None:
         return Score(reward=None, info={"reason": "the row has no tests"})
-    program = extract_program(completion_text(completion), row)
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+    program = extract_program(answer, row)
     try:
         box = sandbox or default_sandbox()
         results = run_tests(program, row, box, limits, stop_early=outcome == "all", total_seconds=total_seconds)
@@ -104,15 +111,17 @@ def unit_tests(
         return Score(reward=None, info={"reason": str(error)})
     except SandboxUnavailable:
         return Score(reward=None, error=traceback.format_exc())
+    return Score(reward=reward_of(results, outcome), info=_shown(program, results))
+
+
+def _shown(program: str, results: list[TestResult]) -> dict[str, Any]:
+    """What people are shown: the program, the verdicts, and the first failure in the program's own words."""
+    verdicts = [result.verdict for result in results]
+    info = {"program": program[:4000], "tests": verdicts, "counts": dict(Counter(verdicts))}
     failure = next((result for result in results if result.verdict != "passed"), None)
-    info = {
-        "program": program[:4000],
-        "tests": [result.verdict for result in results],
-        "counts": dict(Counter(result.verdict for result in results)),
-    }
     if failure is not None:
         info["first_failure"] = f"{failure.verdict}: {failure.detail}".rstrip(": ")
-    return Score(reward=reward_of(results, outcome), info=info)
+    return info
 
 
 _ADD = {"test_list": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}

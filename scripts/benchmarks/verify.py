@@ -160,12 +160,15 @@ ANSWERS: tuple[Callable[[int], str], ...] = (
 """Kinds of answers, from a number: whole numbers about as often as in competition mathematics."""
 
 
-def questions(seed: int) -> list[tuple[str, str]]:
-    """(completion, gold answer): every question is answered several times, right about half the time."""
+def questions(seed: int, start: int = 2) -> list[tuple[str, str]]:
+    """(completion, gold answer): every question is answered several times, right about half the time.
+
+    The numbers lie between `start` and `start` + 63.
+    """
     random_numbers = random.Random(seed)
     found = []
     for index in range(NUM_QUESTIONS):
-        kind, number = ANSWERS[index % len(ANSWERS)], random_numbers.randrange(2, 60)
+        kind, number = ANSWERS[index % len(ANSWERS)], start + random_numbers.randrange(58)
         for _ in range(ANSWERS_PER_QUESTION):
             given = number if random_numbers.random() < 0.5 else number + random_numbers.randrange(1, 6)
             found.append((f"Let us see. So it is $\\boxed{{{kind(given)}}}$.", kind(number)))
@@ -176,12 +179,12 @@ def math_answers(warm_rounds: int) -> Callable[[bool, int], dict[str, Any]]:
     """The pool against math-verify as its documentation calls it, in this process.
 
     Args:
-        warm_rounds: how often both sides answer as many other questions before the clock starts. The LaTeX parser and
-            sympy get faster for thousands of answers, and a run asks more than that.
+        warm_rounds: how often both sides answer as many questions, with other numbers, before the clock starts. The
+            LaTeX parser and sympy get faster for thousands of answers, and a run asks more than that.
     """
 
     def measured(ours: bool, seed: int) -> dict[str, Any]:
-        rounds = [questions(1000 * (i + 1) + seed) for i in range(warm_rounds)] + [questions(seed)]
+        rounds = [questions(seed, start=100 * (i + 1)) for i in range(warm_rounds)] + [questions(seed)]
         return asyncio.run(pool_verdicts(rounds)) if ours else plain_verdicts(rounds)
 
     return measured

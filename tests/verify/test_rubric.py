@@ -10,26 +10,10 @@ import pytest
 
 from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.errors import UserError
-from llmrl.types import Rollout, RolloutGroup, Score, Status, Task, Turn
+from llmrl.types import Rollout, Score, Status
 from llmrl.verify.reward import group_reward, trl_style
 from llmrl.verify.rubric import Part, Rubric
-
-
-def rollout(completion: str = "text", index: int = 0, *, num_tokens: int = 3, **meta: Any) -> Rollout:
-    turn = Turn(
-        prompt_ids=[1, 2],
-        completion_ids=list(range(num_tokens)),
-        rollout_logprobs=[0.0] * num_tokens,
-        finish="stop",
-        policy_version=(0, 0),
-        message={"role": "assistant", "content": completion},
-    )
-    task = Task(id="t", messages=[{"role": "user", "content": "q"}], answer=meta.get("answer"), meta=meta)
-    return Rollout(task=task, index=index, turns=[turn])
-
-
-def group(*rollouts: Rollout) -> RolloutGroup:
-    return RolloutGroup(task=rollouts[0].task, rollouts=list(rollouts))
+from tests.verify.rollouts import group, rollout
 
 
 def score(parts: list[Any], given: Rollout, **options: Any) -> Score:

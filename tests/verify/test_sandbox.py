@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import functools
-import json
 import math
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +28,13 @@ from llmrl.verify.sandbox import (
     default_sandbox,
     lite,
     open_sandbox,
-    wire,
 )
-from llmrl.verify.sandbox.http import HttpSandbox
 from llmrl.verify.sandbox.local import LocalSandbox
-from llmrl.verify.sandbox.serve import make_server
+from tests.verify.sandboxes import LIMITS, SHORT, any_box, same
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SHORT = Limits(cpu_seconds=1, wall_seconds=3.0, memory_mb=256, output_mb=2)
-LIMITS = Limits(cpu_seconds=5, wall_seconds=20.0, memory_mb=256, output_mb=2)
 
 
 @pytest.fixture(scope="module", params=["bwrap", "lite"])
@@ -56,138 +47,10 @@ def box(request: pytest.FixtureRequest) -> Iterator[LocalSandbox]:
     sandbox.close()
 
 
-def any_box(**options: Any) -> LocalSandbox:
-    for kind in ("lite", "bwrap"):
-        try:
-            return LocalSandbox(kind, **options)
-        except SandboxUnavailable as error:
-            reason = str(error)
-    pytest.skip(reason)
-
-
 def call(box: Sandbox, source: str, *args: Any, limits: Limits = LIMITS) -> Any:
     with box.open(source, limits) as session:
         session.load(source)
         return session.name("f")(*args)
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def through_wire(value: Any) -> Any:
-    def tree_of_object(item: object) -> Any:
-        return {"h": [7, type(item).__name__]}
-
-    frame = wire.dump({"ok": wire.encode(value, tree_of_object)})
-    return wire.decode(wire.load(frame[wire.HEADER.size :])["ok"], lambda number, name: f"handle {number} {name}")
-
-
-def same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, float):
-        if math.isnan(one):
-            return math.isnan(other)
-        return math.copysign(1, one) == math.copysign(1, other) and one == other
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    return bool(one == other)
-
-
-VALUES = [
-    None, True, False, 0, 1, -1, 2**53 + 1, 2**63, -(2**200), 0.0, -0.0, 1.0, 0.1, 1e300, math.nan, math.inf, -math.inf,
-    "", "a", "\u00e9\ud800\0", b"", b"\xff\0", 1j, complex(math.inf, -0.5), [], (), set(), frozenset(), {}, [[]], [()],
-    {1, "1"}, frozenset({(1, 2)}), {(1, 2): [3], "k": {None: b"x"}, 2: 2.0}, int, list,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_a_plain_value_arrives_as_it_left(value: Any) -> None:
-    assert same(through_wire(value), value)
-
-
-def test_random_nested_values_arrive_as_they_left() -> None:
-    draw = random.Random(int(os.environ.get("LLMRL_TEST_SEED", "0")))
-    hashable = [value for value in VALUES if value.__hash__ is not None]
-
-    def value(depth: int) -> Any:
-        kind = draw.randrange(5) if depth else 4
-        if kind == 0:
-            return [value(depth - 1) for _ in range(draw.randrange(4))]
-        if kind == 1:
-            return tuple(value(depth - 1) for _ in range(draw.randrange(4)))
-        if kind == 2:
-            return {draw.choice(hashable): value(depth - 1) for _ in range(draw.randrange(4))}
-        return draw.choice(VALUES)
-
-    for _ in range(300):
-        item = value(4)
-        # A NaN among the keys is a new object on the other side, which no key equals: compare the text then.
-        assert same(through_wire(item), item) or repr(through_wire(item)) == repr(item)
-
-
-def test_a_subclass_arrives_as_what_it_holds() -> None:
-    class Liar(int):
-        def __eq__(self, other: object) -> bool:
-            return True
-
-        __hash__ = int.__hash__
-
-        def __int__(self) -> int:
-            return 39
-
-    class Endless(list):
-        def __iter__(self) -> Any:
-            return iter(int, 1)
-
-    assert same(through_wire([Liar(3), Endless([1])]), [3, [1]])
-    assert through_wire(object()) == "handle 7 object"
-
-
-def test_values_beyond_the_limits_are_refused_or_become_handles() -> None:
-    deep: list[Any] = []
-    for _ in range(1000):
-        deep = [deep]
-    inner = through_wire(deep)
-    for _ in range(wire.MAX_DEPTH):
-        (inner,) = inner
-    assert inner == "handle 7 list"
-    shared = [1]
-    for _ in range(60):
-        shared = [shared, shared]
-    with pytest.raises(wire.BadValue, match="parts"):
-        through_wire(shared)
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [{"t": 7}, {"q": []}, {}, {"s": [[1]]}, {"d": [[1]]}, {"d": [[{"d": []}, 1]]}, {"i": "x"}, {"i": 3}, {"f": "1"},
-     {"b": "x"}, {"c": [1]}, {"y": "type"}, {"y": []}, {"h": [1]}, {"h": "ab"}, {"a": 1, "b": 2}],
-    ids=repr,
-)  # fmt: skip
-def test_a_tree_that_encode_never_writes_is_refused(tree: Any) -> None:
-    with pytest.raises(wire.BadValue):
-        wire.decode(tree, lambda number, name: None)
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b'{"ok":NaN}', b"\xff", b"[" * 200_000, b'{"a":' * 100_000, b"[" + b"[]," * 3_000_000]
-)
-def test_a_frame_that_is_no_object_is_refused(body: bytes) -> None:
-    with pytest.raises(wire.BadValue):
-        wire.load(body)
-
-
-def test_colliding_keys_are_refused_before_a_table_is_built() -> None:
-    keys = [{"i": format(number * (2**61 - 1), "x")} for number in range(40_000)]
-    started = time.process_time()
-    for tree in ({"s": keys}, {"z": keys}, {"d": [[key, 1] for key in keys]}):
-        with pytest.raises(wire.BadValue, match="collide"):
-            wire.decode(tree, lambda number, name: None)
-    assert time.process_time() - started < 5.0
-    assert wire.decode({"s": list(range(10_000))}, lambda number, name: None) == set(range(10_000))
 
 
 # --- functions in the box ---------------------------------------------------------------------------------------------
@@ -597,98 +460,6 @@ def test_the_choice_can_be_made_by_environment(monkeypatch: pytest.MonkeyPatch) 
 def test_importing_the_sandbox_does_not_import_torch() -> None:
     code = "import sys, llmrl.verify.code, llmrl.verify.sandbox.local; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-# --- over HTTP --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def remote() -> Iterator[HttpSandbox]:
-    sandbox = any_box(packages=())
-    server = make_server(sandbox, "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield HttpSandbox(f"http://127.0.0.1:{server.server_address[1]}")
-    server.shutdown()
-    server.server_close()
-    sandbox.close()
-
-
-def test_the_remote_box_runs_scripts_and_functions(remote: HttpSandbox) -> None:
-    end = remote.run("print(input()[::-1])", "abc\n", LIMITS)
-    assert (end.status, end.stdout) == ("ok", "cba\n")
-    for source, status in (("print(", "compile_error"), ("1 / 0", "error"), ("while 1: pass", "timeout")):
-        assert remote.run(source, "", SHORT).status == status
-    source = "class Box:\n    def __init__(self): self.n = 0\ndef f(x): return (x, {1})\ndef boom(): raise KeyError(1)"
-    with remote.open(source, LIMITS) as session:
-        session.load(source)
-        assert same(session.name("f")([1.0]), ([1.0], {1}))
-        item = session.name("Box")()
-        item.n = 5
-        assert item.n == 5
-        with pytest.raises(Raised):
-            session.name("boom")()
-    for source, kind in (("def f(:", "compile_error"), ("import os; os._exit(0)", "error")):
-        with remote.open(source, SHORT) as session, pytest.raises(ProgramEnded) as ended:
-            session.load(source)
-        assert ended.value.kind == kind
-
-
-def test_a_remote_failure_is_no_verdict() -> None:
-    answers: list[tuple[int, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert request["language"] == "python" and request["code"] and request["run_timeout"] > 0
-            code, body = answers.pop(0) if answers else (500, None)
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    result = {"status": "Finished", "return_code": 0, "execution_time": 0.01, "stdout": "42\n", "stderr": ""}
-    good = (200, {"status": "Success", "message": "", "run_result": result})
-    answers += [(503, None), good]
-    box = HttpSandbox(f"http://127.0.0.1:{server.server_address[1]}/run_code")
-    assert box.describe() == f"sandbox http: programs run on {box.url}, under the limits of that server"
-    for bad, message in (
-        ([(400, None)], "HTTP 400"),
-        ([(200, {"status": "SandboxError", "message": "no pod"})], "SandboxError: no pod"),
-        ([(500, None)] * 3, "HTTP 500"),
-    ):
-        answers[:] = bad
-        with pytest.raises(SandboxUnavailable, match=message):
-            box.run("print(1)", "", LIMITS)
-    server.shutdown()
-    server.server_close()
-
-
-def test_an_address_without_a_server_is_unavailable() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(SandboxUnavailable, match="does not answer"):
-        open_sandbox(f"http://127.0.0.1:{port}")
-
-
-def test_the_server_script_serves() -> None:
-    any_box(packages=()).close()
-    command = [sys.executable, str(ROOT / "scripts" / "serve_sandbox"), "--port", "0"]
-    # Where the tests themselves run in the background of a shell, SIGINT is ignored, and a child would inherit that.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/", preexec_fn=heard)
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline().startswith("sandbox ")
-        address = server.stdout.readline().split()[-1]
-        assert open_sandbox(address).run("print(input())", "7\n", LIMITS).stdout == "7\n"
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=20) == 0
-        server.stdout.close()
 
 
 def test_a_lower_limit_of_the_owner_is_kept() -> None:

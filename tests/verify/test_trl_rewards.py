@@ -7,25 +7,9 @@ from typing import Any
 
 import pytest
 
-from llmrl.types import Message, Rollout, RolloutGroup, Task, Turn
+from llmrl.types import Message, Rollout, Turn
 from llmrl.verify.rubric import Part, Rubric
-
-
-def rollout(completion: str = "text", index: int = 0, *, num_tokens: int = 3, **meta: Any) -> Rollout:
-    turn = Turn(
-        prompt_ids=[1, 2],
-        completion_ids=list(range(num_tokens)),
-        rollout_logprobs=[0.0] * num_tokens,
-        finish="stop",
-        policy_version=(0, 0),
-        message={"role": "assistant", "content": completion},
-    )
-    task = Task(id="t", messages=[{"role": "user", "content": "q"}], answer=meta.get("answer"), meta=meta)
-    return Rollout(task=task, index=index, turns=[turn])
-
-
-def group(*rollouts: Rollout) -> RolloutGroup:
-    return RolloutGroup(task=rollouts[0].task, rollouts=list(rollouts))
+from tests.verify.rollouts import group, rollout
 
 
 def test_trl_functions_get_exactly_the_keywords_of_trl() -> None:
@@ -104,6 +88,13 @@ TRL_REWARDS: list[tuple[str, dict[str, Any]]] = [
     ("get_cosine_scaled_reward()", {"max_len": 100}),
     ("get_repetition_penalty_reward()", {"ngram_size": 2, "max_penalty": -1.0}),
 ]
+
+
+def test_no_reward_of_trl_is_left_out() -> None:
+    import trl.rewards
+
+    shipped = {name for names in trl.rewards._import_structure.values() for name in names}
+    assert {name.removesuffix("()") for name, _ in TRL_REWARDS} == shipped
 
 
 @pytest.mark.parametrize("solution", SOLUTIONS)
