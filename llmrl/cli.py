@@ -15,6 +15,8 @@ USAGE = """usage: llmrl COMMAND ...
   llmrl train RECIPE.yaml [--field value ...]    train; any field of the configuration, dotted; --print_config shows all
   llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
   llmrl verify --reward SPEC --self-test         run a reward's own examples
+  llmrl serve RECIPE.yaml [--print_command]      vLLM servers for the recipe's model, until interrupted
+  llmrl doctor [--model PATH]                    check this machine; each finding with its fix
   llmrl --version
 
 Several processes: accelerate launch -m llmrl.cli train RECIPE.yaml ..."""
@@ -31,7 +33,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UserError: there is no such command, or its arguments are wrong.
     """
-    commands = {"train": train, "verify": verify}
+    commands = {"train": train, "verify": verify, "serve": serve, "doctor": doctor}
     if argv[:1] == ["--version"]:
         from llmrl import __version__
 
@@ -63,6 +65,22 @@ def verify(argv: list[str]) -> int:
     from llmrl.verify.command import run as run_verify
 
     return run_verify(argv)
+
+
+def serve(argv: list[str]) -> int:
+    """`llmrl serve`: see `llmrl.rollout.serve`."""
+    from llmrl.rollout.serve import run as run_serve
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]
+    return run_serve(argv)
+
+
+def doctor(argv: list[str]) -> int:
+    """`llmrl doctor`: see `llmrl.doctor`."""
+    from llmrl.doctor import run as run_doctor
+
+    return run_doctor(argv)
 
 
 def find_recipe(name: str) -> Path:

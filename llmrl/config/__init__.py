@@ -23,6 +23,7 @@ from llmrl.config.fields import (
 )
 from llmrl.config.parsing import load_config, parse, save_config, to_dict
 from llmrl.config.vllm import VllmConfig
+from llmrl.config.vllm_server import VllmServerConfig
 
 __all__ = [
     "MISSING",
@@ -40,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "VerifyConfig",
     "VllmConfig",
+    "VllmServerConfig",
     "load_config",
     "parse",
     "save_config",

@@ -59,7 +59,7 @@ def validate(config: Config) -> None:
         f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
         "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
-    found += _vllm_findings(c)
+    found += _vllm_findings(c) + _server_findings(c)
     check(c.rollout.max_staleness <= 0, "rollout.max_staleness above 0 is not supported yet")
     check(
         0 <= c.verify.max_unscored_frac <= 1,
@@ -89,11 +89,41 @@ def _vllm_findings(config: Config) -> list[str]:
         "kv_cache_memory_bytes": _given(options.kv_cache_memory_bytes, 1),
     }
     found = [f"rollout.vllm.{name} is {value}: must be at least 1" for name, value in sizes.items() if value < 1]
-    if not 0 < options.gpu_memory_utilization <= 1:
+    if not 0 < _given(options.gpu_memory_utilization, 1) <= 1:
         found.append(
             f"rollout.vllm.gpu_memory_utilization is {options.gpu_memory_utilization}: a share above 0, up to 1"
         )
     return found
+
+
+def _server_findings(config: Config) -> list[str]:
+    options, vllm = config.rollout.server, config.rollout.vllm
+    found = []
+    if options is not None and config.rollout.engine != "vllm_server":
+        found.append(f"rollout.server is set but rollout.engine is {config.rollout.engine}, which does not read it")
+    if config.rollout.engine == "vllm_server" and vllm is not None:
+        if vllm.weight_transfer != "auto":
+            found.append("rollout.vllm.weight_transfer is for engine vllm: servers read rollout.server.weight_transfer")
+        if vllm.enable_sleep_mode:
+            found.append("rollout.vllm.enable_sleep_mode is for engine vllm: servers have their GPUs to themselves")
+    if options is None:
+        return found
+    found += [
+        f"rollout.server.urls: {url!r} is no address such as http://node5:8000"
+        for url in options.urls
+        if not url.startswith(("http://", "https://"))
+    ]
+    if len(set(options.urls)) < len(options.urls):
+        found.append("rollout.server.urls names a server twice")
+    limits = {
+        "num_replicas": options.num_replicas,
+        "request_timeout_s": options.request_timeout_s,
+        "health_timeout_s": options.health_timeout_s,
+        "return_timeout_s": options.return_timeout_s,
+    }
+    return found + [
+        f"rollout.server.{name} is {value}: must be above 0" for name, value in limits.items() if value <= 0
+    ]
 
 
 def _given(value: Any, otherwise: Any) -> Any:

@@ -9,6 +9,7 @@ from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig
 from llmrl.config.critic import CriticConfig
 from llmrl.config.vllm import VllmConfig
+from llmrl.config.vllm_server import VllmServerConfig
 
 MISSING = "???"
 """Stands for a required field that nobody has set."""
@@ -65,10 +66,13 @@ class DataConfig:
 class RolloutConfig:
     """How completions are drawn."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """`hf`: the sampler of this project, in the trainer's process. `vllm`: vLLM beside the trainer, on its devices."""
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """`hf`: the sampler of this project, in the trainer's process. `vllm`: vLLM beside the trainer, on its devices.
+    `vllm_server`: vLLM servers, on this machine or on others."""
     vllm: VllmConfig | None = None
     """Options of the vLLM engines."""
+    server: VllmServerConfig | None = None
+    """Which servers, with `vllm_server`."""
     num_prompts: int = 16
     """P: tasks per step, over all processes."""
     num_generations: int = 8

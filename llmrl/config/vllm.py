@@ -12,8 +12,9 @@ class VllmConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type vLLM computes in. Default: `model.dtype`."""
-    gpu_memory_utilization: float = 0.4
-    """Share of each GPU for weights and cache. The trainer lives on the same GPU."""
+    gpu_memory_utilization: float | None = None
+    """Share of each GPU for weights and cache. Default: 0.4 for engine `vllm`, which shares it with the trainer; vLLM's
+    own for servers."""
     kv_cache_memory_bytes: int | None = None
     """Size of the key-value cache. Default on a CPU: 512 MiB; on a GPU `gpu_memory_utilization` decides."""
     tensor_parallel_size: int = 1

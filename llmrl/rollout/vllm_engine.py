@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from llmrl.rollout.engine import WeightSource
 
+SHARE_BESIDE_TRAINER = 0.4
+"""Of a GPU's memory, where the trainer uses the same GPU."""
 CPU_CACHE_BYTES = 512 << 20
 CPU_BLOCK_SIZE = 32
 """A multiple of it is what vLLM's kernels for CPUs want; the smallest shares most of a prompt."""
@@ -264,7 +266,8 @@ def engine_arguments(options: VllmConfig, model: str, dtype: str, device: str, m
         arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes or CPU_CACHE_BYTES
         arguments["block_size"] = CPU_BLOCK_SIZE
     else:
-        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        share = options.gpu_memory_utilization
+        arguments["gpu_memory_utilization"] = SHARE_BESIDE_TRAINER if share is None else share
         arguments["enable_sleep_mode"] = options.enable_sleep_mode
     return arguments | options.extra
 

@@ -305,8 +305,15 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _m
 """By family of presets (`FAMILIES`). Each imports what it needs only when it is called."""
 
 
-def make_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
+def make_engine(
+    config: Config, model: PreTrainedModel, policy: Policy, accelerator: Accelerator, say: Callable[[str], None] = print
+) -> Engine:
     """The engine that `rollout.engine` names, serving the policy's weights."""
+    device = accelerator.device
+    if config.rollout.engine == "vllm_server":
+        from llmrl.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine.from_config(config, accelerator, say=say)
     if config.rollout.engine == "vllm":
         from llmrl.rollout.vllm_engine import VllmEngine
 
@@ -357,7 +364,7 @@ def _assemble(
 
     learner = Learner(config, policy, accelerator)
     causal_lm = policy.bare.causal_lm
-    engine = make_engine(config, causal_lm, policy, accelerator.device)
+    engine = make_engine(config, causal_lm, policy, accelerator, console.say)
     record = ledger = None
     if accelerator.is_main_process:
         record = Record(config, accelerator, resume=resume)

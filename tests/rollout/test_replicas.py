@@ -1,0 +1,520 @@
+"""Replicas: balanced, kept where their prompt is cached, and no request lost with a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from llmrl.errors import RunFailed, UserError
+from llmrl.rollout.replicas import MAX_ATTEMPTS, ReplicaFailed, ReplicaLost, Replicas
+from llmrl.rollout.vllm_http import VllmServer
+from llmrl.rollout.vllm_server import VllmServerEngine
+from llmrl.types import Completion, Sampling
+from tests.rollout.fake_vllm import ROUTES, FakeVllm
+
+
+class Scripted:
+    """A replica without a server."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.well = True
+        self.checks = 0
+
+    async def check(self) -> None:
+        self.checks += 1
+        if not self.well:
+            raise ReplicaLost("is gone")
+
+
+def pool(count: int, **options: object) -> tuple[Replicas[Scripted], list[str]]:
+    """Replicas a, b, ...; and the names that were restored, in order."""
+    restored: list[str] = []
+
+    async def restore(replica: Scripted) -> None:
+        await replica.check()
+        restored.append(replica.name)
+
+    settings: dict = {"interval_s": 0.01, "slack": 2} | options
+    return Replicas([Scripted(name) for name in "abcdefgh"[:count]], restore=restore, **settings), restored
+
+
+async def after(seconds: float, replica: Scripted, log: list[str]) -> str:
+    log.append(replica.name)
+    await asyncio.sleep(seconds)
+    return replica.name
+
+
+def run(main: Callable[[], Awaitable[object]]) -> None:
+    asyncio.run(main())  # pyright: ignore[reportArgumentType]
+
+
+# --- where requests go ------------------------------------------------------------------------------------------------
+
+
+def test_groups_stay_together_and_are_spread_evenly(seed: int) -> None:
+    async def main() -> None:
+        replicas, _ = pool(4, slack=8)
+        prompts = [[random.Random(seed + p).randrange(1000) for _ in range(20)] for p in range(16)]
+        log: list[str] = []
+        where = await asyncio.gather(
+            *(
+                replicas.call(lambda r: after(0.02, r, log), session=f"{p}/{g}", prompt=prompt)
+                for p, prompt in enumerate(prompts)
+                for g in range(8)
+            )
+        )
+        groups = [set(where[8 * p : 8 * p + 8]) for p in range(16)]
+        assert all(len(group) == 1 for group in groups), "a group's prompt is computed on one replica only"
+        assert set(Counter(where).values()) == {32}, "16 groups of 8 on 4 replicas"
+        await replicas.close()
+
+    run(main)
+
+
+def test_a_session_stays_where_its_earlier_turns_are_cached() -> None:
+    async def main() -> None:
+        replicas, _ = pool(3)
+        log: list[str] = []
+        first = await replicas.call(lambda r: after(0, r, log), session="s", prompt=[1])
+        for turn in range(5):
+            assert await replicas.call(lambda r: after(0, r, log), session="s", prompt=[1] * (turn + 2)) == first
+        await replicas.close()
+
+    run(main)
+
+
+def test_affinity_gives_way_when_its_replica_is_busier_than_slack_allows() -> None:
+    async def main() -> None:
+        replicas, _ = pool(2, slack=2)
+        log: list[str] = []
+        calls = [replicas.call(lambda r: after(0.02, r, log), session=str(i), prompt=[7]) for i in range(8)]
+        load = Counter(await asyncio.gather(*calls))
+        assert max(load.values()) - min(load.values()) <= 3
+        await replicas.close()
+
+    run(main)
+
+
+# --- what is lost -----------------------------------------------------------------------------------------------------
+
+
+def test_requests_of_a_lost_replica_move_at_once_and_none_is_answered_twice() -> None:
+    async def main() -> None:
+        replicas, _ = pool(2, slack=0)
+        a = replicas.slots[0].replica
+        log: list[str] = []
+
+        async def work(replica: Scripted) -> str:
+            log.append(replica.name)
+            await asyncio.sleep(60 if replica.name == "a" else 0)  # a hangs
+            return replica.name
+
+        calls = [asyncio.ensure_future(replicas.call(work, session=str(i), prompt=[i])) for i in range(6)]
+        await asyncio.sleep(0.05)
+        assert sum(call.done() for call in calls) == 3
+        a.well = False  # what the next check of the busy replica finds out
+        assert await asyncio.wait_for(asyncio.gather(*calls), 5) == ["b"] * 6
+        assert replicas.num_moved == 3
+        assert Counter(log) == {"a": 3, "b": 6}
+        await replicas.close()
+
+    run(main)
+
+
+def test_a_replica_that_returns_is_restored_before_it_serves() -> None:
+    async def main() -> None:
+        replicas, restored = pool(1, return_timeout_s=10)
+        a = replicas.slots[0].replica
+        a.well, order = False, []
+
+        async def work(replica: Scripted) -> str:
+            order.append(list(restored))
+            return replica.name
+
+        call = asyncio.ensure_future(replicas.call(work, session="s", prompt=[1]))
+        await asyncio.sleep(0.05)
+        assert not call.done()
+        a.well = True
+        assert await asyncio.wait_for(call, 5) == "a"
+        assert order == [["a"]], "restored once, and before the request"
+        await replicas.close()
+
+    run(main)
+
+
+def test_waiting_for_a_return_has_a_limit_that_is_named() -> None:
+    async def main() -> None:
+        replicas, _ = pool(2, return_timeout_s=0.05)
+        for slot in replicas.slots:
+            slot.replica.well = False
+        with pytest.raises(RunFailed, match=r"(?s)return_timeout_s 0.05.*a: is gone.*b: is gone"):
+            await replicas.call(lambda r: after(0, r, []), session="s", prompt=[1])
+        await replicas.close()
+
+    run(main)
+
+
+def test_a_request_that_fails_everywhere_takes_nobody_down() -> None:
+    async def main() -> None:
+        replicas, _ = pool(3)
+        tried: list[str] = []
+
+        async def work(replica: Scripted) -> str:
+            tried.append(replica.name)
+            raise ReplicaFailed("answered 500")
+
+        with pytest.raises(RunFailed, match=r"failed everywhere:\n  a: answered 500"):
+            await replicas.call(work, session="s", prompt=[1])
+        assert len(tried) == MAX_ATTEMPTS and len(set(tried[:2])) == 2, "not twice in a row on the same one"
+        assert len(replicas.live) == 3
+        await replicas.close()
+
+    run(main)
+
+
+def test_a_500_of_a_replica_that_is_not_well_takes_it_out() -> None:
+    async def main() -> None:
+        replicas, _ = pool(2)
+
+        async def work(replica: Scripted) -> str:
+            if replica.name == "a":
+                replica.well = False
+                raise ReplicaFailed("engine dead")
+            return replica.name
+
+        assert await replicas.call(work, session="s", prompt=[1]) == "b"
+        assert [replica.name for replica in replicas.live] == ["b"]
+        await replicas.close()
+
+    run(main)
+
+
+def test_cancelling_a_request_cancels_its_work_and_nothing_else() -> None:
+    async def main() -> None:
+        replicas, _ = pool(1)
+        ended: list[str] = []
+
+        async def work(replica: Scripted) -> str:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(replica.name)
+            return ""
+
+        call = asyncio.ensure_future(replicas.call(work, session="s", prompt=[1]))
+        await asyncio.sleep(0.02)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert ended == ["a"] and len(replicas.live) == 1 and replicas.slots[0].load == 0
+        await replicas.close()
+
+    run(main)
+
+
+def test_many_requests_share_one_check() -> None:
+    async def main() -> None:
+        replicas, _ = pool(2)
+        await asyncio.gather(*(replicas.call(lambda r: after(0, r, []), session=str(i), prompt=[i]) for i in range(50)))
+        assert [slot.replica.checks for slot in replicas.slots] == [1, 1]
+        await replicas.close()
+
+    run(main)
+
+
+# --- over HTTP, against scripted servers ------------------------------------------------------------------------------
+
+
+class NumberDelivery:
+    """Weights that are one number; `reaches` says which servers a push reaches."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.misses: set[str] = set()
+
+    def stage(self, source: object) -> None:
+        self.number += 1
+
+    async def deliver(self, servers: list[VllmServer], label: str) -> dict[VllmServer, str]:
+        lost = {}
+        for server in servers:
+            try:
+                if server.name in self.misses:
+                    await server.set_label(label)
+                else:
+                    await server.update_weights({"number": self.number}, label=label)
+            except ReplicaLost as error:
+                lost[server] = str(error)
+        return lost
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def servers():
+    fakes = [FakeVllm(latency=0.05), FakeVllm(latency=0.05)]
+    yield fakes
+    for fake in fakes:
+        fake.close()
+
+
+def engine_on(fakes: list[FakeVllm], **options: object) -> tuple[VllmServerEngine, NumberDelivery, list[str]]:
+    """An engine with short limits, what delivers its weights, and what it says."""
+    said: list[str] = []
+    delivery = NumberDelivery()
+    settings: dict = {"health_timeout_s": 0.5, "return_timeout_s": 20, "start_timeout_s": 5, "request_timeout_s": 20}
+    engine = VllmServerEngine([f.url for f in fakes], delivery=delivery, say=said.append, **settings | options)
+    engine.replicas.interval_s = 0.05
+    return engine, delivery, said
+
+
+async def draw(engine: VllmServerEngine, count: int) -> list[Completion]:
+    calls = [engine.generate([1, i], Sampling(max_tokens=2, seed=i), session=str(i)) for i in range(count)]
+    return list(await asyncio.wait_for(asyncio.gather(*calls), 30))
+
+
+def assert_each_answered_once(completions: list[Completion], version: int) -> None:
+    assert [c.token_ids for c in completions] == [[i, i] for i in range(len(completions))]
+    assert {c.policy_version for c in completions} == {(version, version)}
+
+
+def nothing() -> list:
+    return []
+
+
+def test_requests_say_every_sampling_parameter(servers: list[FakeVllm]) -> None:
+    """What is left out would be filled from the model's generation_config."""
+
+    async def main() -> None:
+        engine, _, _ = engine_on(servers[:1])
+        await engine.load_weights(nothing, version=0)
+        await engine.generate([1, 2], Sampling(max_tokens=2, seed=9, stop_token_ids=(4,)), session="s")
+        wanted = {
+            "prompt": [1, 2], "max_tokens": 2, "seed": 9, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [4],
+            "ignore_eos": True, "logprobs": 0, "return_token_ids": True, "model": "tiny",
+        }  # fmt: skip
+        assert servers[0].answered == [wanted]
+        await engine.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("fault", ["kill", "hang", "500"])
+def test_no_rollout_is_lost_with_a_server(servers: list[FakeVllm], fault: str) -> None:
+    async def main() -> None:
+        engine, _, said = engine_on(servers, slack=0)
+        await engine.load_weights(nothing, version=3)
+        servers[0].latency = 0.5
+        batch = asyncio.ensure_future(draw(engine, 40))
+        while len(servers[1].answered) < 20:
+            await asyncio.sleep(0.01)
+        if fault == "kill":
+            servers[0].kill()
+        else:
+            servers[0].fault = fault
+        assert_each_answered_once(await batch, 3)
+        assert engine.replicas.num_moved > 0
+        assert (fault == "500") == (len(engine.replicas.live) == 2), "a server that is well is kept"
+        assert fault == "500" or servers[0].url in said[0]
+        await engine.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("pushed_meanwhile", [False, True])
+def test_a_restarted_server_gets_the_current_weights_before_it_serves(
+    servers: list[FakeVllm], pushed_meanwhile: bool
+) -> None:
+    async def main() -> None:
+        engine, delivery, said = engine_on(servers, slack=0)
+        await engine.load_weights(nothing, version=0)
+        await engine.logprobs([[1, 2, 3]])
+        servers[0].kill()
+        assert_each_answered_once(await draw(engine, 10), 0)
+        version = 0
+        if pushed_meanwhile:
+            version = 1
+            await engine.load_weights(nothing, version=1)
+            assert await engine.logprobs([[1, 2, 3]]) == [[-2.0, -2.0]]
+        before = len(servers[0].answered)
+        servers[0].start()
+        while len(engine.replicas.live) < 2:
+            await asyncio.sleep(0.02)
+        assert servers[0].label == engine.label and servers[0].weights == delivery.number
+        assert servers[0].log[-4:] == ["/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
+        assert len(servers[0].answered) == before
+        assert_each_answered_once(await draw(engine, 10), version)
+        assert len(servers[0].answered) > before
+        assert said[-1].startswith(f"{servers[0].url} is back and up to date")
+        await engine.close()
+
+    run(main)
+
+
+def test_a_server_that_was_restarted_unseen_serves_nothing_before_it_is_up_to_date(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, delivery, _ = engine_on(servers[:1])
+        await engine.load_weights(nothing, version=0)
+        servers[0].kill()
+        servers[0].start()
+        engine.replicas.slots[0].checked_at = -math.inf  # a restart takes longer than a check stays fresh
+        assert_each_answered_once(await draw(engine, 4), 0)
+        assert servers[0].weights == delivery.number, "not those from disk"
+        await engine.close()
+
+    run(main)
+
+
+def test_a_replica_that_cannot_prove_the_weights_stays_out(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, delivery, said = engine_on(servers)
+        await engine.load_weights(nothing, version=0)
+        await engine.logprobs([[1, 2, 3]])
+        servers[0].kill()
+        await draw(engine, 4)
+        delivery.misses = {servers[0].url}
+        servers[0].start()
+        while len(said) < 2:
+            await asyncio.sleep(0.02)
+        assert "answers again but cannot be used" in said[1] and "1 nats away" in said[1]
+        assert [server.name for server in engine.replicas.live] == [servers[1].url]
+        await engine.close()
+
+    run(main)
+
+
+def test_a_push_that_misses_one_replica_is_named(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, delivery, _ = engine_on(servers)
+        for version in (0, 1):
+            await engine.load_weights(nothing, version=version)
+            await engine.logprobs([[1, 2, 3]])
+        delivery.misses = {servers[1].url}
+        await engine.load_weights(nothing, version=2)
+        with pytest.raises(RunFailed, match=rf"{servers[1].url}: .* as before the push: the push did not arrive there"):
+            await engine.logprobs([[1, 2, 3]])
+        await engine.close()
+
+    run(main)
+
+
+def test_a_server_lost_during_a_push_gets_the_weights_when_it_returns(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, delivery, _ = engine_on(servers)
+        await engine.load_weights(nothing, version=0)
+        servers[1].fault = "hang"
+        engine.replicas.slots[1].replica.request_timeout_s = 0.3
+        await engine.load_weights(nothing, version=1)
+        assert [server.name for server in engine.replicas.live] == [servers[0].url]
+        servers[1].fault = ""
+        servers[1].released.set()
+        while len(engine.replicas.live) < 2:
+            await asyncio.sleep(0.02)
+        servers[1].released.clear()
+        assert servers[1].weights == delivery.number == 2 and servers[1].label == engine.label
+        await engine.close()
+
+    run(main)
+
+
+def test_two_runs_on_the_same_servers_are_told_apart(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        ours, _, said = engine_on(servers[:1], return_timeout_s=0.5)
+        theirs, _, _ = engine_on(servers[:1])
+        await ours.load_weights(nothing, version=5)
+        await theirs.load_weights(nothing, version=5)
+        ours.replicas.slots[0].checked_at = -math.inf
+        await draw(ours, 1)
+        assert "serves weights 'llmrl-" in said[0], "version 5 of another run is not our version 5"
+        await ours.close()
+        await theirs.close()
+
+    run(main)
+
+
+def test_aborted_requests_are_drawn_again(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, _, _ = engine_on(servers[:1], on_update="abort")
+        await engine.load_weights(nothing, version=0)
+        servers[0].fault = "abort"
+        batch = asyncio.ensure_future(draw(engine, 4))
+        while len(servers[0].answered) < 4:
+            await asyncio.sleep(0.01)
+        servers[0].fault = ""
+        assert {completion.finish for completion in await batch} == {"length"}
+        assert len(servers[0].answered) > 4
+        assert servers[0].log[0] == "/pause?mode=abort"
+        await engine.close()
+
+    run(main)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_no_server_would_take_is_no_fault_of_the_server(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, _, _ = engine_on(servers)
+        await engine.load_weights(nothing, version=0)
+        servers[0].fault = servers[1].fault = "400"
+        with pytest.raises(RunFailed, match="answered 400 to POST /v1/completions: scripted 400"):
+            await draw(engine, 1)
+        assert len(engine.replicas.live) == 2
+        with pytest.raises(UserError, match=r"make 66, but the servers were started with --max-model-len 64"):
+            await engine.generate([1] * 60, Sampling(max_tokens=6), session="s")
+        servers[0].fault = servers[1].fault = "nan"
+        with pytest.raises(RunFailed, match="not finite.*the weights are broken"):
+            await draw(engine, 1)
+        await engine.close()
+
+    run(main)
+
+
+def test_a_server_without_weight_routes_says_what_to_add() -> None:
+    fake = FakeVllm(routes=tuple(route for route in ROUTES if route.startswith("/v1") or route == "/health"))
+
+    async def main() -> None:
+        engine, _, _ = engine_on([fake])
+        with pytest.raises(UserError, match=r"has no /pause, .*/weight_info: start it with VLLM_SERVER_DEV_MODE=1"):
+            await engine.load_weights(nothing, version=0)
+        await engine.close()
+
+    run(main)
+    fake.close()
+
+
+def test_log_probabilities_that_ignore_the_temperature_are_refused(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        engine, _, _ = engine_on(servers)
+        await engine.load_weights(nothing, version=0)
+        with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+            await engine.generate([1], Sampling(max_tokens=1, temperature=0.7), session="s")
+        await engine.close()
+
+    run(main)
+
+
+def test_servers_that_are_not_there_or_differ_are_user_errors(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        servers[1].model = "another"
+        engine, _, _ = engine_on(servers)
+        with pytest.raises(UserError, match=r"serve different models: \['another', 'tiny'\]"):
+            await engine.load_weights(nothing, version=0)
+        await engine.close()
+        servers[1].kill()
+        engine, _, _ = engine_on(servers, start_timeout_s=0.2)
+        with pytest.raises(UserError, match=rf"no vLLM server answers at {servers[1].url} .*llmrl serve"):
+            await engine.load_weights(nothing, version=0)
+        await engine.close()
+
+    run(main)
+    with pytest.raises(UserError, match=r"rollout\.server\.urls"):
+        VllmServerEngine([])
