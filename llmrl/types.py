@@ -324,6 +324,8 @@ class ForwardOutputs:
     """Of the next-token distribution, in nats; with gradient where the algorithm asked for it."""
     hidden: Float[Tensor, "M H"] | None = None
     """What the output head computed them from; without gradient, and only where it was asked for."""
+    kl: Float[Tensor, " M"] | None = None
+    """KL(policy || reference) of the next-token distribution, in nats; with gradient, and only where asked for."""
     values: Float[Tensor, " M"] | None = None
     """The critic's value of the state before each trained token."""
 

@@ -23,6 +23,8 @@ class Needs:
 
     ref_logprobs: bool = False
     """Log-probabilities under the reference model."""
+    full_kl: bool = False
+    """`ForwardOutputs.kl`: the divergence from the reference model over the whole vocabulary."""
     every_sample: bool = False
     """Samples whose advantages are all zero still have a gradient (a KL or entropy term) and must be computed."""
     entropy_gradient: bool = False
@@ -46,6 +48,11 @@ class Needs:
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     refine: bool = False
     """`refine` is called once the quantities above are there."""
+
+    @property
+    def reference(self) -> bool:
+        """A reference model is read at all."""
+        return self.ref_logprobs or self.full_kl
 
 
 class Algorithm(Protocol):

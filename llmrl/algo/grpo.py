@@ -57,7 +57,8 @@ class GRPO:
         entropies, token_baseline = (c.top_entropy_quantile or 1) < 1, c.baseline == "optimal_token"
         covariance, influence = c.policy_loss in ("clip_cov", "kl_cov"), c.token_weighting != "none"
         self.needs = Needs(
-            ref_logprobs=self.beta > 0,
+            ref_logprobs=self.beta > 0 and c.kl_estimator != "full",
+            full_kl=self.beta > 0 and c.kl_estimator == "full",
             every_sample=self.beta > 0 or bool(c.entropy_coef) or bool(c.whiten_advantages),
             entropy_gradient=bool(c.entropy_coef),
             old_logprobs=in_reward or covariance or token_baseline,
@@ -213,9 +214,7 @@ class GRPO:
             token_losses = token_losses * keep
             metrics["loss/off_policy_frac"] = (~keep).sum() / counts.num_tokens
         if c.kl_in == "loss":
-            if batch.ref_logprobs is None:
-                raise ValueError("beta > 0 needs ref_logprobs in the batch")
-            penalty = kl.penalty(c.kl_estimator, logprobs, batch.ref_logprobs)
+            penalty = self._penalty(outputs, batch)
             metrics["kl/ref"] = penalty.detach().sum() / counts.num_tokens
             if c.use_bias_correction_kl:
                 penalty = penalty * ratio
@@ -245,6 +244,15 @@ class GRPO:
             return losses.kl_cov_loss(ratio, log_ratio, advantages, selected, coef=c.kl_cov_coef)
         bounds = {"epsilon": c.epsilon, "epsilon_high": c.epsilon_high}
         return losses.clipped_surrogate(ratio, advantages, **bounds, delta=c.delta, dual_clip=c.dual_clip)
+
+    def _penalty(self, outputs: ForwardOutputs, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """The divergence from the reference, estimated from the drawn token or exact."""
+        found = outputs.kl if self.config.kl_estimator == "full" else batch.ref_logprobs
+        if found is None:
+            raise ValueError("beta > 0 needs ref_logprobs in the batch, or kl in the outputs")
+        if self.config.kl_estimator == "full":
+            return found
+        return kl.penalty(self.config.kl_estimator, outputs.logprobs, found)
 
     def _ratio_metrics(self, ratio: Tensor, batch: MicroBatch, counts: Counts) -> dict[str, Tensor]:
         c, metrics = self.config, {"loss/ratio/max": ratio.max() if ratio.numel() else ratio.new_zeros(())}

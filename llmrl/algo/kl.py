@@ -52,12 +52,7 @@ def absolute(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -
 
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
-
-
-def full_kl(logits: Float[Tensor, "M V"], ref_logits: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
-    """KL(policy || reference) of each next-token distribution, summed over the whole vocabulary: no sampling noise."""
-    logprobs, ref_logprobs = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
-    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
+"""Those that look at the drawn token. The divergence of whole distributions is in `train/logprob_head.py`."""
 
 
 def adapted_beta(beta: float, measured: float, *, target: float, horizon: int, num_rollouts: int) -> float:

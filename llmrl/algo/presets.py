@@ -123,7 +123,10 @@ def _loss_is(*names: str) -> tuple[str, Callable[[Any], bool]]:
 
 CRITIC = ("baseline critic", lambda c: c.baseline == "critic")
 PENALTY = ("beta above 0", lambda c: c.beta > 0)
-PENALTY_IN_LOSS = ("beta above 0 and kl_in loss", lambda c: c.beta > 0 and c.kl_in == "loss")
+ESTIMATED_IN_LOSS = (
+    "beta above 0, kl_in loss and a kl_estimator that looks at the drawn token alone",
+    lambda c: c.beta > 0 and c.kl_in == "loss" and c.kl_estimator != "full",
+)
 TOKEN_WEIGHTING = ("token_weighting thr or nthr", lambda c: c.token_weighting != "none")
 THR = ("token_weighting thr", lambda c: c.token_weighting == "thr")
 PASSK = ("baseline passk", lambda c: c.baseline == "passk")
@@ -161,7 +164,7 @@ READ_WITH: dict[str, tuple[str, Callable[[Any], bool]]] = {
     CLIP_MAX: WEIGHTED,
     "kl_in": PENALTY,
     "kl_estimator": PENALTY,
-    "use_bias_correction_kl": PENALTY_IN_LOSS,
+    "use_bias_correction_kl": ESTIMATED_IN_LOSS,
     "kl_target": PENALTY,
     "kl_horizon": ("kl_target", lambda c: c.beta > 0 and c.kl_target is not None),
     "thr_p": THR,
@@ -303,7 +306,12 @@ def _clashes(c: AlgoConfig) -> list[str]:
             "algo.kl_estimator k1 in the loss has a gradient of zero on average: use k2 or k3, or algo.kl_in reward",
         ),
         (
-            c.kl_in == "reward" and c.kl_estimator != "k1",
+            c.kl_in == "reward" and c.kl_estimator == "full",
+            "algo.kl_estimator full in the reward says nothing about the token drawn, so the divergence itself gets "
+            "no gradient, only what led to it: use k1 there, or set algo.kl_in loss",
+        ),
+        (
+            c.kl_in == "reward" and c.kl_estimator not in ("k1", "full"),
             f"algo.kl_estimator {c.kl_estimator} in the reward hardly penalises near the reference (its gradient "
             "cancels to first order): only k1 is sound there, or set algo.kl_in loss",
         ),

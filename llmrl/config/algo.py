@@ -99,8 +99,9 @@ class AlgoConfig:
     """Weight of the KL penalty to the reference model; 0 needs no reference."""
     kl_in: Literal["loss", "reward"] | None = None
     """The penalty is a term of the loss, or is subtracted from the reward."""
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] | None = None
-    """Per-token estimator. k1 belongs in the reward, the others in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] | None = None
+    """Per-token estimator. k1 belongs in the reward, the others in the loss. `full` estimates nothing: the KL of the
+    whole next-token distribution, without sampling noise, for a pass of the reference at every optimizer step."""
     use_bias_correction_kl: bool | None = None
     """Multiply the penalty by the (differentiated) ratio: unbiased when the batch is off-policy."""
     kl_target: float | None = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from llmrl.algo.algorithm import Algorithm
     from llmrl.config import Config
-    from llmrl.train.policy import Policy
+    from llmrl.train.policy import Policy, ReferenceHead
     from llmrl.train.prefixes import Tree
 
 
@@ -126,7 +126,8 @@ class Learner:
         for number, micro_batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy.module):
-                outputs = self.policy.forward(micro_batch, with_hidden=bool(to_reweight))
+                reference = self._reference_head(micro_batch) if algorithm.needs.full_kl else None
+                outputs = self.policy.forward(micro_batch, with_hidden=bool(to_reweight), reference=reference)
                 reweighting.apply(micro_batch, outputs)
                 loss, metrics = algorithm.loss(outputs, micro_batch, counts)
                 loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
@@ -151,6 +152,10 @@ class Learner:
         self.optimizer.zero_grad()
         self.num_updates += 1
         return report
+
+    def _reference_head(self, micro_batch: MicroBatch) -> ReferenceHead:
+        with self.accelerator.autocast():  # rounded as in the policy's own forward pass
+            return self.policy.reference_head(micro_batch)
 
     def _micro_batches(
         self, samples: list[Sample], *, alone: bool = False, whole: Collection[int] = ()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -45,8 +47,32 @@ def token_logprobs(
         (log-probabilities, entropies in nats).
     """
     hidden = _rounded(hidden)
+    constants = (temperature, softcap, scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Head.apply(hidden, weight, bias, targets, temperature, softcap, scale)  # pyright: ignore[reportReturnType]
+        return _Head.apply(hidden, weight, bias, targets, constants, None)[:2]  # pyright: ignore
+
+
+def token_logprobs_and_kl(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " M"],
+    reference: tuple[Float[Tensor, "M R"], Float[Tensor, "V R"], Float[Tensor, " V"] | None],
+    *,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """What `token_logprobs` gives, and KL(policy || reference) of each whole distribution (nats), differentiable too.
+
+    `reference` is the other model's hidden states, output head and its bias, which get no gradient; the other arguments
+    are those of `token_logprobs` and hold for both models.
+    """
+    other_hidden, other_weight, other_bias = reference
+    reference = (_rounded(other_hidden).detach(), other_weight.detach(), other_bias)
+    hidden, constants = _rounded(hidden), (temperature, softcap, scale)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Head.apply(hidden, weight, bias, targets, constants, reference)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -110,13 +136,12 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
-        softcap: float | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        constants = (temperature, softcap, scale)
+        constants: tuple[float, float | None, float],
+        reference: tuple[Tensor, Tensor, Tensor | None] | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        divergences = None if reference is None else torch.empty_like(logprobs)
         for rows in _chunks(len(hidden), len(weight)):
             logits, _ = _logits(hidden[rows], weight, bias, constants)
             highest = logits.amax(dim=1, keepdim=True)
@@ -126,16 +151,19 @@ class _Head(torch.autograd.Function):
             normalisers[rows] = normaliser
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
             entropies[rows] = normaliser - torch.linalg.vecdot(unnormalised, logits) / total
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+            if reference is not None and divergences is not None:
+                other = _reference_logprobs(reference, rows, constants)
+                divergences[rows] = -entropies[rows] - torch.linalg.vecdot(unnormalised, other) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, divergences, *(reference or ()))
         ctx.constants = constants
         ctx.set_materialize_grads(False)  # so that an entropy nobody differentiates costs nothing
-        return logprobs, entropies
+        return logprobs, entropies, divergences
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers, entropies, divergences, *reference = ctx.saved_tensors
         grad_logprobs = torch.zeros_like(normalisers) if grads[0] is None else grads[0]
-        grad_entropies = grads[1]
+        grad_entropies, grad_divergences = grads[1:]
         temperature, _, scale = ctx.constants
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -145,12 +173,13 @@ class _Head(torch.autograd.Function):
             logits, slope = _logits(hidden[rows], weight, bias, ctx.constants)
             log_p = logits.sub_(normalisers[rows, None])
             grad = log_p.exp()
+            factor = grad_logprobs[rows, None]
+            if grad_divergences is not None:  # dKL / d logit = p * (log p - log q - KL)
+                gap = log_p - _reference_logprobs(reference, rows, ctx.constants)
+                factor = gap.sub_(divergences[rows, None]).mul_(-grad_divergences[rows, None]).add_(factor)
             if grad_entropies is not None:  # dH / d logit = -p * (log p + H)
-                factor = log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
-                factor.add_(grad_logprobs[rows, None])
-                grad.mul_(factor).neg_()
-            else:
-                grad.mul_(-grad_logprobs[rows, None])
+                factor = log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(factor)
+            grad.mul_(factor).neg_()
             grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
             grad.mul_(scale / temperature)
             if slope is not None:
@@ -172,8 +201,17 @@ class _Head(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
+
+
+def _reference_logprobs(
+    reference: Sequence[Tensor | None], rows: slice, constants: tuple[float, float | None, float]
+) -> Tensor:
+    """Log-probabilities of the whole vocabulary for a few rows: (hidden states, head, bias) of the other model."""
+    hidden, weight, bias = reference
+    assert hidden is not None and weight is not None
+    logits, _ = _logits(hidden[rows], weight, bias, constants)
+    return logits.sub_(logits.logsumexp(dim=1, keepdim=True))
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:

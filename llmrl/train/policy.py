@@ -18,7 +18,12 @@ import torch
 from torch import nn
 
 from llmrl.errors import RunFailed, UserError
-from llmrl.train.logprob_head import restricted_probabilities, token_collisions, token_logprobs
+from llmrl.train.logprob_head import (
+    restricted_probabilities,
+    token_collisions,
+    token_logprobs,
+    token_logprobs_and_kl,
+)
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.prefixes import Cost, Tree
 from llmrl.types import ForwardOutputs, Sample
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from llmrl.config import LoraConfig, ModelConfig
     from llmrl.train.critic import Critic
     from llmrl.types import MicroBatch
+
+    ReferenceHead = tuple[Float[Tensor, "M H"], Float[Tensor, "V H"], Float[Tensor, " V"] | None]
 
 TINY = "tiny:"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -174,14 +181,19 @@ class PolicyModule(nn.Module):
         temperature: float | None = None,
         with_hidden: bool = False,
         with_values: bool = False,
+        reference: ReferenceHead | None = None,
     ) -> dict[str, Tensor]:
-        """Fields of `ForwardOutputs` of `targets`, each predicted by the hidden state at its `predict_from`."""
+        """Fields of `ForwardOutputs` of `targets`, each predicted by the hidden state at its `predict_from`.
+
+        With the `reference` that `Policy.reference_head` gives, its KL too.
+        """
         hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
         options = self.head_options()
         if temperature is not None:
             options["temperature"] = temperature
-        logprobs, entropy = token_logprobs(hidden, self.head_weight, targets, **options)
-        outputs = {"logprobs": logprobs, "entropy": entropy}
+        head = (hidden, self.head_weight, targets)
+        found = token_logprobs_and_kl(*head, reference, **options) if reference else token_logprobs(*head, **options)
+        outputs: dict[str, Tensor] = dict(zip(("logprobs", "entropy", "kl"), found, strict=False))  # pyright: ignore
         if with_values and self.critic is not None:
             outputs["values"] = self.critic(hidden, input_ids, position_ids, predict_from, attention_mask)
         return outputs | {"hidden": hidden.detach()} if with_hidden else outputs
@@ -221,15 +233,23 @@ class Policy:
             self._reference = copy.deepcopy(self.bare).eval().requires_grad_(False)
         self.bare.critic = critic
 
-    def forward(self, batch: MicroBatch, *, with_hidden: bool = False, alone: bool = False) -> ForwardOutputs:
-        """Log-probabilities and values (with gradient) of the trained tokens, and what they were computed from if asked
-        for.
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        with_hidden: bool = False,
+        reference: ReferenceHead | None = None,
+        alone: bool = False,
+    ) -> ForwardOutputs:
+        """Log-probabilities and values (with gradient) of the trained tokens; if asked for, what they come from, and
+        the KL to what `reference_head` gave.
 
         It goes through the data-parallel wrapper; `alone` goes round it, so that processes may call it differently
         often.
         """
         module = self.bare if alone else self.module
-        return ForwardOutputs(**module(*_inputs(batch), with_hidden=with_hidden, with_values=True))
+        options = {"with_hidden": with_hidden, "with_values": True, "reference": reference}
+        return ForwardOutputs(**module(*_inputs(batch), **options))
 
     @torch.no_grad()
     def values(self, batch: MicroBatch) -> Float[Tensor, " M"]:
@@ -246,13 +266,24 @@ class Policy:
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """The same under the reference: the adapters switched off, or the frozen copy taken at the start."""
-        inputs = _inputs(batch)
         if self.has_adapters:
             with self.bare.model.disable_adapter():  # pyright: ignore[reportCallIssue]
-                return self.module(*inputs)["logprobs"]
+                return self.module(*_inputs(batch))["logprobs"]
+        return self._kept_reference(batch)(*_inputs(batch))["logprobs"]
+
+    @torch.no_grad()
+    def reference_head(self, batch: MicroBatch) -> ReferenceHead:
+        """Hidden states of the trained tokens under the reference, its output head and that one's bias."""
+        off = self.bare.model.disable_adapter() if self.has_adapters else contextlib.nullcontext()  # pyright: ignore
+        model = self.bare if self.has_adapters else self._kept_reference(batch)
+        with off, evaluating(model):
+            hidden = model.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+        return hidden.flatten(0, 1)[batch.predict_from], model.head_weight.detach(), model.head_options()["bias"]
+
+    def _kept_reference(self, batch: MicroBatch) -> PolicyModule:
         if self._reference is None:
-            raise RunFailed("reference log-probabilities were asked for, but no reference model was kept")
-        return self._reference.to(batch.input_ids.device)(*inputs)["logprobs"]
+            raise RunFailed("the reference was asked for, but no reference model was kept")
+        return self._reference.to(batch.input_ids.device)
 
     @torch.no_grad()
     def collisions(self, batch: MicroBatch) -> Float[Tensor, " M"]:

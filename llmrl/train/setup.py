@@ -111,7 +111,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     policy = Policy(
         model.to(accelerator.device),
         temperature=config.rollout.temperature,
-        keep_reference=algorithm.needs.ref_logprobs,
+        keep_reference=algorithm.needs.reference,
         critic=critic,
     )
     return _assemble(

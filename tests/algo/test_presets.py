@@ -141,6 +141,11 @@ def test_what_is_given_wins() -> None:
         ({"name": "gmpo", "top_entropy_quantile": 0.2}, "the mean over a whole sequence"),
         ({"beta": 0.1, "kl_estimator": "k1"}, "gradient of zero on average"),
         ({"beta": 0.1, "kl_in": "reward"}, "only k1 is sound there"),
+        ({"beta": 0.1, "kl_in": "reward", "kl_estimator": "full"}, "says nothing about the token drawn"),
+        (
+            {"beta": 0.1, "kl_estimator": "full", "use_bias_correction_kl": True},
+            "only read with beta above 0, kl_in loss",
+        ),
         ({"name": "reinforce_pp", "dynamic_sampling": True}, "those do carry a gradient"),
         ({"name": "gdpo", "rubric_alpha": 0.3}, "choose one"),
         ({"name": "passk", "overlong_buffer": 0.2}, "right and wrong only"),

@@ -108,8 +108,8 @@ def make_learner(
     model: torch.nn.Module, config: Config, *, accelerator: Accelerator | None = None, temperature: float = 1.0
 ) -> tuple[Learner, Algorithm]:
     algorithm = make_algorithm(config)
-    policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.ref_logprobs)
-    if algorithm.needs.ref_logprobs and not policy.has_adapters:
+    policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.reference)
+    if algorithm.needs.reference and not policy.has_adapters:
         move(policy.bare, seed=5)  # away from the reference, so that the penalty has a gradient
     return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
 
@@ -142,7 +142,7 @@ def make_ppo_learner(
     policy = Policy(
         model,
         temperature=options.get("temperature", 1.0),
-        keep_reference=algorithm.needs.ref_logprobs,
+        keep_reference=algorithm.needs.reference,
         critic=critic,
     )
     return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm

@@ -72,7 +72,7 @@ def run_cases(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     for name, algo in CASES.items():
         config = make_config(algo=algo)
         algorithm = make_algorithm(config)
-        policy = Policy(tiny_model(), temperature=1.0, keep_reference=algorithm.needs.ref_logprobs)
+        policy = Policy(tiny_model(), temperature=1.0, keep_reference=algorithm.needs.reference)
         learner = Learner(config, policy, accelerator)
         groups = make_groups(seed)
         metrics = learner.update(algorithm.prepare(groups, policy_version=0), algorithm)

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "penalty": {"algo": {"loss_type": "dr_grpo", "beta": 0.1}},
     "penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1}, "lora": True},
+    "exact penalty": {"algo": {"beta": 0.1, "kl_estimator": "full"}, "train": {"max_tokens_per_micro_batch": 25}},
+    "exact penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1, "kl_estimator": "full"}, "lora": True},
     "two mini-batches, two passes": {"algo": {"num_mini_batches": 2, "num_iterations": 2}},
     "fewer sequences than processes": {"samples": {"groups": 1, "size": 1}},
     "fewer sequences than processes, penalty": {"algo": {"beta": 0.1}, "samples": {"groups": 1, "size": 1}},

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,29 +12,14 @@ from accelerate import Accelerator
 
 from tests.invariance.family_worker import CASES, CRITICS, run_cases
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 240
 SEED = os.environ.get("LLMRL_TEST_SEED", "0")
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     file = tmp_path_factory.mktemp("two") / "results.pt"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(Path(__file__).with_name("family_worker.py")), str(file), SEED]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"two processes were not done after {DEADLINE_S} s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
+    code, output = launch("family_worker.py", str(file), SEED)
+    assert code == 0, output[-3000:]
     return torch.load(file, weights_only=False)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +10,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.invariance.launch import launch
 from tests.invariance.process_worker import CASES, STEPS, run_cases
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 180
-
-
-def launch(*arguments: str, use_cpu: bool) -> tuple[int, str]:
-    """Exit code and output of the worker under `accelerate launch` with two processes; killed whole at the deadline."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if use_cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(Path(__file__).with_name("process_worker.py")), *arguments]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"two processes were not done after {DEADLINE_S} s:\n{output[-3000:]}")
-    return process.returncode, output
+WORKER = "process_worker.py"
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     file = tmp_path_factory.mktemp("two") / "results.pt"
-    code, output = launch(str(file), os.environ.get("LLMRL_TEST_SEED", "0"), use_cpu=True)
+    code, output = launch(WORKER, str(file), os.environ.get("LLMRL_TEST_SEED", "0"))
     assert code == 0, output[-3000:]
     return torch.load(file)
 
@@ -75,7 +51,7 @@ def test_a_launch_whose_processes_do_not_know_of_each_other_is_refused(tmp_path:
     """On a machine without GPUs `--multi_gpu` alone gives two processes that would each train alone."""
     if torch.cuda.is_available():
         pytest.skip("with GPUs this launch is right")
-    code, output = launch("--refused", str(tmp_path), use_cpu=False)
+    code, output = launch(WORKER, "--refused", str(tmp_path), use_cpu=False)
     assert code != 0
     assert "the launcher started 2 processes, but each sees 1" in output
     assert "ACCELERATE_USE_CPU=true" in output

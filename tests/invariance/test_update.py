@@ -64,6 +64,43 @@ def test_layout_changes_nothing(arch: str, loss_type: str, beta: float, lora: bo
     assert_same(run(arch, lora, algo, shuffled), padded)
 
 
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2"])
+def test_exact_divergence_against_dense_logits(arch: str, lora: bool, share_prefixes: bool, seed: int) -> None:
+    """`kl_estimator full`: the loss and its gradient from whole logits of both models, one sequence at a time."""
+    samples, beta, temperature = make_samples(seed), 0.3, 0.9
+    algo = {"loss_type": "dapo", "beta": beta, "kl_estimator": "full"}
+    train = {"share_prefixes": share_prefixes, "max_tokens_per_micro_batch": 60}
+    model, reference = (tiny_model(arch) for _ in range(2))
+    model = make_lora(model) if lora else model
+    learner, algorithm = make_learner(model, make_config(algo=algo, train=train), temperature=temperature)
+    learner.policy.check_forward()
+    assert learner.policy.can_share_prefixes
+    total = torch.zeros(())
+    for sample in samples:
+        logprobs, everything = dense_logprobs(model, sample, temperature)
+        other = dense_logprobs(reference, sample, temperature)[1].detach()
+        ratio = (logprobs - logprobs.detach()).exp()
+        divergence = (everything.exp() * (everything - other)).sum(-1)
+        total = total + (beta * divergence - ratio * torch.from_numpy(sample.advantages)).sum()
+    total = total / sum(sample.num_tokens for sample in samples)
+    trained = {name: p for name, p in learner.policy.bare.named_parameters() if p.requires_grad}
+    expected = dict(zip(trained, torch.autograd.grad(total, list(trained.values())), strict=True))
+    found = update_and_look(learner, algorithm, samples)
+    assert found.metrics["loss/total"] == pytest.approx(total.item(), rel=1e-5, abs=1e-6)
+    assert found.metrics["kl/ref"] > 1e-4, "a divergence of zero would agree with anything"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=2e-6)
+
+
+def dense_logprobs(model: torch.nn.Module, sample: Sample, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the trained tokens, and of the whole vocabulary in their places."""
+    ids, trained = torch.from_numpy(sample.input_ids), torch.from_numpy(np.flatnonzero(sample.loss_mask))
+    everything = (model(input_ids=ids[None]).logits[0].float() / temperature).log_softmax(-1)[trained - 1]
+    return everything.gather(1, ids[trained][:, None])[:, 0], everything
+
+
 @pytest.mark.parametrize("arch", [*ARCHS, "mistral", "gemma2"])
 def test_packed_logprobs_are_each_sequences_own(arch: str, seed: int) -> None:
     """Through the plain transformers forward pass, one sequence at a time, temperature and all."""

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
 
 from llmrl.algo.advantages import group_advantages
 from llmrl.tiny import build_tiny_model, byte_tokenizer
@@ -19,10 +21,6 @@ from llmrl.train.packing import build_micro_batch
 from llmrl.train.policy import Policy
 from llmrl.types import Counts, Sample
 from tests.invariance.cases import grpo
-
-pytest.importorskip("trl")
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
 BATCH, PROMPT, COMPLETION, TEMPERATURE = 6, 7, 9, 0.9
 EPSILON, EPSILON_HIGH = 0.2, 0.28

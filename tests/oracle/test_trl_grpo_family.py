@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 from llmrl.algo.advantages import group_advantages, multi_reward_advantages
 from llmrl.train.packing import build_micro_batch
 from tests.invariance.cases import grpo
-
-pytest.importorskip("trl")
-from trl import GRPOTrainer
-
 from tests.oracle.test_trl_grpo import (
     COMPLETION,
     EPSILON,

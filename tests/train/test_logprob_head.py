@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmrl.train import logprob_head
-from llmrl.train.logprob_head import restricted_probabilities, token_collisions, token_logprobs
+from llmrl.train.logprob_head import restricted_probabilities, token_collisions, token_logprobs, token_logprobs_and_kl
 
 ROWS, HIDDEN, VOCABULARY = 37, 12, 101
 
@@ -108,6 +108,46 @@ def test_probabilities_of_some_tokens_and_collisions(variant: str, seed: int, mo
     torch.testing.assert_close(found.double(), expected[:, vocabulary], rtol=1e-4, atol=1e-6)
     collisions = token_collisions(hidden, weight, **options)
     torch.testing.assert_close(collisions.double(), expected.square().sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 10**6])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_divergence_of_whole_distributions(
+    variant: str, rows_at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With log-probabilities and entropies in the same objective, against dense logits of both models."""
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", rows_at_once * VOCABULARY)
+    options, tensors, other = dict(VARIANTS[variant]), inputs(seed), inputs(seed + 10)
+    other = {name: value.detach() if name == "bias" else value for name, value in other.items()}
+    reference_options, reference_bias = dict(options), None
+    if options.get("bias"):
+        options["bias"], reference_bias = tensors["bias"], other["bias"]
+        reference_options["bias"] = reference_bias
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    trained = [hidden, weight, *([tensors["bias"]] if "bias" in options else [])]
+    ours = token_logprobs_and_kl(hidden, weight, targets, (other["hidden"], other["weight"], reference_bias), **options)
+    columns = torch.arange(VOCABULARY).repeat(ROWS, 1).T
+    dense = torch.stack([literal(hidden, weight, column, **options)[0] for column in columns], 1)
+    reference = torch.stack(
+        [literal(other["hidden"], other["weight"], column, **reference_options)[0] for column in columns], 1
+    )
+    expected = (*literal(hidden, weight, targets, **options), (dense.exp() * (dense - reference.detach())).sum(1))
+    for value, correct in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value.double(), correct, rtol=1e-4, atol=1e-4)
+    for chosen in ((0, 0, 1), (1, 0, 1), (1, 1, 1)):
+        factors = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(seed + 1)).double()
+        found, correct = (
+            sum((factors[i] * values[i]).sum() for i in range(3) if chosen[i]) for values in (ours, expected)
+        )
+        pairs = zip(
+            torch.autograd.grad(found, trained, retain_graph=True),  # pyright: ignore
+            torch.autograd.grad(correct, trained, retain_graph=True),  # pyright: ignore
+            strict=True,
+        )
+        for gradient, literal_gradient in pairs:
+            torch.testing.assert_close(gradient, literal_gradient, rtol=1e-3, atol=5e-4)
+    ours[2].sum().backward()
+    assert other["hidden"].grad is None and other["weight"].grad is None, "the reference gets no gradient"
 
 
 def test_finite_differences_of_one_logprob_and_entropy(seed: int) -> None:
@@ -222,6 +262,8 @@ def test_full_logits_are_never_allocated() -> None:
     with LargestTensor() as seen:
         logprobs, entropies = token_logprobs(hidden, weight, targets)
         (logprobs.sum() + entropies.sum()).backward()
+        reference = (torch.randn(rows, 4), torch.randn(vocabulary, 4), None)
+        token_logprobs_and_kl(hidden, weight, targets, reference)[2].sum().backward()
     assert weight.numel() <= seen.largest <= logprob_head.MAX_LOGITS
     with LargestTensor() as seen:
         (hidden @ weight.T).log_softmax(-1)
