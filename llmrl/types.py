@@ -154,6 +154,8 @@ class Rollout:
     """Reward parts that the environment itself gave."""
     error: str | None = None
     """Traceback of what went wrong, when `status` is an error."""
+    ref_logprobs: np.ndarray | None = None
+    """[M] float32 of its trained tokens under the reference, where they were computed beforehand (a dataset's)."""
 
     @property
     def completion(self) -> str:
@@ -211,6 +213,16 @@ class Score:
 
 
 @dataclass(kw_only=True, slots=True)
+class Preference:
+    """One rollout of a group is preferred to another; kept with the preferred one."""
+
+    over: int
+    """Index of the other rollout."""
+    targets: tuple[float, float] = (0.0, 0.0)
+    """What a loss over the whole batch compares this pair with (AOT): for the preferred rollout, and for the other."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Sample:
     """One training sequence, ragged: a rollout whose turns extend each other, or a part of one that was rewritten.
 
@@ -242,6 +254,10 @@ class Sample:
     sampler's)."""
     ref_logprobs: np.ndarray | None = None
     """[M] float32, filled by the learner when the algorithm asks for the reference."""
+    preferences: list[Preference] = field(default_factory=list)
+    """The rollouts of its group that this one is preferred to. (A rollout in several samples: kept by the first.)"""
+    probe: bool = False
+    """Not trained: the algorithm reads its `old_logprobs` in `refine`, and leaves it out of the batch there."""
 
     @property
     def num_tokens(self) -> int:
@@ -263,6 +279,10 @@ class Counts:
     num_groups: int
     max_completion_length: int
     """The configured limit, Dr. GRPO's constant."""
+    num_pairs: int = 1
+    """Preferences."""
+    num_preferred_tokens: int = 1
+    """Trained tokens of preferred rollouts, once for every preference."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,6 +297,8 @@ class TrainBatch:
     """What preparing it measured (fraction of groups without signal ...)."""
     groups: list[RolloutGroup] = field(default_factory=list)
     """Where the samples come from: `groups[sample.group]`."""
+    sampled: bool = True
+    """An engine drew the tokens; False where they come from a dataset and `rollout_logprobs` mean nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -312,6 +334,8 @@ class MicroBatch:
     extras: dict[str, Float[Tensor, " M"]] = field(default_factory=dict)
     sample_indices: list[int] = field(default_factory=list)
     """[S] which sample of the batch each sequence is, to take results back out."""
+    samples: list[Sample] = field(default_factory=list)
+    """[S] the samples themselves, for what concerns a whole sequence."""
 
 
 @dataclass(kw_only=True, slots=True)

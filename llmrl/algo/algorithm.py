@@ -48,6 +48,10 @@ class Needs:
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     refine: bool = False
     """`refine` is called once the quantities above are there."""
+    whole_groups: bool = False
+    """The loss compares a group's samples with each other: they have to lie in one micro-batch."""
+    ref_sync: tuple[int, float] | None = None
+    """(n, alpha): every n optimizer steps the reference becomes alpha * policy + (1 - alpha) * reference."""
 
     @property
     def reference(self) -> bool:
@@ -144,7 +148,7 @@ def _samples_of_rollout(rollout, group: int) -> list[Sample]:
         ids += new + turn.completion_ids
         mask += [False] * len(new) + [True] * len(turn.completion_ids)
         logprobs += turn.rollout_logprobs
-    samples, start = [], 0
+    samples, start, known = [], 0, rollout.ref_logprobs
     for ids, mask, logprobs in pieces:
         if mask[0] or len(logprobs) != sum(mask):
             raise ValueError(
@@ -158,6 +162,7 @@ def _samples_of_rollout(rollout, group: int) -> list[Sample]:
                 rollout_logprobs=np.asarray(logprobs, np.float32),
                 group=group,
                 index=rollout.index,
+                ref_logprobs=None if known is None else known[start : start + len(logprobs)],
             )
         )
         start += len(logprobs)

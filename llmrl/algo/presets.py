@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algo.preference_presets import PREFERENCE_PRESETS, READ_OF_ALGO
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ def resolve(config: AlgoConfig) -> AlgoConfig:
 
 def _resolve(config: AlgoConfig) -> tuple[AlgoConfig, list[str]]:
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if config.name in PREFERENCE_PRESETS:
+        return _resolve_few(config, READ_OF_ALGO)
     row = GRPO | PRESETS[config.name]
     if given["epsilon"] is not None and "epsilon_high" not in PRESETS[config.name]:
         row["epsilon_high"] = given["epsilon"]
@@ -212,6 +215,24 @@ def _resolve(config: AlgoConfig) -> tuple[AlgoConfig, list[str]]:
     return filled, findings
 
 
+def _resolve_few(config: AlgoConfig, row: dict[str, Any]) -> tuple[AlgoConfig, list[str]]:
+    """For a family with options of its own: of these it reads only those in `row`."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "name"}
+    filled = {name: row.get(name) if value is None else value for name, value in given.items()}
+    unread = [name for name, value in given.items() if value is not None and name not in row]
+    findings = [
+        f"algo.{name} {given[name]!r} is given, but algo.name {config.name} does not read it" for name in unread
+    ]
+    resolved = dataclasses.replace(config, **filled | dict.fromkeys(unread))
+    for name in row:
+        words, condition = READ_WITH.get(name, ("", lambda _: True))
+        if not _holds(condition, resolved):
+            setattr(resolved, name, None)
+            if given[name] is not None:
+                findings.append(f"algo.{name} {given[name]!r} is given, but only read with {words}: leave it out")
+    return resolved, findings
+
+
 def _holds(condition: Callable[[Any], bool], config: AlgoConfig) -> bool:
     """A condition on an option that itself has no reader does not hold."""
     try:
@@ -225,12 +246,16 @@ def contradictions(config: Config) -> list[str]:
     from llmrl.algo.critic_presets import critic_contradictions
 
     c, findings = _resolve(with_staleness(config))
-    findings += _ranges(c) + _clashes(c) + _clashes_outside(c, config)
+    findings += _ranges(c)
+    if c.name not in PREFERENCE_PRESETS:
+        findings += _clashes(c) + _clashes_outside(c, config)
     return findings + critic_contradictions(config)
 
 
 def with_staleness(config: Config) -> AlgoConfig:
-    """`config.algo`, and where nothing is said about stale rollouts, truncated weights."""
+    """`config.algo`, and where nothing is said about stale rollouts, truncated weights (preferences need none)."""
+    if config.algo.name in PREFERENCE_PRESETS:
+        return config.algo
     if config.rollout.max_staleness > 0 and config.algo.vllm_importance_sampling_mode is None:
         return dataclasses.replace(config.algo, vllm_importance_sampling_mode="token_truncate")
     return config.algo

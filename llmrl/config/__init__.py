@@ -22,6 +22,7 @@ from llmrl.config.fields import (
     VerifyConfig,
 )
 from llmrl.config.parsing import load_config, parse, save_config, to_dict
+from llmrl.config.preference import LevelConfig, PairLoss, PreferenceConfig
 from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
 
@@ -32,8 +33,11 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "LevelConfig",
     "LoraConfig",
     "ModelConfig",
+    "PairLoss",
+    "PreferenceConfig",
     "Preset",
     "RewardConfig",
     "RolloutConfig",

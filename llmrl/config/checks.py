@@ -14,9 +14,11 @@ def validate(config: Config) -> None:
     Raises:
         UserError: with the field, its value, and the fix. All findings are listed, not only the first.
     """
+    from llmrl.algo import preference_presets
     from llmrl.algo.presets import contradictions
 
-    c, found = config, contradictions(config)
+    c, found = config, contradictions(config) + preference_presets.contradictions(config)
+    offline = preference_presets.is_offline(config)
 
     def check(ok: bool, message: str) -> None:
         if not ok:
@@ -24,7 +26,10 @@ def validate(config: Config) -> None:
 
     check(c.model.path != MISSING, "model.path is not set: give a hub id or a local folder")
     check(c.data.path != MISSING, "data.path is not set: give a hub id or a local file")
-    check(bool(c.rewards), "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
+    check(
+        bool(c.rewards) or offline,
+        "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`",
+    )
     for i, reward in enumerate(c.rewards):
         check(reward.fn != MISSING, f"rewards[{i}].fn is not set")
         check(reward.time_limit_s > 0, f"rewards[{i}].time_limit_s is {reward.time_limit_s}: must be above 0")

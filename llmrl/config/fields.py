@@ -8,6 +8,7 @@ from typing import Any, Literal
 from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig
 from llmrl.config.critic import CriticConfig
+from llmrl.config.preference import PreferenceConfig
 from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
 
@@ -194,6 +195,8 @@ class Config:
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     critic: CriticConfig | None = None
     """Read by algorithms with a value function (ppo, vapo)."""
+    preference: PreferenceConfig | None = None
+    """Read by the DPO family (`algo.name` dpo, online_dpo, kto ...)."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

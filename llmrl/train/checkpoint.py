@@ -3,6 +3,7 @@
 checkpoints/step-00000010/
     weights.safetensors   the trained parameters (adapters only, if adapters are trained)
     learner.pt            optimizer, schedule, update counters
+    reference.safetensors the reference, where it has moved
     rng-RANK.pt           random states of each process
     state.json            step, sampler, policy version, lengths of the run's JSON-lines files
 """
@@ -63,6 +64,9 @@ def save_checkpoint(
         if accelerator.is_main_process:
             written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
             save_file(_trained_parameters(policy), unfinished / "weights.safetensors")
+            if reference := policy.reference_state():
+                written.append(unfinished / "reference.safetensors")
+                save_file(reference, written[-1])
             torch.save(learner.state_dict(), unfinished / "learner.pt")
             state = state | {"step": step, "num_processes": accelerator.num_processes}
             (unfinished / "state.json").write_text(json.dumps(state))
@@ -93,6 +97,8 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
     try:
         state = json.loads((folder / "state.json").read_text())
         weights = load_file(folder / "weights.safetensors")
+        moved = folder / "reference.safetensors"
+        reference = load_file(moved) if moved.is_file() else {}
         learner_state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
         if state["num_processes"] == accelerator.num_processes:
             states = torch.load(folder / f"rng-{accelerator.process_index}.pt", weights_only=False)
@@ -110,6 +116,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
+    policy.load_reference_state(reference)
     learner.load_state_dict(learner_state)
     if states is not None:
         _set_random_states(states)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llmrl.algo.corrections import finish_metrics, mismatch_metrics
+from llmrl.algo.pairs import count_pairs
 from llmrl.algo.presets import resolve
 from llmrl.algo.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.errors import RunFailed
@@ -96,8 +97,22 @@ class Learner:
         return means | {
             "policy/lr": self.scheduler.get_last_lr()[0],
             "policy/skipped_updates": self.num_skipped,
-            "train/computed_frac": len(computed) / max(1, len(batch.samples)),
+            "train/computed_frac": sum(not s.probe for s in computed) / max(1, len(batch.samples)),
         }
+
+    @torch.no_grad()
+    def measure(self, batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        """What the loss reports of a batch (loss/total too) without training on it; the same on every process."""
+        self._fill_all(_with_gradient(batch.samples, algorithm), batch, algorithm)
+        if algorithm.needs.refine:
+            algorithm.refine(batch)
+        counts, totals = _count(batch.samples, batch), {}
+        whole = range(batch.num_groups) if algorithm.needs.whole_groups else ()
+        with evaluating(self.policy.module), self.accelerator.autocast():
+            for micro_batch in self._micro_batches(batch.samples, whole=whole):
+                loss, metrics = algorithm.loss(self.policy.forward(micro_batch), micro_batch, counts)
+                _accumulate(totals, metrics | {"loss/total": loss})
+        return {key: value.item() for key, value in self._reduce(totals).items()}
 
     def _mini_batches(self, batch: TrainBatch) -> list[list[Sample]]:
         """Whole groups dealt into `num_mini_batches`, in an order that is fresh for every pass."""
@@ -112,15 +127,11 @@ class Learner:
         self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm, to_reweight: set[int]
     ) -> dict[str, float]:
         """One optimizer step over one mini-batch; the groups in `to_reweight` get their advantages on the way."""
-        counts = Counts(
-            num_tokens=max(1, sum(s.num_tokens for s in samples)),
-            num_sequences=max(1, len(samples)),
-            num_groups=max(1, len({s.group for s in samples})),
-            max_completion_length=batch.max_completion_length,
-        )
+        counts = _count(samples, batch)
         computed = _with_gradient(samples, algorithm)
         num_computed = max(1, sum(s.num_tokens for s in computed))
-        micro_batches = self._micro_batches(computed, whole=to_reweight)
+        whole = range(batch.num_groups) if algorithm.needs.whole_groups else to_reweight
+        micro_batches = self._micro_batches(computed, whole=whole)
         totals: dict[str, Tensor] = {}
         reweighting = Reweighting(self.policy, algorithm, batch, computed, to_reweight)
         for number, micro_batch in enumerate(micro_batches):
@@ -133,8 +144,9 @@ class Learner:
                 loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
                 # Data-parallel wrappers average gradients over processes; the shares of the loss are to be added.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            metrics |= mismatch_metrics(outputs.logprobs.detach(), micro_batch.rollout_logprobs, num_computed)
             metrics["loss/total"] = loss.detach()
+            if batch.sampled:
+                metrics |= mismatch_metrics(outputs.logprobs.detach(), micro_batch.rollout_logprobs, num_computed)
             metrics["policy/entropy"] = outputs.entropy.detach().sum() / num_computed
             _accumulate(totals, metrics)
         if to_reweight:
@@ -151,6 +163,8 @@ class Learner:
             self._skip(report, samples)
         self.optimizer.zero_grad()
         self.num_updates += 1
+        if algorithm.needs.ref_sync is not None and self.num_updates % algorithm.needs.ref_sync[0] == 0:
+            self.policy.move_reference(algorithm.needs.ref_sync[1])
         return report
 
     def _reference_head(self, micro_batch: MicroBatch) -> ReferenceHead:
@@ -189,8 +203,9 @@ class Learner:
         micro-batch, where nothing else is asked of the policy as it is now.
         """
         needs = algorithm.needs
-        if needs.ref_logprobs:
-            self._fill(samples, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
+        waiting = [s for s in samples if s.ref_logprobs is None]
+        if needs.ref_logprobs and waiting:
+            self._fill(waiting, lambda micro_batch: {"ref_logprobs": self.policy.reference_logprobs(micro_batch)})
         wants_old = self.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies
         if needs.rollout_as_old:
             wants_old = False
@@ -212,6 +227,8 @@ class Learner:
             self._fill(waiting, lambda micro_batch: self._old_streams(micro_batch, names))
         elif needs.values:
             self._fill(samples, lambda micro_batch: {"old_values": self.policy.values(micro_batch)})
+        if not wants_old and (probes := [s for s in samples if s.probe]):
+            self._fill(probes, lambda micro_batch: self._old_streams(micro_batch, ["old_logprobs"]))
         if needs.collisions:
             self._fill(samples, lambda micro_batch: {"collisions": self.policy.collisions(micro_batch)})
         return later
@@ -352,6 +369,18 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
+
+
+def _count(samples: list[Sample], batch: TrainBatch) -> Counts:
+    num_pairs, num_preferred_tokens = count_pairs(samples)
+    return Counts(
+        num_tokens=max(1, sum(s.num_tokens for s in samples)),
+        num_sequences=max(1, len(samples)),
+        num_groups=max(1, len({s.group for s in samples})),
+        max_completion_length=batch.max_completion_length,
+        num_pairs=max(1, num_pairs),
+        num_preferred_tokens=max(1, num_preferred_tokens),
+    )
 
 
 def _with_gradient(samples: list[Sample], algorithm: Algorithm) -> list[Sample]:

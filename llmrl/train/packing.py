@@ -181,6 +181,7 @@ def build_micro_batch(
             for name in (picked[0].extras if picked else ())
         },
         sample_indices=chosen,
+        samples=picked,
     )
 
 

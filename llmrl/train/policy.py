@@ -229,6 +229,7 @@ class Policy:
         self.has_adapters = hasattr(model, "disable_adapter")
         self.can_share_prefixes = False  # until check_forward has proved it
         self._reference: PolicyModule | None = None
+        self.reference_moved = False
         if keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.bare).eval().requires_grad_(False)
         self.bare.critic = critic
@@ -284,6 +285,32 @@ class Policy:
         if self._reference is None:
             raise RunFailed("the reference was asked for, but no reference model was kept")
         return self._reference.to(batch.input_ids.device)
+
+    @torch.no_grad()
+    def move_reference(self, alpha: float) -> None:
+        """Make the reference alpha * policy + (1 - alpha) * reference.
+
+        Source: Gorbatovski et al. 2024, arXiv:2404.09656 (TR-DPO), equations 6 and 7.
+        """
+        if self._reference is None:
+            raise RunFailed("the reference is to move, but no reference model was kept")
+        for theirs, ours in zip(self._reference.parameters(), self.bare.parameters(), strict=True):
+            theirs.lerp_(ours.detach().to(theirs.device), alpha)
+        self.reference_moved = True
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The reference's parameters by name, once it has moved: a checkpoint has to hold it. Empty before."""
+        if self._reference is None or not self.reference_moved:
+            return {}
+        return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
+
+    @torch.no_grad()
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Undo `reference_state`."""
+        if self._reference is not None and state:
+            for name, parameter in self._reference.named_parameters():
+                parameter.copy_(state[name])
+            self.reference_moved = True
 
     @torch.no_grad()
     def collisions(self, batch: MicroBatch) -> Float[Tensor, " M"]:
