@@ -30,7 +30,7 @@ def choose_pairs(groups: Sequence[RolloutGroup], config: PreferenceConfig) -> li
 
     By reward, a pair is decided when the rewards differ by more than `min_margin`; with a `hierarchy`, when that
     decides it, its margins taken over the whole batch. `best_worst` keeps one pair of a group: the rollout with the
-    most net wins against the one with the fewest, if that pair is decided (ties go to the first); `all` keeps every one.
+    most net wins against the one with the fewest, if that pair is decided (ties go to the first); `all` keeps all.
     """
     hierarchy = HierarchicalPreference(config.hierarchy) if config.hierarchy else None
     everything = [parts_of(rollout) for group in groups for rollout in group.rollouts]

@@ -218,6 +218,10 @@ def _clashes(c: PreferenceConfig, config: Config) -> list[str]:
             "preference.ld_alpha shortens each pair by its own lengths, aot compares pairs with each other: choose one",
         ),
         (
+            bool(c.use_weighting) and any(loss in WHOLE_BATCH for loss in losses),
+            "preference.use_weighting weighs pairs, but aot's terms belong to ranks, not to pairs: choose one",
+        ),
+        (
             several_steps and bool(c.use_weighting),
             "preference.use_weighting is measured on the policy that takes the step: set algo.num_iterations and "
             "algo.num_mini_batches to 1",

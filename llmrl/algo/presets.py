@@ -111,7 +111,7 @@ SAMPLER_BOUNDS: dict[str, dict[str, float]] = {
 }
 """Of the sampler's correction: TIS as its authors use it, IcePop, and TRL's default for sequences."""
 
-FAMILIES = {"ppo": "ppo", "vapo": "ppo"}
+FAMILIES = {"ppo": "ppo", "vapo": "ppo", **dict.fromkeys(PREFERENCE_PRESETS, "dpo")}
 """The presets that are not of the GRPO family, and whose they are: `make_algorithm` picks the class by it."""
 
 TOKEN_RATIO_LOSSES = ("gmpo", "vespo", "clip_cov", "kl_cov")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.algo.critic_presets import resolve_critic
+from llmrl.algo.preference_presets import is_preference, is_single, resolve_preference
 from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
@@ -293,6 +294,14 @@ def _make_grpo(config: Config, **options: Any) -> Algorithm:
     return GRPO(config.algo, **options)
 
 
+def _make_preference(config: Config, *, max_completion_length: int, **_: Any) -> Algorithm:
+    from llmrl.algo.dpo import DPO
+    from llmrl.algo.kto import KTO
+
+    preference, _findings = resolve_preference(config)
+    return (KTO if is_single(preference) else DPO)(preference, max_completion_length=max_completion_length)
+
+
 def _make_ppo(config: Config, **options: Any) -> Algorithm:
     from llmrl.algo.ppo import PPO
 
@@ -301,7 +310,7 @@ def _make_ppo(config: Config, **options: Any) -> Algorithm:
     return PPO(config.algo, critic, **options)
 
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _make_ppo}
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _make_ppo, "dpo": _make_preference}
 """By family of presets (`FAMILIES`). Each imports what it needs only when it is called."""
 
 
