@@ -72,6 +72,21 @@ class Chat:
             raise UserError("the prompt is empty: check the prompt column and data.chat_template")
         return token_ids
 
+    def render_conversation(
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        *,
+        generation_prompt: bool = False,
+        **template_options: Any,
+    ) -> list[int]:
+        """Compute the token ids of a conversation that is there already, as the chat template shows it.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        return self._encode(self._chat_text(messages, tools, generation_prompt=generation_prompt, **template_options))
+
     def decode(self, completion_ids: Sequence[int]) -> str:
         """Compute a completion's text. A stop token at its end is left out; any other special token stays, as text.
 
@@ -96,7 +111,12 @@ class Chat:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _chat_text(
-        self, messages: Sequence[Message], tools: list[Any] | None = None, *, generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        *,
+        generation_prompt: bool = True,
+        **template_options: Any,
     ) -> str:
         try:
             return self.tokenizer.apply_chat_template(
@@ -105,6 +125,7 @@ class Chat:
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
+                **template_options,
             )
         except Exception as error:  # whatever the template's own code raises
             number = getattr(error, "lineno", None)  # syntax errors have one

@@ -48,7 +48,7 @@ def load_tasks(config: DataConfig) -> list[Task]:
     Raises:
         UserError: nothing readable at `path`, no rows, a missing column, or a row that cannot become a task.
     """
-    rows, name = _open(config)
+    rows, name = open_rows(config)
     return _build(rows, config, name)
 
 
@@ -66,7 +66,7 @@ def tasks_from_rows(rows: Iterable[Row] | Dataset, config: DataConfig, name: str
 # --- where rows come from ---------------------------------------------------------------------------------------------
 
 
-def _open(config: DataConfig) -> tuple[Iterator[Located], str]:
+def open_rows(config: DataConfig) -> tuple[Iterator[Located], str]:
     """The rows `config.path` names and the dataset's short name."""
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -256,7 +256,7 @@ def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[Task]
         answer = None if answer_column is None else _answer(row, answer_column, place)
         tasks.append(
             Task(
-                id=_new_id(short_name, prompt, answer, ids, place),
+                id=new_id(short_name, prompt, answer, ids, place),
                 messages=_messages(prompt, row, config, place),
                 answer=answer,
                 meta=row,
@@ -291,10 +291,15 @@ def _prompt(row: Row, column: str, place: str) -> str | list[Message]:
     if not isinstance(prompt, list):
         found = type(prompt).__name__ if column in row else f"nothing (the columns are {', '.join(map(str, row))})"
         raise UserError(f"{place}, column {column}: a prompt must be text or a list of messages, found {found}")
-    return _conversation(prompt, f"{place}, column {column}")
+    messages = conversation(prompt, f"{place}, column {column}")
+    if messages[-1].get("role") == "assistant":
+        raise UserError(
+            f"{place}, column {column}: a prompt must not end with an assistant message, the policy writes that one"
+        )
+    return messages
 
 
-def _conversation(prompt: list[Any], place: str) -> list[Message]:
+def conversation(prompt: list[Any], place: str) -> list[Message]:
     """Check a list of messages, and drop the keys that are only there because some other row has them."""
     if not prompt:
         raise UserError(f"{place}: the list of messages is empty")
@@ -309,8 +314,6 @@ def _conversation(prompt: list[Any], place: str) -> list[Message]:
                 f"{place}, message {i}: `content` must be text or a list of parts, found {kept['content']!r}"
             )
         messages.append(kept)
-    if messages[-1].get("role") == "assistant":
-        raise UserError(f"{place}: a prompt must not end with an assistant message, the policy writes that one")
     return messages
 
 
@@ -379,7 +382,7 @@ def _fill(template: str, prompt: str, row: Row, place: str) -> str:
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def _new_id(name: str, prompt: Any, answer: Any, taken: dict[str, int], place: str) -> str:
+def new_id(name: str, prompt: Any, answer: Any, taken: dict[str, int], place: str) -> str:
     """`name`-`hash` of (prompt, answer); of (prompt, answer, k) for the k-th repetition of a row. Added to `taken`."""
     first = task_id = f"{name}-{_digest([prompt, answer], place)}"
     while task_id in taken:

@@ -1,0 +1,296 @@
+"""Rows with preferences -> tasks and their token ids. The columns and the tokens are TRL's.
+
+    prompt, chosen, rejected        a pair
+    chosen, rejected                a pair whose prompt is what both begin with
+    prompt, completion, label       one completion, desirable (true) or not
+    conversations, chosen, rejected a pair as ShareGPT and LLaMA-Factory write it (`from`, `value`)
+
+Prompts and completions are text, or lists of messages. Text is given to the tokenizer as it is, and a completion ends in
+the eos token; messages are rendered with the chat template.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrl.data.tasks import Located, conversation, new_id, open_rows
+from llmrl.errors import UserError
+from llmrl.types import Message, Rollout, RolloutGroup, Score, Task, Turn
+
+if TYPE_CHECKING:
+    from llmrl.config import DataConfig
+    from llmrl.data.chat import Chat
+
+Text = str | list[Message]
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
+
+
+@dataclass(kw_only=True)
+class PreferenceRow:
+    """One row: a prompt, its completions, and how good each is."""
+
+    task: Task
+    place: str
+    """Where it stands, for messages to people."""
+    prompt: Text
+    completions: list[Text]
+    """[chosen, rejected], or one."""
+    rewards: list[float]
+    """1 for chosen or desirable, 0 for rejected or undesirable."""
+    tools: list[Any] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    ref_logprobs: list[np.ndarray] | None = None
+    """Of each completion's tokens, where they were computed beforehand."""
+
+    @property
+    def is_conversational(self) -> bool:
+        return isinstance(self.completions[0], list)
+
+
+def load_preferences(config: DataConfig) -> list[PreferenceRow]:
+    """Read the preference dataset that `config` names.
+
+    Raises:
+        UserError: nothing readable, no rows, columns of no known form, or a row unlike the first.
+    """
+    rows, name = open_rows(config)
+    return _build(rows, config, name)
+
+
+def preferences_from_rows(rows: Iterable[dict[str, Any]], config: DataConfig, name: str) -> list[PreferenceRow]:
+    """The same of rows in memory."""
+    return _build(((f"{name}, row {i} (counting from 0)", dict(row)) for i, row in enumerate(rows)), config, name)
+
+
+def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[PreferenceRow]:
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f"data.limit is {config.limit}: must be at least 1, or null for all rows")
+    short_name = re.sub(r"[^\w.-]+", "_", name)
+    ids: dict[str, int] = {}
+    found: list[PreferenceRow] = []
+    for place, row in itertools.islice(rows, config.limit):
+        prompt, completions, rewards = _read(_without_sharegpt(row, place), place)
+        messages = prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
+        tools, options = row.get("tools"), row.get("chat_template_kwargs")
+        one = PreferenceRow(
+            task=Task(id=new_id(short_name, prompt, [completions, rewards], ids, place), messages=messages),
+            place=place,
+            prompt=prompt,
+            completions=completions,
+            rewards=rewards,
+            tools=json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None,
+            template_options=options or {},
+        )
+        _like_the_first(one, found)
+        found.append(one)
+    if not found:
+        raise UserError(f"data.path {config.path}: there are no rows in {name}")
+    return found
+
+
+def _read(row: dict[str, Any], place: str) -> tuple[Text, list[Text], list[float]]:
+    """(prompt, completions, rewards) of a row in any of TRL's forms."""
+    if "chosen" in row and "rejected" in row:
+        chosen, rejected = (_text(row[name], f"{place}, column {name}") for name in ("chosen", "rejected"))
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise UserError(f"{place}: chosen and rejected must both be text, or both lists of messages")
+        if row.get("prompt") is None:
+            prompt, chosen, rejected = split_prompt(chosen, rejected)
+            if not prompt:
+                raise UserError(
+                    f"{place}: there is no column prompt, and chosen and rejected do not begin alike: add the prompt"
+                )
+        else:
+            prompt = _text(row["prompt"], f"{place}, column prompt")
+        completions, rewards = [chosen, rejected], [1.0, 0.0]
+    elif "completion" in row and "label" in row and "prompt" in row:
+        prompt = _text(row["prompt"], f"{place}, column prompt")
+        completions, rewards = [_text(row["completion"], f"{place}, column completion")], [_label(row["label"], place)]
+    else:
+        columns = ", ".join(map(str, row)) or "(none)"
+        raise UserError(
+            f"{place}: preferences need the columns prompt, chosen, rejected (prompt may be the shared beginning of "
+            f"both), or prompt, completion, label; the columns are {columns}"
+        )
+    if isinstance(prompt, str) != isinstance(completions[0], str):
+        raise UserError(f"{place}: prompt and completions must all be text, or all lists of messages")
+    if not prompt or not all(isinstance(text, str) or text for text in completions):
+        raise UserError(f"{place}: the prompt or a completion is empty")
+    return prompt, completions, rewards
+
+
+def _text(value: Any, place: str) -> Text:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return conversation(value, place)
+    raise UserError(f"{place}: must be text or a list of messages, found {type(value).__name__}")
+
+
+def _label(value: Any, place: str) -> float:
+    if value in (True, False, 0, 1):
+        return float(value)
+    raise UserError(f"{place}, column label: must be true or false, found {value!r}")
+
+
+def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """What both begin with, and the rest of each. In text, a space before the first difference is the completion's.
+
+    Where one is the beginning of the other, the last element (message or character) counts as different, as in TRL.
+    """
+    shorter = min(len(chosen), len(rejected))
+    index = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
+    if index > 0 and isinstance(chosen, str) and chosen[index] != rejected[index] and chosen[index - 1] == " ":
+        index -= 1
+    return chosen[:index], chosen[index:], rejected[index:]
+
+
+def _without_sharegpt(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """`conversations` with `from` and `value` as a prompt of messages; other rows as they are."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        return row
+
+    def message(turn: Any) -> Message:
+        if not isinstance(turn, dict) or turn.get("from") not in SHAREGPT_ROLES or not isinstance(turn["value"], str):
+            known = ", ".join(SHAREGPT_ROLES)
+            raise UserError(f"{place}: a ShareGPT message needs `from` (one of {known}) and `value`, found {turn!r}")
+        return Message(role=SHAREGPT_ROLES[turn["from"]], content=turn["value"])
+
+    changed = {key: value for key, value in row.items() if key not in ("conversations", "system")}
+    system = [Message(role="system", content=row["system"])] if row.get("system") else []
+    changed["prompt"] = system + [message(turn) for turn in turns]
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), dict):
+            changed[name] = [message(row[name])]
+    return changed
+
+
+def _like_the_first(row: PreferenceRow, earlier: Sequence[PreferenceRow]) -> None:
+    if not earlier:
+        return
+    first = earlier[0]
+    if len(row.completions) != len(first.completions):
+        raise UserError(f"{row.place}: pairs and single completions cannot be mixed ({first.place} is the other kind)")
+    if row.is_conversational != first.is_conversational:
+        raise UserError(f"{row.place}: text and messages cannot be mixed ({first.place} is the other kind)")
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def encode_preferences(
+    rows: Sequence[PreferenceRow], chat: Chat, *, max_length: int | None
+) -> tuple[list[PreferenceRow], list[str]]:
+    """Set the token ids of all rows.
+
+    A completion begins where the tokens of the prompt alone and of the whole part ways, and is cut off at `max_length`
+    tokens of the whole sequence.
+
+    Args:
+        rows: with text.
+        chat: holds the tokenizer.
+        max_length: tokens of a sequence; None cuts nothing.
+
+    Returns:
+        (the rows that are left, what to tell the user): rows whose prompt leaves no room are left out, and so are pairs
+        whose two completions are the same tokens.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept, too_long, equal, cut = [], 0, 0, 0
+    for row in rows:
+        prompt_ids, whole = _encode(row, chat)
+        start = min(_common(prompt_ids, ids) for ids in whole)
+        cut += start < len(prompt_ids)
+        row.prompt_ids = prompt_ids[:start]
+        row.completion_ids = [ids[start:max_length] for ids in whole]
+        if start == 0 or not all(row.completion_ids):
+            too_long += 1
+        elif len(whole) == 2 and row.completion_ids[0] == row.completion_ids[1]:
+            equal += 1
+        else:
+            kept.append(row)
+    notes = [
+        (too_long, f"left out: no room for a completion within preference.max_length {max_length} tokens"),
+        (equal, "left out: chosen and rejected are the same tokens (as far as preference.max_length goes)"),
+        (cut, "lose the end of their prompt: the tokenizer or template renders it differently before a completion"),
+    ]
+    if rows and not kept:
+        raise UserError(f"all {len(rows)} rows are left out: {too_long} {notes[0][1]}, {equal} {notes[1][1]}")
+    return kept, [f"{count} of {len(rows)} rows {text}" for count, text in notes if count]
+
+
+def _encode(row: PreferenceRow, chat: Chat) -> tuple[list[int], list[list[int]]]:
+    """Ids of the prompt alone, and of the prompt with each completion."""
+    if isinstance(row.prompt, list):
+
+        def ids(messages: list[Message], generation_prompt: bool = False) -> list[int]:
+            return chat.render_conversation(
+                messages, row.tools, generation_prompt=generation_prompt, **row.template_options
+            )
+
+        prompt: list[Message] = row.prompt
+        return ids(prompt, True), [ids([*prompt, *completion]) for completion in row.completions]  # pyright: ignore
+    eos = chat.tokenizer.eos_token
+    texts = [text if text.endswith(eos) else text + eos for text in map(str, row.completions)]
+    return chat.tokenizer(row.prompt)["input_ids"], [chat.tokenizer(row.prompt + text)["input_ids"] for text in texts]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# --- what the loop collects -------------------------------------------------------------------------------------------
+
+
+class PreferenceCollector:
+    """Gives rows of a dataset in the shape in which `rollout.Collector` gives scored rollouts.
+
+    Args:
+        rows: all that may be asked for, training and evaluation, with token ids.
+    """
+
+    def __init__(self, rows: Iterable[PreferenceRow]) -> None:
+        self.rows = {row.task.id: row for row in rows}
+
+    async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
+        """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
+        return [self.group(task) for task in tasks]
+
+    def group(self, task: Task) -> RolloutGroup:
+        """The group of one task."""
+        row = self.rows[task.id]
+        rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
+        return RolloutGroup(task=task, rollouts=rollouts)
+
+    def _rollout(self, row: PreferenceRow, index: int) -> Rollout:
+        text, ids = row.completions[index], row.completion_ids[index]
+        messages = [Message(role="assistant", content=text)] if isinstance(text, str) else text
+        turn = Turn(
+            prompt_ids=row.prompt_ids,
+            completion_ids=ids,
+            rollout_logprobs=[0.0] * len(ids),  # no sampler drew them: `TrainBatch.sampled` is False
+            finish="stop",
+            policy_version=(0, 0),
+            message=messages[0],
+            replies=messages[1:],
+        )
+        return Rollout(
+            task=row.task,
+            index=index,
+            turns=[turn],
+            score=Score(reward=row.rewards[index]),
+            ref_logprobs=None if row.ref_logprobs is None else row.ref_logprobs[index],
+        )
