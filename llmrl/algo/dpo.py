@@ -160,7 +160,7 @@ class PairTerms:
             self.ref_chosen_logps, self.ref_rejected_logps = self._sums(batch.ref_logprobs)
             self.chosen = self.chosen_logps - self.ref_chosen_logps
             self.rejected = self.rejected_logps - self.ref_rejected_logps
-            options = {"divergence": config.f_divergence_type or "reverse_kl"}
+            options: dict[str, Any] = {"divergence": config.f_divergence_type or "reverse_kl"}
             if config.f_alpha_divergence_coef is not None:
                 options["alpha"] = config.f_alpha_divergence_coef
             self.scores = losses.f_score(self.chosen, **options), losses.f_score(self.rejected, **options)

@@ -5,8 +5,8 @@
     prompt, completion, label       one completion, desirable (true) or not
     conversations, chosen, rejected a pair as ShareGPT and LLaMA-Factory write it (`from`, `value`)
 
-Prompts and completions are text, or lists of messages. Text is given to the tokenizer as it is, and a completion ends in
-the eos token; messages are rendered with the chat template.
+Prompts and completions are text, or lists of messages. Text is given to the tokenizer as it is, and a completion ends
+in the eos token; messages are rendered with the chat template.
 """
 
 from __future__ import annotations
@@ -80,15 +80,16 @@ def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[Prefe
     for place, row in itertools.islice(rows, config.limit):
         prompt, completions, rewards = _read(_without_sharegpt(row, place), place)
         messages = prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
-        tools, options = row.get("tools"), row.get("chat_template_kwargs")
+        tools: Any = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
         one = PreferenceRow(
             task=Task(id=new_id(short_name, prompt, [completions, rewards], ids, place), messages=messages),
             place=place,
             prompt=prompt,
             completions=completions,
             rewards=rewards,
-            tools=json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None,
-            template_options=options or {},
+            tools=tools or None,
+            template_options=row.get("chat_template_kwargs") or {},
         )
         _like_the_first(one, found)
         found.append(one)

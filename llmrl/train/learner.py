@@ -237,6 +237,13 @@ class Learner:
         lengths = [tree.length for tree in self._trees([samples[i] for i in group])]
         return fits(lengths, max_tokens=self.max_tokens, packing=self.config.packing)
 
+    def fill_reference(self, samples: list[Sample]) -> None:
+        """Set the reference log-probabilities before the first update, when without adapters the policy is its own
+        reference.
+        """
+        now = self.policy.reference_logprobs if self.policy.has_adapters else self.policy.own_logprobs
+        self._fill(samples, lambda micro_batch: {"ref_logprobs": now(micro_batch)})
+
     def _old_streams(self, micro_batch: MicroBatch, names: list[str]) -> dict[str, Tensor]:
         outputs = self.policy.forward(micro_batch)
         streams = {"old_logprobs": outputs.logprobs, "old_entropies": outputs.entropy, "old_values": outputs.values}

@@ -264,6 +264,10 @@ class Policy:
             hidden = hidden.flatten(0, 1)[batch.predict_from]
         return critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
 
+    def own_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """Log-probabilities of the trained tokens alone."""
+        return self.forward(batch).logprobs
+
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """The same under the reference: the adapters switched off, or the frozen copy taken at the start."""

@@ -14,11 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algo import preference_presets
 from llmrl.algo.critic_presets import resolve_critic
-from llmrl.algo.preference_presets import is_preference, is_single, resolve_preference
+from llmrl.algo.preference_presets import is_offline, is_preference, is_single, resolve_preference
 from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
+from llmrl.train.offline import NoEngine, NoSync, OfflineData
 from llmrl.types import Task
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from llmrl.algo.algorithm import Algorithm
     from llmrl.data.chat import Chat
+    from llmrl.data.preferences import PreferenceCollector
     from llmrl.data.sampler import TaskSampler
     from llmrl.rollout.collector import Collector
     from llmrl.rollout.engine import Engine
@@ -58,9 +61,9 @@ class Parts:
     rubric: Rubric
     policy: Policy
     learner: Learner
-    engine: Engine
-    sync: WeightSync
-    collector: Collector
+    engine: Engine | NoEngine
+    sync: WeightSync | NoSync
+    collector: Collector | PreferenceCollector
     algorithm: Algorithm
     health: Health
     record: Record | None
@@ -75,10 +78,14 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         UserError: the arguments or the data are wrong.
     """
     config = resolve_config(args, given)
-    tasks = _tasks(given["train_dataset"], config.data)
-    eval_tasks = _tasks(given["eval_dataset"], config.eval.data) if _wants_eval(config, given) else []
+    tasks, eval_tasks, offline = [], [], None
     rubric = _rubric(config, given["reward"])
-    rubric.check(tasks[0])
+    if is_offline(config):
+        offline = OfflineData(config, given["train_dataset"], given["eval_dataset"])
+    else:
+        tasks = _tasks(given["train_dataset"], config.data)
+        eval_tasks = _tasks(given["eval_dataset"], config.eval.data) if _wants_eval(config, given) else []
+        rubric.check(tasks[0])
 
     from llmrl.train.critic import build_critic
     from llmrl.train.policy import Policy, add_lora, load_generation_config, load_model, load_tokenizer
@@ -93,11 +100,17 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     tokenizer = given["processing_class"]
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
-    chat, sampler, notes = _prompts(config, tokenizer, generation, tasks)
+    chat = collector = None
+    if offline is not None:
+        notes, sampler, collector = offline.encode(tokenizer, generation), offline.sampler(), offline.collector()
+        eval_tasks = [row.task for row in offline.eval_rows]
+    else:
+        chat, sampler, notes = _prompts(config, tokenizer, generation, tasks)
     resume = check_output_dir(config, accelerator)
 
     console = _console(config, accelerator)
-    for note in notes + describe(config.algo):
+    described = preference_presets.describe(config) if is_preference(config) else describe(config.algo)
+    for note in notes + described:
         console.say(note)
     accelerator.wait_for_everyone()
     model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
@@ -112,11 +125,11 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     policy = Policy(
         model.to(accelerator.device),
         temperature=config.rollout.temperature,
-        keep_reference=algorithm.needs.reference,
+        keep_reference=algorithm.needs.reference and not precomputes_reference(config),
         critic=critic,
     )
     return _assemble(
-        config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
+        config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume, collector
     )
 
 
@@ -160,6 +173,8 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     validate(config)
     config.critic = resolve_critic(config)
     config.algo = resolve(with_staleness(config))
+    if is_preference(config):
+        config.preference, _ = resolve_preference(config)
     return config
 
 
@@ -171,6 +186,11 @@ def _data_config(config: DataConfig, dataset: Any) -> DataConfig:
 
 def _wants_eval(config: Config, given: dict[str, Any]) -> bool:
     return config.eval.data is not None or given["eval_dataset"] is not None
+
+
+def precomputes_reference(config: Config) -> bool:
+    """Whether the reference's log-probabilities of all rows are computed before the first step."""
+    return config.preference is not None and bool(config.preference.precompute_ref_log_probs)
 
 
 def _tasks(dataset: Any, config: DataConfig | None) -> list[Task]:
@@ -362,7 +382,7 @@ def _console(config: Config, accelerator: Accelerator) -> Console:
 
 
 def _assemble(
-    config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume
+    config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume, collector
 ) -> Parts:
     from llmrl.rollout.collector import Collector
     from llmrl.track.health import Health
@@ -373,7 +393,13 @@ def _assemble(
 
     learner = Learner(config, policy, accelerator)
     causal_lm = policy.bare.causal_lm
-    engine = make_engine(config, causal_lm, policy, accelerator, console.say)
+    if collector is None:
+        engine = make_engine(config, causal_lm, policy, accelerator, console.say)
+        vocab_size = causal_lm.config.get_text_config().vocab_size
+        sync = WeightSync(policy, engine, vocab_size=vocab_size, dtype=engine_dtype(config))
+        collector = Collector(engine, chat, rubric, config.rollout, seed=config.train.seed)
+    else:
+        engine, sync = NoEngine(), NoSync()
     record = ledger = None
     if accelerator.is_main_process:
         record = Record(config, accelerator, resume=resume)
@@ -386,7 +412,6 @@ def _assemble(
         f"{type(causal_lm).__name__}: {trained:,} of {total:,} parameters trained, {accelerator.num_processes} "
         f"process(es) on {accelerator.device.type}, run directory {config.train.output_dir}"
     )
-    vocab_size = causal_lm.config.get_text_config().vocab_size
     return Parts(
         config=config,
         accelerator=accelerator,
@@ -398,8 +423,8 @@ def _assemble(
         policy=policy,
         learner=learner,
         engine=engine,
-        sync=WeightSync(policy, engine, vocab_size=vocab_size, dtype=engine_dtype(config)),
-        collector=Collector(engine, chat, rubric, config.rollout, seed=config.train.seed),
+        sync=sync,
+        collector=collector,
         algorithm=algorithm,
         health=Health(on_policy=learner.steps_per_batch == 1),
         record=record,

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.algo.dynamic_sampling import collect_informative
+from llmrl.algo.preference_presets import is_offline
 from llmrl.config import Config
+from llmrl.data.preferences import PreferenceCollector
 from llmrl.errors import RunFailed
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates, rollout_metrics
 from llmrl.train import checkpoint
-from llmrl.train.setup import build
+from llmrl.train.offline import precompute_reference
+from llmrl.train.setup import build, precomputes_reference
 from llmrl.types import RolloutGroup, Task
 
 
@@ -116,7 +119,8 @@ class Trainer:
             metrics["rollout/drawn_groups"] = float(len(drawn))
             for line in self.algorithm.observe(metrics):
                 self.console.say(line)
-            metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
+            if receipt is not None:
+                metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)
             self._finish_step(step + 1, position, drawn, metrics)
@@ -129,9 +133,10 @@ class Trainer:
     async def __aenter__(self) -> Trainer:
         """Resume if asked to, serve the weights, warm the verifiers up."""
         try:
+            self.policy.check_forward(packing=self.config.train.packing)
+            self._precompute()
             self._resume()
             self.accelerator.wait_for_everyone()
-            self.policy.check_forward(packing=self.config.train.packing)
             await self.sync.push(self.policy_version)
             await self.rubric.warm()
         except BaseException:
@@ -156,6 +161,13 @@ class Trainer:
         )
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num_generations]
         return pass_rates(groups, accuracy=self.rubric.accuracy_name or "", ks=ks), groups
+
+    async def evaluate_preferences(self, tasks: Sequence[Task] | None = None) -> dict[str, float]:
+        """Loss, accuracy and margin of the implicit reward on held-out preferences (default: the evaluation rows)."""
+        groups = await self._collect(list(self.eval_tasks if tasks is None else tasks), 0)
+        batch = self.algorithm.prepare(groups, policy_version=self.policy_version)
+        found = self.learner.measure(batch, self.algorithm)
+        return {f"eval/{key.removeprefix('preference/').replace('loss/total', 'loss')}": v for key, v in found.items()}
 
     # --- parts of a step ---
 
@@ -218,6 +230,8 @@ class Trainer:
         every = self.config.eval.steps
         if not every or not self.eval_tasks or (step % every and step != self.config.train.max_steps):
             return {}
+        if is_offline(self.config):
+            return await self.evaluate_preferences()
         rates, _ = await self.evaluate(
             self.eval_tasks,
             num_generations=self.config.eval.num_generations,
@@ -239,6 +253,13 @@ class Trainer:
             self._save_checkpoint(step)
 
     # --- resuming, saving ---
+
+    def _precompute(self) -> None:
+        if isinstance(self.collector, PreferenceCollector) and precomputes_reference(self.config):
+            preference = self.config.preference
+            folder = preference.ref_cache_dir if preference is not None else None
+            note = precompute_reference(self.collector, self.learner, Path(folder or self.output_dir))
+            self.console.say(note)
 
     def _resume(self) -> None:
         """Go back to where `train.resume_from_checkpoint` says, the run's files too."""
