@@ -104,6 +104,28 @@ class Algorithm(Protocol):
         ...
 
 
+class Stateless:
+    """The methods of an `Algorithm` that reweighs nothing, adapts to nothing and keeps nothing from step to step."""
+
+    def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def refine(self, batch: TrainBatch) -> None:
+        """Never asked for, unless overridden."""
+        raise NotImplementedError
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Nothing adapts."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+
+
 def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
     """Rewards of all rollouts, NaN where there is no score; the reward itself, or one named part of it."""
 

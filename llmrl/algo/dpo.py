@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrl.algo import preference_losses as losses
-from llmrl.algo.algorithm import Needs, samples_of
+from llmrl.algo.algorithm import Needs, Stateless, samples_of
 from llmrl.algo.hierarchical import net_wins
 from llmrl.algo.pairs import Rollouts, attach_pairs, choose_pairs, rollouts_of
 from llmrl.algo.preference_presets import WHOLE_BATCH, needs_reference
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 
-class DPO:
+class DPO(Stateless):
     """Direct Preference Optimization and its relatives.
 
     Args:
@@ -108,20 +108,6 @@ class DPO:
             pairs = list(zip(both[0].tolist(), both[1].tolist(), strict=True))
         for (_, _, preference), targets in zip(found, pairs, strict=True):
             preference.targets = targets
-
-    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Nothing adapts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept from step to step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
 
     # --- stage 5 ---
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from llmrl.algo import preference_losses as losses
-from llmrl.algo.algorithm import Needs, samples_of
+from llmrl.algo.algorithm import Needs, Stateless, samples_of
 from llmrl.algo.dpo import ref_sync
 from llmrl.types import Sample, TrainBatch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 
-class KTO:
+class KTO(Stateless):
     """Kahneman-Tversky Optimization, and APO-zero for completions without a partner.
 
     The reference point is an estimate over all completions of the batch, on all processes, under the policy that takes
@@ -71,20 +71,6 @@ class KTO:
             assert s.old_logprobs is not None and s.ref_logprobs is not None
             ratios.append(float((s.old_logprobs - s.ref_logprobs).sum(dtype=np.float64)))
         self.kl = losses.kto_reference_point(torch.tensor(ratios)).item()
-
-    def influence_weights(self, samples: list[Sample], batch: TrainBatch) -> list[float]:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Nothing adapts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept from step to step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 5: this micro-batch's share of the weighted mean over all completions."""

@@ -103,7 +103,7 @@ class Learner:
     @torch.no_grad()
     def measure(self, batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
         """What the loss reports of a batch (loss/total too) without training on it; the same on every process."""
-        self._fill_all(_with_gradient(batch.samples, algorithm), batch, algorithm)
+        self._fill_all(_with_gradient(batch.samples, algorithm), algorithm)
         if algorithm.needs.refine:
             algorithm.refine(batch)
         counts, totals = _count(batch.samples, batch), {}

@@ -143,8 +143,7 @@ def fill(samples: list[Sample], theirs: Any, algorithm: Any) -> None:
             if algorithm.needs.ref_logprobs:
                 sample.ref_logprobs = ref.forward(batch).logprobs.numpy()
             sample.old_logprobs = now.forward(batch).logprobs.numpy()
-            hidden = now.token_hidden_states(batch)
-            sample.extras["collisions"] = now.token_statistics(hidden, batch.targets, batch.targets[:0])[1].numpy()
+            sample.extras["collisions"] = now.collisions(batch).numpy()
     if algorithm.needs.old_logprobs is False and not any(s.probe for s in samples):
         for sample in samples:
             sample.old_logprobs = None
