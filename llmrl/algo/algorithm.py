@@ -107,6 +107,8 @@ class Algorithm(Protocol):
 class Stateless:
     """The methods of an `Algorithm` that reweighs nothing, adapts to nothing and keeps nothing from step to step."""
 
+    policy_frozen = False
+
     def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
         """Never asked for."""
         raise NotImplementedError
@@ -115,8 +117,9 @@ class Stateless:
         """Never asked for, unless overridden."""
         raise NotImplementedError
 
-    def observe(self, metrics: dict[str, float]) -> None:
+    def observe(self, metrics: dict[str, float]) -> list[str]:
         """Nothing adapts."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""

@@ -18,7 +18,7 @@ from llmrl.algo.algorithm import Needs, Stateless, samples_of
 from llmrl.algo.hierarchical import net_wins
 from llmrl.algo.pairs import Rollouts, attach_pairs, choose_pairs, rollouts_of
 from llmrl.algo.preference_presets import WHOLE_BATCH, needs_reference
-from llmrl.types import Sample, TrainBatch
+from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
