@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llmrl.algo.algorithm import Needs
@@ -15,7 +19,7 @@ from llmrl.errors import RunFailed
 from llmrl.train.learner import Learner
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.policy import Policy
-from llmrl.types import Sample
+from llmrl.types import ForwardOutputs, MicroBatch, Sample
 from tests.invariance.cases import (
     MAX_COMPLETION_LENGTH,
     Outcome,
@@ -62,6 +66,47 @@ def test_layout_changes_nothing(arch: str, loss_type: str, beta: float, lora: bo
             raise AssertionError(f"{name}: {error}") from None
     shuffled = [samples[i] for i in np.random.default_rng(seed + 1).permutation(len(samples))]
     assert_same(run(arch, lora, algo, shuffled), padded)
+
+
+@pytest.mark.parametrize("algo", [{}, {"beta": 0.1}, {"entropy_coef": 0.1}], ids=str)
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(number=st.integers(0, 10**6), max_tokens=st.integers(10, 80), packing=st.booleans())
+def test_nan_outside_the_mask_changes_nothing(algo: dict, number: int, max_tokens: int, packing: bool) -> None:
+    """Hidden states that predict no trained token are NaN, padding holds any tokens; and where nothing but the policy
+    loss reads them, streams of samples without signal are NaN."""
+    outcomes = []
+    for poisoned in (False, True):
+        samples = make_samples(number)
+        train = {"packing": packing, "max_tokens_per_micro_batch": max_tokens}
+        learner, algorithm = make_learner(tiny_model(), make_config(algo=algo, train=train))
+        if poisoned:
+            poison(learner, number)
+            for sample in samples if not algo else ():
+                if not sample.advantages.any():
+                    sample.rollout_logprobs = np.full_like(sample.rollout_logprobs, math.nan)
+        outcomes.append(update_and_look(learner, algorithm, samples))
+    assert_same(outcomes[1], outcomes[0])
+    assert outcomes[1].metrics == pytest.approx(outcomes[0].metrics, rel=1e-5, abs=1e-6)
+
+
+def poison(learner: Learner, number: int) -> None:
+    """Spoil whatever the loss must not see of each forward pass."""
+    policy, generator = learner.policy, torch.Generator().manual_seed(number)
+    forward, hidden_states = policy.forward, policy.bare.hidden_states
+
+    def spoilt(batch: MicroBatch, **options: Any) -> ForwardOutputs:
+        noise = torch.randint(0, 61, batch.input_ids.shape, generator=generator)
+        batch = replace(batch, input_ids=torch.where(batch.segment_ids == 0, noise, batch.input_ids))
+        read = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+        read[batch.predict_from] = True
+
+        def hidden(*inputs: Any) -> Tensor:
+            return torch.where(read.view(*batch.input_ids.shape, 1), hidden_states(*inputs), math.nan)
+
+        policy.bare.hidden_states = hidden  # pyright: ignore
+        return forward(batch, **options)
+
+    policy.forward = spoilt  # pyright: ignore
 
 
 @pytest.mark.parametrize("share_prefixes", [False, True])
