@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.invariance.family_worker import CASES, CRITICS, run_cases
+from tests.invariance.launch import launch
 
 SEED = os.environ.get("LLMRL_TEST_SEED", "0")
 
