@@ -183,6 +183,8 @@ class RolloutGroup:
     rollouts: list[Rollout]
     greedy_reward: float | None = None
     """Reward of the greedy completion, where the algorithm asks for one and it could be scored."""
+    position: int = 0
+    """Place of its task in the run's endless sequence of tasks."""
 
 
 # --- 3 verify ---------------------------------------------------------------------------------------------------------

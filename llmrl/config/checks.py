@@ -65,7 +65,6 @@ def validate(config: Config) -> None:
         "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
     found += _vllm_findings(c) + _server_findings(c)
-    check(c.rollout.max_staleness <= 0, "rollout.max_staleness above 0 is not supported yet")
     check(
         0 <= c.verify.max_unscored_frac <= 1,
         f"verify.max_unscored_frac is {c.verify.max_unscored_frac}: must lie between 0 and 1",
@@ -94,6 +93,16 @@ def _vllm_findings(config: Config) -> list[str]:
         "kv_cache_memory_bytes": _given(options.kv_cache_memory_bytes, 1),
     }
     found = [f"rollout.vllm.{name} is {value}: must be at least 1" for name, value in sizes.items() if value < 1]
+    if options.enable_sleep_mode and config.rollout.max_staleness > 0:
+        found.append(
+            "rollout.vllm.enable_sleep_mode lends the GPU to the learner while it updates, which is when "
+            "rollout.max_staleness above 0 generates: choose one"
+        )
+    if options.on_update == "abort" and config.rollout.max_staleness > 0:
+        found.append(
+            "rollout.vllm.on_update abort throws away what rollout.max_staleness has generated ahead, whenever new "
+            "weights come: use keep or wait"
+        )
     if not 0 < _given(options.gpu_memory_utilization, 1) <= 1:
         found.append(
             f"rollout.vllm.gpu_memory_utilization is {options.gpu_memory_utilization}: a share above 0, up to 1"

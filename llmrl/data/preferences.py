@@ -268,13 +268,13 @@ class PreferenceCollector:
 
     async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
         """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
-        return [self.group(task) for task in tasks]
+        return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
 
-    def group(self, task: Task) -> RolloutGroup:
+    def group(self, task: Task, position: int = 0) -> RolloutGroup:
         """The group of one task."""
         row = self.rows[task.id]
         rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
-        return RolloutGroup(task=task, rollouts=rollouts)
+        return RolloutGroup(task=task, rollouts=rollouts, position=position)
 
     def _rollout(self, row: PreferenceRow, index: int) -> Rollout:
         text, ids = row.completions[index], row.completion_ids[index]

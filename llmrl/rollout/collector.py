@@ -70,7 +70,7 @@ class Collector:
                 self._run(task, index, prompt_ids, request_seed(self.seed, salt, position, index), temperature)
                 for index in range(num_generations)
             ]
-            group = RolloutGroup(task=task, rollouts=list(await gather_or_cancel(runs)))
+            group = RolloutGroup(task=task, rollouts=list(await gather_or_cancel(runs)), position=position)
             await self.rubric.score_group(group)
             return group
 

@@ -7,6 +7,8 @@ from typing import Any
 
 PATIENCE = 5
 """Steps in a row before a symptom is called a fault."""
+LEAST_SAMPLE_SIZE = 0.5
+"""Effective sample size, as a share of the tokens, below which most of a batch teaches nothing."""
 
 
 class Health:
@@ -46,10 +48,17 @@ class Health:
                 "the policy's entropy has fallen below 2 % of where it began: it hardly explores any more. A higher "
                 "algo.epsilon_high, a lower learning rate, or algo.beta > 0 slow this down",
             ),
+            "off_policy": (
+                metrics.get("kl/mismatch/ess", 1.0) < LEAST_SAMPLE_SIZE,
+                f"the policy is far from what sampled: of the rollouts' tokens only a share of "
+                f"{metrics.get('kl/mismatch/ess', 1.0):.2g} counts (kl/mismatch/ess). Lower rollout.max_staleness or "
+                "the learning rate, or mask what is off (algo.vllm_importance_sampling_mode token_mask)",
+            ),
         }
         warnings = [text for name, (present, text) in symptoms.items() if self._fires(name, present, PATIENCE)]
         gap = metrics.get("kl/mismatch/max", 0.0)
-        off = self.on_policy and gap > self.mismatch_tolerance
+        stale = metrics.get("rollout/staleness/max", 0.0) > 0  # then they differ as they should
+        off = self.on_policy and not stale and gap > self.mismatch_tolerance
         if self._fires("mismatch", off, 1):
             warnings.append(
                 f"sampler and trainer disagree by up to {gap:.3g} nats on tokens of the current policy: check dtypes, "

@@ -29,16 +29,16 @@ class Ledger:
         ]
         self.file.append(*rows)
 
-    def trained(self, step: int, position: int, groups: list[RolloutGroup]) -> None:
+    def trained(self, step: int, groups: list[RolloutGroup]) -> None:
         """Their groups after the update; `signal` is False where all advantages were zero."""
         rows = []
-        for k, group in enumerate(groups):
+        for group in groups:
             scored = [r for r in group.rollouts if r.score is not None and r.score.reward is not None]
             rows.append(
                 {
                     "event": "trained",
                     "step": step,
-                    "position": position + k,
+                    "position": group.position,
                     "task": group.task.id,
                     "rollouts": len(group.rollouts),
                     "scored": len(scored),

@@ -57,6 +57,8 @@ class Parts:
     console: Console
     tokenizer: PreTrainedTokenizerBase
     sampler: TaskSampler
+    tasks: dict[str, Task]
+    """What the sampler draws from, by id."""
     eval_tasks: list[Task]
     rubric: Rubric
     policy: Policy
@@ -129,7 +131,19 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         critic=critic,
     )
     return _assemble(
-        config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume, collector
+        config,
+        accelerator,
+        console,
+        tokenizer,
+        chat,
+        sampler,
+        tasks,
+        eval_tasks,
+        rubric,
+        policy,
+        algorithm,
+        resume,
+        collector,
     )
 
 
@@ -382,7 +396,19 @@ def _console(config: Config, accelerator: Accelerator) -> Console:
 
 
 def _assemble(
-    config, accelerator, console, tokenizer, chat, sampler, eval_tasks, rubric, policy, algorithm, resume, collector
+    config,
+    accelerator,
+    console,
+    tokenizer,
+    chat,
+    sampler,
+    tasks,
+    eval_tasks,
+    rubric,
+    policy,
+    algorithm,
+    resume,
+    collector,
 ) -> Parts:
     from llmrl.rollout.collector import Collector
     from llmrl.track.health import Health
@@ -418,6 +444,7 @@ def _assemble(
         console=console,
         tokenizer=tokenizer,
         sampler=sampler,
+        tasks={task.id: task for task in tasks},
         eval_tasks=eval_tasks,
         rubric=rubric,
         policy=policy,

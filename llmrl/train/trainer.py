@@ -18,8 +18,9 @@ from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates, rollout_metrics
 from llmrl.train import checkpoint
 from llmrl.train.offline import precompute_reference
+from llmrl.train.pipeline import RolloutQueue, on_device, staleness_metrics
 from llmrl.train.setup import build, precomputes_reference
-from llmrl.types import RolloutGroup, Task
+from llmrl.types import RolloutGroup, Task, TrainBatch
 
 
 class Trainer:
@@ -74,7 +75,17 @@ class Trainer:
             parts.sync,
         )
         self.record, self.ledger, self.health = parts.record, parts.ledger, parts.health
-        self.tokenizer = parts.tokenizer
+        self.tokenizer, self.tasks = parts.tokenizer, parts.tasks
+        self.queue = RolloutQueue(
+            self.sampler,
+            self._collect_group,
+            num_prompts=self.config.rollout.num_prompts,
+            max_staleness=self.config.rollout.max_staleness,
+            max_steps=self.config.train.max_steps,
+            accelerator=self.accelerator,
+            ledger=self.ledger,
+            sampled=not is_offline(self.config),
+        )
         self.output_dir = Path(self.config.train.output_dir)
         self.first_step = 0
         self.policy_version = 0
@@ -102,13 +113,12 @@ class Trainer:
         self.console.start("training", total=config.train.max_steps, done=self.first_step)
         for step in range(self.first_step, config.train.max_steps):
             clock = Clock()
-            position = self.sampler.position
             self.rubric.trainer_state.global_step = step
             groups, drawn = await self._draw(step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
             self._check_scores(drawn)
             clock.lap("rollout")
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
-            stats = self.learner.update(batch, self.algorithm)  # 5 loss
+            stats = await self._update(batch)  # 5 loss (rollouts of later batches go on, where max_staleness allows)
             clock.lap("update")
             self.policy_version += 1
             receipt = await self.sync.push(self.policy_version)  # 6 weight sync
@@ -116,6 +126,7 @@ class Trainer:
             self.sampler.update(drawn)
             metrics = rollout_metrics(drawn, accuracy=self.rubric.accuracy_name or "")
             metrics |= batch.metrics | stats | self.rubric.take_metrics()
+            metrics |= staleness_metrics(drawn, batch.policy_version) if batch.sampled else {}
             metrics["rollout/drawn_groups"] = float(len(drawn))
             for line in self.algorithm.observe(metrics):
                 self.console.say(line)
@@ -123,7 +134,7 @@ class Trainer:
                 metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)
-            self._finish_step(step + 1, position, drawn, metrics)
+            self._finish_step(step + 1, drawn, metrics)
         self.console.stop()
         self._save_model()
         self.accelerator.wait_for_everyone()  # right before the end, or a process may tear the group down early
@@ -146,6 +157,7 @@ class Trainer:
 
     async def __aexit__(self, *exception: object) -> None:
         self.console.stop()
+        await self.queue.close()
         await self.engine.close()
         await self.rubric.close()
         if self.record is not None and self.ledger is not None:
@@ -156,15 +168,13 @@ class Trainer:
         self, tasks: Sequence[Task], *, num_generations: int = 1, temperature: float = 0.0, salt: str = "eval"
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """Pass rates of the policy on held-out tasks (shared by all processes), and the rollouts behind them."""
-        groups = await self._collect(
-            list(tasks), 0, num_generations=num_generations, temperature=temperature, salt=salt
-        )
+        groups = await self._collect(list(tasks), num_generations=num_generations, temperature=temperature, salt=salt)
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num_generations]
         return pass_rates(groups, accuracy=self.rubric.accuracy_name or "", ks=ks), groups
 
     async def evaluate_preferences(self, tasks: Sequence[Task] | None = None) -> dict[str, float]:
         """Loss, accuracy and margin of the implicit reward on held-out preferences (default: the evaluation rows)."""
-        groups = await self._collect(list(self.eval_tasks if tasks is None else tasks), 0)
+        groups = await self._collect(list(self.eval_tasks if tasks is None else tasks))
         batch = self.algorithm.prepare(groups, policy_version=self.policy_version)
         found = self.learner.measure(batch, self.algorithm)
         return {f"eval/{key.removeprefix('preference/').replace('loss/total', 'loss')}": v for key, v in found.items()}
@@ -175,17 +185,7 @@ class Trainer:
         """(groups to train on, all groups drawn): the same, unless dynamic sampling draws further ones."""
 
         async def draw(num_prompts: int) -> list[RolloutGroup]:
-            position = self.sampler.position
-            tasks = self.sampler.next(num_prompts)
-            if self.ledger is not None:
-                self.ledger.issued(step, position, tasks)
-            groups = await self._collect(tasks, position)
-            if self.algorithm.needs.greedy_reward:
-                greedy = await self._collect(tasks, position, num_generations=1, temperature=0.0, salt="greedy")
-                for group, other in zip(groups, greedy, strict=True):
-                    score = other.rollouts[0].score
-                    group.greedy_reward = None if score is None else score.reward
-            return groups
+            return await self.queue.take(num_prompts, step=step, version=self.policy_version)
 
         num_prompts, algo = self.config.rollout.num_prompts, self.config.algo
         if not algo.dynamic_sampling:
@@ -198,11 +198,27 @@ class Trainer:
             accuracy=self.rubric.accuracy_name or "",
         )
 
-    async def _collect(self, tasks: list[Task], position: int, **options: Any) -> list[RolloutGroup]:
-        """Groups of all tasks, on every process; each process collects its share of them."""
+    async def _collect_group(self, task: Task, position: int) -> RolloutGroup:
+        """One scored group, with the reward of a greedy completion where the algorithm asks for it."""
+        (group,) = await self.collector.collect([task], [position])
+        if self.algorithm.needs.greedy_reward:
+            options: dict[str, Any] = {"num_generations": 1, "temperature": 0.0, "salt": "greedy"}
+            (greedy,) = await self.collector.collect([task], [position], **options)
+            score = greedy.rollouts[0].score
+            group.greedy_reward = None if score is None else score.reward
+        return group
+
+    async def _update(self, batch: TrainBatch) -> dict[str, float]:
+        """Stage 5, on a thread of its own where rollouts go on meanwhile."""
+        if not self.config.rollout.max_staleness:
+            return self.learner.update(batch, self.algorithm)
+        return await asyncio.to_thread(on_device, self.accelerator.device, self.learner.update, batch, self.algorithm)
+
+    async def _collect(self, tasks: list[Task], **options: Any) -> list[RolloutGroup]:
+        """Groups of held-out tasks, on every process; each process collects its share of them."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(range(rank, len(tasks), world))
-        groups = await self.collector.collect([tasks[k] for k in mine], [position + k for k in mine], **options)
+        groups = await self.collector.collect([tasks[k] for k in mine], mine, **options)
         if world == 1:
             return groups
         from accelerate.utils import gather_object
@@ -239,11 +255,11 @@ class Trainer:
         )
         return {key.replace("reward/", "eval/"): value for key, value in rates.items()}
 
-    def _finish_step(self, step: int, position: int, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
+    def _finish_step(self, step: int, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
         """Write the record of a step, warn, and save a checkpoint when one is due."""
         warnings = self.health.observe(metrics)
         if self.record is not None and self.ledger is not None:
-            self.ledger.trained(step, position, groups)
+            self.ledger.trained(step, groups)
             self.record.step(step, metrics, groups)
             self.console.step(step, metrics)
             for text in warnings:
@@ -274,6 +290,7 @@ class Trainer:
             )
             self.first_step, self.policy_version, files = state["step"], state["policy_version"], state["files"]
             self.sampler.load_state_dict(state["sampler"])
+            self.queue.load_state_dict(state["queue"], self.tasks)
             self.health.load_state_dict(state["health"])
             self.algorithm.load_state_dict(state["algorithm"])
         if self.record is not None and self.ledger is not None:
@@ -294,6 +311,7 @@ class Trainer:
         state = {
             "policy_version": self.policy_version,
             "sampler": self.sampler.state_dict(),
+            "queue": self.queue.state_dict(),
             "health": self.health.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "files": files,

@@ -21,6 +21,7 @@ ILL = {
     "truncated": ({"rollout/truncated_frac": 0.96}, "cut off"),
     "unscored": ({"reward/unscored_frac": 0.021}, "could not be scored"),
     "entropy": ({"policy/entropy": 0.039}, "entropy has fallen"),
+    "off_policy": ({"kl/mismatch/ess": 0.49}, "far from what sampled"),
 }
 NEARLY = {
     "advantage/zero_variance_frac": 0.999,
@@ -28,6 +29,7 @@ NEARLY = {
     "reward/unscored_frac": 0.02,
     "policy/entropy": 0.041,
     "kl/mismatch/max": 0.05,
+    "kl/mismatch/ess": 0.5,
 }
 
 
@@ -70,6 +72,7 @@ def test_sampler_and_trainer_apart_is_said_at_once_and_on_policy_only() -> None:
     assert health.observe(FINE) == []
     assert len(health.observe(apart)) == 1
     assert Health(on_policy=False).observe(apart) == []
+    assert Health(on_policy=True).observe(apart | {"rollout/staleness/max": 1.0}) == []
     assert Health(on_policy=True, mismatch_tolerance=0.5).observe(apart) == []
 
 

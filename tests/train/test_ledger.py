@@ -15,12 +15,12 @@ def task(name: str) -> Task:
     return Task(id=name, messages=[])
 
 
-def group(name: str, *rewards: float | None, advantages: list[float] | None = None) -> RolloutGroup:
+def group(name: str, *rewards: float | None, advantages: list[float] | None = None, position: int = 0) -> RolloutGroup:
     rollouts = []
     for index, reward in enumerate(rewards):
         advantage = advantages[index] if advantages else 0.0
         rollouts.append(Rollout(task=task(name), index=index, score=Score(reward=reward), advantage=advantage))
-    return RolloutGroup(task=task(name), rollouts=rollouts)
+    return RolloutGroup(task=task(name), rollouts=rollouts, position=position)
 
 
 def write(path: Path, *events: tuple[str, int]) -> None:
@@ -30,9 +30,9 @@ def write(path: Path, *events: tuple[str, int]) -> None:
 def test_lines(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.issued(4, 10, [task("a"), task("b")])
-    failed = group("b", 1.0, None, advantages=[0.0, 0.0])
+    failed = group("b", 1.0, None, advantages=[0.0, 0.0], position=11)
     failed.rollouts[0].score = None
-    ledger.trained(4, 10, [group("a", 1.0, 0.0, None, advantages=[1.0, -1.0, 0.0]), failed])
+    ledger.trained(4, [group("a", 1.0, 0.0, None, advantages=[1.0, -1.0, 0.0], position=10), failed])
     rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert rows == [
         {"event": "issued", "step": 4, "position": 10, "task": "a"},
@@ -47,7 +47,7 @@ def test_token_advantages_that_are_all_zero_are_no_signal(tmp_path: Path) -> Non
     ledger = Ledger(tmp_path / "ledger.jsonl")
     quiet, loud = group("a", 1.0), group("b", 1.0)
     quiet.rollouts[0].advantage, loud.rollouts[0].advantage = [0.0, 0.0], [0.0, 0.5]
-    ledger.trained(1, 0, [quiet, loud])
+    ledger.trained(1, [quiet, loud])
     rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [row["signal"] for row in rows] == [False, True]
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_exact_once_its_ledger_is_cut_back(tmp_path: Path) -> N
     """Step 2 was under way when the run was killed; the resumed run cuts the ledger to the checkpoint and redoes it."""
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.issued(1, 0, [task("a")])
-    ledger.trained(1, 0, [group("a", 1.0)])
+    ledger.trained(1, [group("a", 1.0)])
     length = ledger.file.sync()
     ledger.issued(2, 1, [task("b")])
     ledger.file.close()
@@ -81,6 +81,6 @@ def test_a_resumed_run_is_exact_once_its_ledger_is_cut_back(tmp_path: Path) -> N
     resumed = Ledger(tmp_path / "ledger.jsonl")
     resumed.file.truncate(length)
     resumed.issued(2, 1, [task("b")])
-    resumed.trained(2, 1, [group("b", 0.0)])
+    resumed.trained(2, [group("b", 0.0, position=1)])
     expected = {"issued": 2, "trained": 2, "lost": [], "doubled": [], "exact": True}
     assert audit(tmp_path / "ledger.jsonl") == expected
