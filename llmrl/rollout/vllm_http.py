@@ -45,6 +45,7 @@ class VllmServer:
 
     Attributes:
         version: the policy version it serves, as far as this process knows.
+        adapter: the adapter requests ask for, by its name there; None asks for the model itself.
         label: what the server should call the weights it serves, RUN/VERSION; None while nobody can know.
     """
 
@@ -57,7 +58,6 @@ class VllmServer:
         self.run = ""
         self.label: str | None = None
         self.adapter: str | None = None
-        self.adapter_paths: dict[str, str] = {}
         self.ready_to_receive = False
         self.routes: frozenset[str] = frozenset()
         self.model = ""
@@ -82,6 +82,7 @@ class VllmServer:
         models = (await self._json("GET", "/v1/models", timeout=self.health_timeout_s))["data"]
         base = next(model for model in models if not model.get("parent"))
         self.model, self.max_model_len = base["id"], base.get("max_model_len")
+        self.label = self.adapter = None
         self.ready_to_receive = False
 
     def require(self, routes: tuple[str, ...], fix: str) -> None:
@@ -98,13 +99,16 @@ class VllmServer:
             )
 
     async def check(self) -> None:
-        """Raise ReplicaLost unless the server is healthy and serves what it was last given."""
+        """Raise ReplicaLost unless the server is healthy and serves what it was last given, or a newer version of it.
+
+        Newer: another process of this run pushes, and this one has not been told yet.
+        """
         await self.check_alive()
-        expected = self.label
-        if expected is None:
+        if self.label is None:
             return
         serves = await self.served_label()
-        if serves != expected == self.label:
+        run, _, version = serves.rpartition("/")
+        if self.label is not None and (run != self.run or int(version) < self.version):
             raise ReplicaLost(f"serves weights {serves!r} instead of {self.label!r}: it was restarted")
 
     async def check_alive(self) -> None:
@@ -249,8 +253,11 @@ class VllmServer:
         await self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         self.adapter = name
 
-    async def unload_adapter(self, name: str) -> None:
-        await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    async def unload_adapters(self, names: list[str]) -> None:
+        """Forget adapters; one that the server does not have is no error."""
+        for name in names:
+            with contextlib.suppress(RunFailed):
+                await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     # --- HTTP -----------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
         "tokenizer": config.model.tokenizer,
         "trust_remote_code": config.model.trust_remote_code or None,
         "enable_scale_out": True,
+        "disable_uvicorn_access_log": True,
         "host": server.host,
     }
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | vllm_environment(device)
@@ -150,15 +151,18 @@ def deal_gpus(config: Config, *, own: bool) -> list[str]:
 
     server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
     each = options.tensor_parallel_size * options.data_parallel_size
-    gpus = server.gpus or ([] if own else list(range(torch.cuda.device_count())))
+    gpus = [str(gpu) for gpu in server.gpus]
+    if not gpus and not own:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = [gpu for gpu in visible.split(",") if gpu] or [str(i) for i in range(torch.cuda.device_count())]
     wanted = each * server.num_replicas
     if len(gpus) < wanted:
         raise UserError(
-            f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, rollout.server.gpus names "
-            f"{len(gpus)}: name more, or start fewer or smaller servers"
+            f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, there are {len(gpus)}: "
+            "name more in rollout.server.gpus, or start fewer or smaller servers"
             + (" (the GPUs that are trained on cannot be taken; run the trainer on the others)" if own else "")
         )
-    return [",".join(str(gpu) for gpu in gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
+    return [",".join(gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
 
 
 def free_ports(count: int, *, first: int, host: str = "127.0.0.1") -> list[int]:

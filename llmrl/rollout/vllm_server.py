@@ -96,7 +96,8 @@ class VllmServerEngine:
         self.version: int | None = None
         self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
         """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
-        self._proof: tuple[list[list[int]], np.ndarray] | None = None
+        self._proof: tuple[int | None, list[list[int]], np.ndarray] | None = None
+        """What version gives which log-probabilities on which sequences."""
         self._connected = False
         self._temperatures: set[float] = {0.0, 1.0}
         self._closed = False
@@ -179,7 +180,7 @@ class VllmServerEngine:
                 break
             await self.replicas.wait_for_one()
         rows = [(server, _flat(answer)) for server, answer in answers]
-        before, self._proof = self._proof, (sequences, rows[0][1])
+        before, self._proof = self._proof, (self.version, sequences, rows[0][1])
         if all(_gap(row, rows[0][1]) <= self.tolerance for _, row in rows):
             return answers[0][1]
         self._proof = before
@@ -191,7 +192,7 @@ class VllmServerEngine:
         for server, row in rows:
             others = [_gap(row, other) for who, other in rows if who is not server]
             line = f"{server.name}: {min(others):.3g} to {max(others):.3g} nats from the others"
-            if self._proof is not None and self._proof[0] == sequences and _gap(row, self._proof[1]) <= self.tolerance:
+            if self._proof is not None and self._proof[1] == sequences and _gap(row, self._proof[2]) <= self.tolerance:
                 line += ", but as before the push: the push did not arrive there"
             lines.append(line)
         return (
@@ -263,8 +264,8 @@ class VllmServerEngine:
         for reason in (await self.delivery.deliver([server], self.label)).values():
             raise ReplicaLost(reason)
         await server.resume()
-        if self._proof is not None:
-            sequences, expected = self._proof
+        if self._proof is not None and self._proof[0] == self.version:
+            _, sequences, expected = self._proof
             gap = _gap(_flat(await server.logprobs(sequences)), expected)
             if not gap <= self.tolerance:
                 raise RunFailed(

@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 ROUTES = (
     "/health", "/v1/models", "/v1/completions", "/weight_info", "/pause", "/resume", "/init_weight_transfer_engine",
     "/start_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/get_world_size",
 )  # fmt: skip
 
 
@@ -28,7 +29,10 @@ class FakeVllm:
         self.routes, self.latency, self.model = routes, latency, model
         self.fault = ""
         self.port = 0
+        self.world_size = 1
+        self.refuses = ""
         self.log: list[str] = []
+        self.sent: dict[str, Any] = {}
         self.answered: list[dict[str, Any]] = []
         self.start()
 
@@ -92,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"data": [{"id": fake.model, "parent": None, "max_model_len": 64}]})
         elif path == "/weight_info":
             self.answer({"weight_version": fake.label})
+        elif path.startswith("/get_world_size"):
+            self.answer({"world_size": fake.world_size})
         else:
             self.answer({})
 
@@ -100,23 +106,29 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
         if fake.fault == "hang":
             fake.released.wait(60)
-        if path not in fake.routes:
+        if path == fake.refuses:
+            self.answer({"error": {"message": "scripted refusal"}}, 500)
+        elif path not in fake.routes:
             self.answer({"error": {"message": "Not Found"}}, 404)
         elif path == "/v1/completions":
             self.complete(fake, body)
         else:
             fake.log.append(self.path)
+            fake.sent[path] = body
             if path == "/update_weights":
-                fake.weights = body["update_info"]["number"]
+                fake.weights = body["update_info"].get("number", 0)
             if path == "/finish_weight_update":
                 fake.label = body["weight_version"]
             if path == "/update_weight_version":
                 fake.label = body["new_version"]
             if path == "/v1/load_lora_adapter":
-                fake.adapters[body["lora_name"]] = int(body["lora_path"].rpartition("-")[2])
+                fake.adapters[body["lora_name"]] = int(Path(body["lora_path"]).name)
             if path == "/v1/unload_lora_adapter":
+                if body["lora_name"] not in fake.adapters:
+                    return self.answer({"error": {"message": "cannot be found"}}, 404)
                 del fake.adapters[body["lora_name"]]
             self.answer({})
+        return None
 
     def complete(self, fake: FakeVllm, body: dict[str, Any]) -> None:
         started_with = fake.label

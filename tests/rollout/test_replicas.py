@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import pytest
+import torch
 
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout.replicas import MAX_ATTEMPTS, ReplicaFailed, ReplicaLost, Replicas
+from llmrl.rollout.vllm_delivery import NcclDelivery, SharedMemoryDelivery
 from llmrl.rollout.vllm_http import VllmServer
 from llmrl.rollout.vllm_server import VllmServerEngine
 from llmrl.types import Completion, Sampling
@@ -269,8 +272,9 @@ def engine_on(fakes: list[FakeVllm], **options: object) -> tuple[VllmServerEngin
     """An engine with short limits, what delivers its weights, and what it says."""
     said: list[str] = []
     delivery = NumberDelivery()
-    settings: dict = {"health_timeout_s": 0.5, "return_timeout_s": 20, "start_timeout_s": 5, "request_timeout_s": 20}
-    engine = VllmServerEngine([f.url for f in fakes], delivery=delivery, say=said.append, **settings | options)
+    settings: dict = {"health_timeout_s": 2, "return_timeout_s": 20, "start_timeout_s": 5, "request_timeout_s": 20}
+    settings |= {"delivery": delivery, "say": said.append}
+    engine = VllmServerEngine([f.url for f in fakes], **settings | options)
     engine.replicas.interval_s = 0.05
     return engine, delivery, said
 
@@ -440,6 +444,32 @@ def test_two_runs_on_the_same_servers_are_told_apart(servers: list[FakeVllm]) ->
     run(main)
 
 
+def test_a_process_that_does_not_push_takes_what_arrived_for_the_current_version(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        first, _, _ = engine_on(servers)
+        other, _, said = engine_on(servers, is_sender=False)
+        await first.load_weights(nothing, version=0)
+        await other.load_weights(nothing, version=0)
+        assert other.label == first.label
+        assert_each_answered_once(await draw(other, 4), 0)
+        await first.load_weights(nothing, version=1)  # the other process has not been told yet
+        for slot in other.replicas.slots:
+            slot.checked_at = -math.inf
+        assert len(await draw(other, 4)) == 4 and not said
+        await other.load_weights(nothing, version=1)
+        servers[0].kill()
+        assert_each_answered_once(await draw(other, 4), 1)
+        servers[0].start()
+        first.replicas.lost(first.replicas.slots[0].replica, "as its next request would find out")
+        while len(other.replicas.live) < 2:
+            await asyncio.sleep(0.02)
+        assert servers[0].label == first.label, "the first brought it up to date, the other waited for that"
+        await first.close()
+        await other.close()
+
+    run(main)
+
+
 def test_aborted_requests_are_drawn_again(servers: list[FakeVllm]) -> None:
     async def main() -> None:
         engine, _, _ = engine_on(servers[:1], on_update="abort")
@@ -453,6 +483,65 @@ def test_aborted_requests_are_drawn_again(servers: list[FakeVllm]) -> None:
         assert len(servers[0].answered) > 4
         assert servers[0].log[0] == "/pause?mode=abort"
         await engine.close()
+
+    run(main)
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------
+
+
+def test_nccl_joins_all_workers_sends_while_they_receive_and_joins_anew_after_a_loss(servers: list[FakeVllm]) -> None:
+    servers[0].world_size, servers[1].world_size = 2, 4
+    groups: list[int] = []
+
+    def open_group(host: str, port: int, world_size: int) -> int:
+        groups.append(world_size)
+        return world_size
+
+    def broadcast(group: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        live = [fake for fake in servers if not fake.released.is_set()]
+        deadline = time.monotonic() + 10
+        while any(fake.log.count("/update_weights") <= sent[0] for fake in live):
+            assert time.monotonic() < deadline, "a server was not asked to receive while this end sends"
+            time.sleep(0.01)
+        assert group == 1 + sum(fake.world_size for fake in live)
+        assert [(name, tensor.tolist()) for name, tensor in tensors] == [("w", [1.0, 2.0])]
+
+    sent = [0]
+
+    async def main() -> None:
+        delivery = NcclDelivery(host="trainer", open_group=open_group, broadcast=broadcast)
+        engine, _, _ = engine_on(servers, delivery=delivery)
+        weights = torch.tensor([1.0, 2.0])
+        for version in (0, 1):
+            await engine.load_weights(lambda: [("w", weights)], version=version)
+            sent[0] += 1
+        assert groups == [7], "joined once"
+        first, second = (fake.sent["/init_weight_transfer_engine"]["init_info"] for fake in servers)
+        assert (first["rank_offset"], second["rank_offset"], first["world_size"]) == (1, 3, 7)
+        assert first["master_address"] == "trainer" and first["master_port"] == second["master_port"]
+        wanted = {"names": ["w"], "dtype_names": ["float32"], "shapes": [[2]]}
+        assert servers[1].sent["/update_weights"]["update_info"] == wanted
+        assert {fake.label for fake in servers} == {engine.label}
+        weights.zero_()  # the learner goes on; what was staged does not change
+        servers[1].kill()
+        await draw(engine, 6)
+        weights.copy_(torch.tensor([1.0, 2.0]))
+        await engine.load_weights(lambda: [("w", weights)], version=2)
+        assert groups == [7, 3], "without the ranks of the server that died"
+        await engine.close()
+
+    run(main)
+
+
+def test_a_server_without_a_backend_for_weights_says_which_flag_to_add(servers: list[FakeVllm]) -> None:
+    async def main() -> None:
+        for delivery, flag in ((SharedMemoryDelivery(), "llmrl_shared_memory"), (NcclDelivery(), '"backend": "nccl"')):
+            engine, _, _ = engine_on(servers[:1], delivery=delivery)
+            servers[0].refuses = "/init_weight_transfer_engine"
+            with pytest.raises(UserError, match=rf"cannot receive weights .*--weight-transfer-config .*{flag}"):
+                await engine.load_weights(lambda: [("w", torch.zeros(2))], version=0)
+            await engine.close()
 
     run(main)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig
+from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig, parse, validate
 from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout import serve
-from llmrl.rollout.vllm_launch import Launch, ServerProcesses, allowed_rank, flags, free_ports, plan
+from llmrl.rollout.vllm_launch import Launch, ServerProcesses, flags, free_ports, plan, start_servers
 
 SERVER = """
 import http.server, sys
@@ -123,7 +123,6 @@ def test_flags_are_vllms_own() -> None:
         *("--max-model-len", "8", "--enforce-eager", "--no-enable-prefix-caching"),
         *("--weight-transfer-config", '{"backend": "nccl"}'),
     ]
-    assert [allowed_rank(r) for r in (1, 8, 9, 64, 500)] == [8, 8, 16, 64, 512]
 
 
 def config(**server: object) -> Config:
@@ -160,3 +159,36 @@ def test_print_command_starts_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.count("--model some/model") == 1
     with pytest.raises(UserError, match="model.path is not set"):
         serve.run(["--print_command"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rollout.server.urls", "[http://a:1]"], "rollout.server is set but rollout.engine is hf"),
+        (["--rollout.engine", "vllm_server", "--rollout.server.urls", "[a:1]"], "'a:1' is no address"),
+        (["--rollout.engine", "vllm_server", "--rollout.server.urls", "[http://a, http://a]"], "names a server twice"),
+        (
+            ["--rollout.engine", "vllm_server", "--rollout.server.num_replicas", "0"],
+            "num_replicas is 0: must be",
+        ),
+        (["--rollout.engine", "vllm_server", "--rollout.vllm.enable_sleep_mode", "true"], "enable_sleep_mode is for"),
+        (["--rollout.engine", "vllm_server", "--rollout.vllm.weight_transfer", "ipc"], "weight_transfer is for engine"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_starts(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(parse(arguments))
+    assert message in str(caught.value)
+
+
+def test_urls_can_be_written_by_a_shell_loop() -> None:
+    """As docs/scaling.md does for several nodes."""
+    urls = parse(["--rollout.server.urls", "[http://node5:8000,\nhttp://node6:8000,]"]).rollout.server.urls
+    assert urls == ["http://node5:8000", "http://node6:8000"]
+
+
+def test_a_run_starts_servers_only_for_a_model_they_can_load(tmp_path: Path) -> None:
+    made_in_memory = config()
+    made_in_memory.model.path = "tiny:qwen2"
+    with pytest.raises(UserError, match=r"cannot load tiny:qwen2: save it in a folder"):
+        start_servers(made_in_memory, say=lambda text: None)
