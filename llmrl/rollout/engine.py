@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmrl.types import Completion, Sampling
 
@@ -16,8 +17,21 @@ WeightSource = Callable[[], Iterable[tuple[str, "Tensor"]]]
 nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Adapter:
+    """Low-rank adapters as peft saves them, for engines that keep the base weights themselves."""
+
+    config: dict[str, Any]
+    """What stands in adapter_config.json."""
+    tensors: dict[str, Tensor]
+    """What stands in adapter_model.safetensors."""
+
+
 class Engine(Protocol):
-    """Samples from the policy. It owns the weights it serves; `load_weights` is the only way they change."""
+    """Samples from the policy. It owns the weights it serves; what is pushed is the only way they change."""
+
+    takes_adapters: bool
+    """It keeps the base weights, and a push brings the adapter alone: `load_adapter` instead of `load_weights`."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
         """Draw one completion.
@@ -43,6 +57,14 @@ class Engine(Protocol):
         """Serve the weights of `source` from now on, as policy `version`; prefix caches of older weights go."""
         ...
 
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Serve the base weights with `adapter` from now on; only where `takes_adapters`."""
+        ...
+
+    async def sleep(self) -> None:
+        """No request comes before the next push: give the device's memory to the learner, if told to."""
+        ...
+
     async def close(self) -> None:
         """Release memory and processes. Safe to call twice."""
         ...
@@ -56,6 +78,8 @@ class FakeEngine:
         latency: seconds each completion takes, as a function of the same; default none.
         logprob: log-probability reported for every token.
     """
+
+    takes_adapters = False
 
     def __init__(
         self,
@@ -89,6 +113,12 @@ class FakeEngine:
 
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
         self.version = version
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        self.version = version
+
+    async def sleep(self) -> None:
+        pass
 
     async def close(self) -> None:
         pass

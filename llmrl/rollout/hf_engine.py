@@ -26,7 +26,7 @@ from llmrl.types import Completion, Sampling
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmrl.rollout.engine import WeightSource
+    from llmrl.rollout.engine import Adapter, WeightSource
 
 SELF_CHECK_PARAMETERS = 50_000_000
 """Up to this size the fast decoder is compared with transformers when an engine is built."""
@@ -75,6 +75,8 @@ class HFEngine:
         UserError: `decoder="fast"` for a configuration that it does not know.
         RunFailed: `weights` do not fit the configuration.
     """
+
+    takes_adapters = False
 
     def __init__(
         self,
@@ -143,6 +145,13 @@ class HFEngine:
         self._check_open()
         self._load(source)
         self.version = version
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Refuse: this engine is given merged weights."""
+        raise RunFailed("the hf engine takes merged weights: use load_weights")
+
+    async def sleep(self) -> None:
+        """Nothing to give back: its weights are few beside the learner's."""
 
     async def close(self) -> None:
         """Release the model. Requests that still wait fail with RunFailed. Safe to call twice."""

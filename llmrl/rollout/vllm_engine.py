@@ -7,40 +7,34 @@ replace `torch.set_num_threads`, join and later destroy the trainer's process gr
 learner works. What is left here is vLLM's client, on an event loop in a thread of its own.
 """
 
+# pyright: reportMissingImports=false
+# (vLLM is an extra)
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
 import os
-import random
 import tempfile
-import threading
-import warnings
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from llmrl.config.vllm import VllmConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout.token_sampling import check_sampling
-from llmrl.rollout.vllm_transfer import RECEIVER_ARGS, REFUSED, StagedWeights
+from llmrl.rollout.vllm_adapters import AdapterFolders, save_base
+from llmrl.rollout.vllm_start import LoopThread, engine_arguments, save_config, start, stop
+from llmrl.rollout.vllm_transfer import REFUSED, StagedWeights
 from llmrl.types import Completion, Sampling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmrl.rollout.engine import WeightSource
+    from llmrl.rollout.engine import Adapter, WeightSource
 
-SHARE_BESIDE_TRAINER = 0.4
-"""Of a GPU's memory, where the trainer uses the same GPU."""
-CPU_CACHE_BYTES = 512 << 20
-CPU_BLOCK_SIZE = 32
-"""A multiple of it is what vLLM's kernels for CPUs want; the smallest shares most of a prompt."""
 SMALLEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this one, silently."""
 
@@ -48,9 +42,9 @@ SMALLEST_TEMPERATURE = 0.01
 class VllmEngine:
     """An `Engine` over vLLM on this machine, with its own copy of the weights.
 
-    It starts with random weights and serves nothing before the first `load_weights`. Each request has its own seed and
-    its own random numbers, so its tokens do not depend on what else is in the batch; requests with equal prompts share
-    its computation through vLLM's prefix cache.
+    It serves nothing before the first push. Each request has its own seed and its own random numbers, so its tokens do
+    not depend on what else is in the batch; requests with equal prompts share its computation through vLLM's prefix
+    cache.
 
     Args:
         config: of the model.
@@ -60,9 +54,13 @@ class VllmEngine:
         device: of the trainer: `cpu`, or the GPU that vLLM shares with it.
         trust_remote_code: whether the architecture's code comes with the model.
         path: folder or hub id to take the architecture from; default: `config` alone.
+        base: the weights below the adapters. Given, the engine keeps them for good and each push brings an adapter
+            alone (`load_adapter`); otherwise each push brings all weights (`load_weights`).
+        lora_rank: largest rank of those adapters.
 
     Raises:
         UserError: vLLM is not installed, or refuses the model or the options.
+        RunFailed: vLLM took longer than `start_timeout_s` to start.
     """
 
     def __init__(
@@ -75,24 +73,41 @@ class VllmEngine:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         path: str | None = None,
+        base: WeightSource | None = None,
+        lora_rank: int = 16,
     ) -> None:
         self.options = options or VllmConfig()
-        self.vocab_size = config.get_text_config().vocab_size
         self.device = torch.device(device)
+        if self.options.weight_transfer == "ipc":
+            if self.device.type != "cuda":
+                raise UserError("rollout.vllm.weight_transfer ipc needs a GPU: leave it at shared_memory")
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickled, between our own processes
+        if self.options.enable_sleep_mode and self.device.type == "cpu":
+            raise UserError("rollout.vllm.enable_sleep_mode: vLLM cannot sleep on a CPU; leave it out")
+        self.vocab_size = config.get_text_config().vocab_size
+        self.takes_adapters = base is not None
         self.version: int | None = None
+        self._asleep = False
         self._staged = StagedWeights()
+        self._adapters = AdapterFolders()
+        self._adapter: Any = None
         self._count = 0
         self._closed: str | None = None
         self._stopped = False
         self._thread = LoopThread("vllm engine")
         try:
-            with tempfile.TemporaryDirectory(prefix="llmrl-") as folder:
-                if path is None:
-                    config.save_pretrained(folder)
-                arguments = engine_arguments(self.options, path or folder, dtype, self.device.type, max_num_seqs)
+            with save_base(base) if base else tempfile.TemporaryDirectory(prefix="llmrl-") as folder:
+                save_config(config, folder)
+                arguments = engine_arguments(
+                    self.options,
+                    path if path and not base else folder,
+                    dtype=dtype,
+                    device=self.device.type,
+                    max_num_seqs=max_num_seqs,
+                    lora_rank=lora_rank if base else None,
+                )
                 arguments["trust_remote_code"] = trust_remote_code
-                head_dim = _head_dim(config) if self.device.type == "cpu" else None
-                self._llm = self._thread.run(_start(arguments, head_dim), self.options.start_timeout_s)
+                self._llm = self._thread.run(start(arguments, config, self.device), self.options.start_timeout_s)
         except FutureTimeout:
             self._thread.stop()
             raise RunFailed(f"vLLM did not start within {self.options.start_timeout_s:g} s") from None
@@ -110,8 +125,8 @@ class VllmEngine:
             RunFailed: log-probabilities that are not finite, or an engine that is closed or dead.
         """
         self._check_open()
-        if self.version is None:
-            raise RunFailed("the vllm engine has no weights yet: push them first")
+        if self.version is None or self._asleep:
+            raise RunFailed("the vllm engine has no weights yet, or sleeps: push them first")
         self._check_request(prompt_ids, sampling)
         return await self._thread.call(self._generate(prompt_ids, sampling, session))
 
@@ -132,9 +147,41 @@ class VllmEngine:
                 failed.
         """
         self._check_open()
-        staged = self._staged.stage(source)
-        await self._thread.call(self._load(staged, version))
+        if self.takes_adapters:
+            raise RunFailed("this vllm engine keeps its base weights and takes adapters: use load_adapter")
+        await self._wake("weights")
+        if self.options.weight_transfer == "ipc":
+            await asyncio.to_thread(self._load_by_ipc, source, version)
+        else:
+            await self._thread.call(self._load(self._staged.stage(source), version))
+        await self._wake("kv_cache")
         self.version = version
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Serve the base weights with `adapter` from now on, as policy `version`.
+
+        Requests that run go on under the adapter they began with, unless `on_update` is wait or abort.
+
+        Raises:
+            RunFailed: vLLM did not take the adapter; the old one is still served.
+        """
+        self._check_open()
+        await self._wake("weights", "kv_cache")
+        folder, old = self._adapters.save(adapter)
+        await self._thread.call(self._load_adapter(str(folder), version, old))
+        self.version = version
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to the learner until the next push, where `enable_sleep_mode` asks for it."""
+        if self.options.enable_sleep_mode and not self._asleep:
+            await self._thread.call(self._llm.sleep(level=1, mode="keep"))
+            self._asleep = True
+
+    async def _wake(self, *tags: str) -> None:
+        """Weights before the push, the cache after it, so that old and new weights never lie beside a full cache."""
+        if self._asleep:
+            awake = await self._thread.call(self._llm.wake_up(list(tags)))
+            self._asleep = not awake
 
     async def close(self) -> None:
         """End vLLM's processes. Requests that still wait fail with RunFailed. Safe to call twice."""
@@ -145,9 +192,10 @@ class VllmEngine:
 
     def _shutdown(self) -> None:
         with contextlib.suppress(FutureTimeout):
-            self._thread.run(_stop(self._llm), 60)
+            self._thread.run(stop(self._llm), 60)
         self._thread.stop()
         self._staged.close()
+        self._adapters.close()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -177,6 +225,7 @@ class VllmEngine:
             )
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:
+        version = self.version or 0
         output = (await self._final(prompt_ids, sampling_params(sampling))).outputs[0]
         token_ids, logprobs = list(output.token_ids), sampled_logprobs(output.logprobs)
         if not all(map(math.isfinite, logprobs)):
@@ -185,8 +234,8 @@ class VllmEngine:
                 f"{len(prompt_ids)} tokens, weights of version {self.version}): the weights are broken, usually by a "
                 "diverged update; lower the learning rate or train in float32"
             )
-        spans = [(int(span.version), span.end - span.start) for span in output.weight_versions or []]
-        versions = [version for version, _ in spans] or [self.version or 0]
+        spans = [(version, len(token_ids))] if self.takes_adapters else version_spans(output.weight_versions)
+        versions = [version for version, _ in spans] or [version]
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
@@ -212,7 +261,9 @@ class VllmEngine:
         self._count += 1
         last = None
         try:
-            async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, params, str(self._count)):
+            async for output in self._llm.generate(
+                {"prompt_token_ids": prompt_ids}, params, str(self._count), lora_request=self._adapter
+            ):
                 last = output
         except (EngineDeadError, EngineGenerateError) as error:
             raise RunFailed(f"vLLM's process has died or failed; its log is above ({error!r})") from error
@@ -239,37 +290,41 @@ class VllmEngine:
             if self._closed is None:
                 await self._llm.resume_generation()
 
+    def _load_by_ipc(self, source: WeightSource, version: int) -> None:
+        from llmrl.rollout.vllm_ipc import send_by_ipc
 
-def engine_arguments(options: VllmConfig, model: str, dtype: str, device: str, max_num_seqs: int) -> dict[str, Any]:
-    """Arguments of vLLM's `EngineArgs` for an engine that serves `model`'s architecture to a trainer."""
-    on_cpu = device == "cpu"
-    arguments: dict[str, Any] = {
-        "model": model,
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "logprobs_mode": "processed_logprobs",
-        "dtype": options.dtype or dtype,
-        "max_num_seqs": max_num_seqs,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "data_parallel_size": options.data_parallel_size,
-        "max_model_len": options.max_model_len,
-        "enable_prefix_caching": options.enable_prefix_caching,
-        "enforce_eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
-        "quantization": options.quantization,
-        "speculative_config": options.speculative_config,
-        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
-        "disable_log_stats": True,
-        **RECEIVER_ARGS,
-    }
-    if on_cpu:
-        arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes or CPU_CACHE_BYTES
-        arguments["block_size"] = CPU_BLOCK_SIZE
-    else:
-        share = options.gpu_memory_utilization
-        arguments["gpu_memory_utilization"] = SHARE_BESIDE_TRAINER if share is None else share
-        arguments["enable_sleep_mode"] = options.enable_sleep_mode
-    return arguments | options.extra
+        def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+            return self._thread.run(coroutine, self.options.start_timeout_s)
+
+        run(self._llm.pause_generation(mode=self.options.on_update, clear_cache=True))
+        try:
+            send_by_ipc(self._llm, run, source)
+            run(self._llm.update_weight_version(str(version)))
+            run(self._llm.resume_generation())
+        except Exception as error:
+            self._closed = f"loading the weights of version {version} failed half-way"
+            raise RunFailed(f"vLLM did not take the weights of version {version}: {error}") from error
+
+    async def _load_adapter(self, folder: str, version: int, old: list[int]) -> None:
+        """A new name and id for every version: a name that vLLM knows would be served as it was."""
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapters.count
+        request = LoRARequest(lora_name=f"policy-{version}-{number}", lora_int_id=number, lora_path=folder)
+        pause = self.options.on_update != "keep" and self._adapter is not None
+        if pause:
+            await self._llm.pause_generation(mode=self.options.on_update, clear_cache=False)
+        try:
+            if not await self._llm.add_lora(request):
+                raise RunFailed(f"vLLM did not take the adapter of version {version}")
+            for gone in old:
+                await self._llm.remove_lora(gone)
+        except Exception as error:
+            raise RunFailed(f"vLLM did not take the adapter of version {version}: {error}") from error
+        finally:
+            if pause:
+                await self._llm.resume_generation()
+        self._adapter = request
 
 
 def sampling_params(sampling: Sampling) -> Any:
@@ -297,118 +352,17 @@ def sampled_logprobs(logprobs: Any) -> list[float]:
     return [logprobs.logprobs[start] for start in logprobs.start_indices]
 
 
+def version_spans(spans: Any) -> list[tuple[int, int]]:
+    """(version, number of tokens) in order, from vLLM's spans, whose labels are ours."""
+    return [(int(span.version), span.end - span.start) for span in spans or [] if span.end > span.start]
+
+
 def finish_of(reason: str | None) -> Any:
     """Give vLLM's finish reason in our words; what is neither stop nor length is a request that was given up."""
     return reason if reason in ("stop", "length") else "abort"
-
-
-async def _start(arguments: dict[str, Any], cpu_head_dim: int | None) -> AsyncLLM:
-    """Start vLLM's process; this one's environment and random numbers are as before afterwards."""
-    with undisturbed(vllm_environment("gpu" if cpu_head_dim is None else "cpu")):
-        try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-        except ImportError as error:
-            raise UserError(
-                f"rollout.engine vllm: vLLM cannot be imported ({error}). On a GPU: pip install 'llmrl[vllm]'; without "
-                "one see the README, section vLLM on a CPU"
-            ) from error
-        if cpu_head_dim is not None:
-            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-            if cpu_head_dim not in (known := CPUAttentionBackend.get_supported_head_sizes()):
-                raise UserError(
-                    f"vLLM on a CPU has no attention for heads of width {cpu_head_dim}, only {known}: use "
-                    "rollout.engine hf for this model"
-                )
-        try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"vLLM did not start: {error}") from error
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    text = config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-async def _stop(llm: AsyncLLM) -> None:
-    llm.shutdown()
-
-
-def vllm_environment(device: str) -> dict[str, str]:
-    """Environment variables vLLM's processes start with; what the user has set stays."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1"}
-    if device == "cpu":
-        # Its warnings are about libraries it wants preloaded. Asking for log-probabilities compiles a kernel at the
-        # first request unless dynamo is off; threads bound to cores would fight over the same ones. "Multiprocessing"
-        # would put the model into a second process below that of the core, which is apart from ours in any case.
-        wanted |= {
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-    else:
-        wanted["VLLM_LOGGING_LEVEL"] = "WARNING"
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
-@contextlib.contextmanager
-def undisturbed(environment: dict[str, str]) -> Iterator[None]:
-    """Set variables for what is inside; put environment, random numbers and thread settings back afterwards."""
-    before, numbers = dict(os.environ), (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    set_num_threads = torch.set_num_threads
-    os.environ.update(environment)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # importing vLLM gives several, about its own code
-            yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
-        torch.set_num_threads = set_num_threads
-
-
-class LoopThread:
-    """An event loop in a thread of its own."""
-
-    def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
-        self._thread.start()
-
-    async def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there and await it here; cancelling one cancels the other."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
-
-    def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float) -> Any:
-        """Run a coroutine there and block until it is done."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
-
-    def stop(self) -> None:
-        """Cancel what runs there and end the thread."""
-        if not self._thread.is_alive():
-            return
-        with contextlib.suppress(FutureTimeout):
-            self.run(_cancel_all(), 10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
 
 
 def _cause(error: BaseException) -> str:
     """Give vLLM's message without what its remote call put before it."""
     text = str(error)
     return text[text.index(REFUSED) :] if REFUSED in text else text
-
-
-async def _cancel_all() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

@@ -67,11 +67,17 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
     """
     import torch
 
-    from llmrl.rollout.vllm_engine import engine_arguments, vllm_environment
+    from llmrl.rollout.vllm_start import engine_arguments, vllm_environment
 
     server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = engine_arguments(options, config.model.path, config.model.dtype, device, config.rollout.max_num_seqs)
+    arguments = engine_arguments(
+        options,
+        config.model.path,
+        dtype=config.model.dtype,
+        device=device,
+        max_num_seqs=config.rollout.max_num_seqs,
+    )
     for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
         arguments.pop(name, None)
     if options.gpu_memory_utilization is None:

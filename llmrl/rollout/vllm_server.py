@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llmrl.config import Config
-    from llmrl.rollout.engine import WeightSource
+    from llmrl.rollout.engine import Adapter, WeightSource
 
 SAME_WEIGHTS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 """Largest gap (nats) between the log-probabilities of two replicas that serve the same weights, by their type."""
@@ -61,6 +61,8 @@ class VllmServerEngine:
         say: told what a person should know.
         processes: the servers, where this run started them: they are started again when they die, and ended by `close`.
     """
+
+    takes_adapters = False
 
     def __init__(
         self,
@@ -223,6 +225,13 @@ class VllmServerEngine:
         self.barrier()
         if not self.is_sender:
             await self._adopt_label()
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Refuse: servers are given merged weights."""
+        raise RunFailed("the vllm_server engine takes merged weights: use load_weights")
+
+    async def sleep(self) -> None:
+        """Nothing to give back: servers have their devices to themselves."""
 
     @property
     def label(self) -> str:

@@ -5,6 +5,8 @@ vLLM's own factory. From there on everything is vLLM's protocol (init_weight_tra
 update_weights, finish_weight_update), in process and over HTTP alike.
 """
 
+# pyright: reportMissingImports=false
+# (vLLM is an extra)
 from __future__ import annotations
 
 import copy

@@ -98,6 +98,9 @@ def _read(dataset: Any, config: DataConfig) -> list[PreferenceRow]:
 class NoEngine:
     """Nothing is sampled."""
 
+    async def sleep(self) -> None:
+        """Nothing is held."""
+
     async def close(self) -> None:
         """Nothing is held."""
 

@@ -356,6 +356,13 @@ class Policy:
         The base weights are never written to. Tied weights appear once. Buffers that are saved with the model are
         included.
         """
+        return self._weights(merged=True)
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same without the adapters."""
+        return self._weights(merged=False)
+
+    def _weights(self, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
         causal_lm = self.bare.causal_lm
         inside_adapters: set[str] = set()
         seen: set[int] = set()
@@ -364,7 +371,7 @@ class Policy:
                 continue
             inside_adapters.add(name + ".")
             base = cast("Any", layer).get_base_layer()
-            yield f"{name}.weight", _merged_weight(layer)
+            yield f"{name}.weight", _merged_weight(layer) if merged else base.weight.detach()
             if getattr(base, "bias", None) is not None:
                 yield f"{name}.bias", base.bias.detach()
         for name, tensor in causal_lm.state_dict(keep_vars=True).items():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmrl.track.console import Console
     from llmrl.track.health import Health
     from llmrl.track.record import Record
+    from llmrl.train.engines import engine_precision, make_engine
     from llmrl.train.learner import Learner
     from llmrl.train.ledger import Ledger
     from llmrl.train.policy import Policy
@@ -348,47 +349,6 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _m
 """By family of presets (`FAMILIES`). Each imports what it needs only when it is called."""
 
 
-def make_engine(
-    config: Config, model: PreTrainedModel, policy: Policy, accelerator: Accelerator, say: Callable[[str], None] = print
-) -> Engine:
-    """The engine that `rollout.engine` names, serving the policy's weights."""
-    device = accelerator.device
-    if config.rollout.engine == "vllm_server":
-        from llmrl.rollout.vllm_server import VllmServerEngine
-
-        return VllmServerEngine.from_config(config, accelerator, say=say)
-    if config.rollout.engine == "vllm":
-        from llmrl.rollout.vllm_engine import VllmEngine
-
-        remote_code = config.model.trust_remote_code
-        return VllmEngine(
-            model.config,
-            options=config.rollout.vllm,
-            dtype=config.model.dtype,
-            max_num_seqs=config.rollout.max_num_seqs,
-            device=device,
-            trust_remote_code=remote_code,
-            path=config.model.path if remote_code else None,
-        )
-    import torch
-
-    from llmrl.rollout.hf_engine import HFEngine
-
-    return HFEngine(
-        model.config,
-        weights=policy.weights,
-        max_num_seqs=config.rollout.max_num_seqs,
-        dtype=getattr(torch, config.model.dtype),
-        device=device,
-        attn_implementation=config.model.attn_implementation,
-    )
-
-
-def engine_dtype(config: Config) -> str:
-    """The type the engine computes in."""
-    return (config.rollout.vllm and config.rollout.vllm.dtype) or config.model.dtype
-
-
 def _console(config: Config, accelerator: Accelerator) -> Console:
     from llmrl.track.console import Console
 
@@ -413,6 +373,7 @@ def _assemble(
     from llmrl.rollout.collector import Collector
     from llmrl.track.health import Health
     from llmrl.track.record import Record, tracker_config
+    from llmrl.train.engines import engine_precision, make_engine
     from llmrl.train.learner import Learner
     from llmrl.train.ledger import Ledger
     from llmrl.train.sync import WeightSync
@@ -422,7 +383,7 @@ def _assemble(
     if collector is None:
         engine = make_engine(config, causal_lm, policy, accelerator, console.say)
         vocab_size = causal_lm.config.get_text_config().vocab_size
-        sync = WeightSync(policy, engine, vocab_size=vocab_size, dtype=engine_dtype(config))
+        sync = WeightSync(policy, engine, vocab_size=vocab_size, **engine_precision(config))
         collector = Collector(engine, chat, rubric, config.rollout, seed=config.train.seed)
     else:
         engine, sync = NoEngine(), NoSync()

@@ -117,6 +117,7 @@ class Trainer:
             groups, drawn = await self._draw(step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
             self._check_scores(drawn)
             clock.lap("rollout")
+            await self.engine.sleep()
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
             stats = await self._update(batch)  # 5 loss (rollouts of later batches go on, where max_staleness allows)
             clock.lap("update")
@@ -132,6 +133,7 @@ class Trainer:
                 self.console.say(line)
             if receipt is not None:
                 metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
+                metrics["time/receipt_s"] = receipt.proof_seconds
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)
             self._finish_step(step + 1, drawn, metrics)

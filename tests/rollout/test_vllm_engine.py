@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,3 +224,73 @@ def test_weights_with_nan_are_named(engine):
 def test_heads_that_vllm_has_no_attention_for_are_refused_before_it_starts():
     with pytest.raises(UserError, match="no attention for heads of width 16"):
         VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY).config)
+
+
+async def interrupted(engine: VllmEngine, policy: Policy, version: int) -> Completion:
+    """A completion of 200 tokens, during which `policy` arrives as `version`."""
+    long = asyncio.create_task(engine.generate(prompt_of(9), Sampling(max_tokens=200, seed=SEED), session="long"))
+    await engine.generate(prompt_of(9), Sampling(max_tokens=20, seed=SEED + 1), session="short")
+    await engine.load_weights(policy.weights, version=version)
+    return await long
+
+
+def test_a_request_goes_on_under_new_weights_and_knows_which_token_is_whose(engine):
+    old, new = policy_of(SEED), policy_of(SEED + 1)
+    push(engine, old, 20)
+    completion = asyncio.run(interrupted(engine, new, 21))
+    (first, count), (second, rest) = completion.version_spans
+    assert (first, second) == completion.policy_version == (20, 21)
+    assert count >= 15 and count + rest == 200
+    under = {
+        version: forward_logprobs(policy, prompt_of(9), completion.token_ids, 1.0)
+        for version, policy in ((20, old), (21, new))
+    }
+    expected = torch.cat([under[20][:count], under[21][count:]])
+    assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
+    assert (under[20] - under[21]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("on_update", ["wait", "abort"])
+def test_requests_can_finish_first_or_be_given_up(engine, on_update, monkeypatch):
+    push(engine, policy_of(SEED), 30)
+    monkeypatch.setattr(engine, "options", replace(OPTIONS, on_update=on_update))
+    completion = asyncio.run(interrupted(engine, policy_of(SEED + 1), 31))
+    assert completion.policy_version == (30, 30)
+    assert completion.finish == ("length" if on_update == "wait" else "abort")
+    assert (len(completion.token_ids) == 200) == (on_update == "wait")
+    assert engine.version == 31
+
+
+def test_a_cancelled_request_frees_its_place(engine):
+    push(engine, policy_of(SEED), 40)
+
+    async def run() -> int:
+        tasks = [
+            asyncio.create_task(engine.generate(prompt_of(5), Sampling(max_tokens=240, seed=i), session="s"))
+            for i in range(16)  # as many as fit
+        ]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        done = await engine.generate(prompt_of(5), Sampling(max_tokens=3, seed=0), session="s")
+        return len(done.token_ids)
+
+    assert asyncio.run(run()) == 3
+    assert engine._llm.get_num_unfinished_requests() == 0
+
+
+def test_a_dead_process_ends_the_run_with_its_reason_and_is_the_last_test(engine):
+    async def run() -> None:
+        long = asyncio.create_task(engine.generate(prompt_of(5), Sampling(max_tokens=240, seed=0), session="s"))
+        await asyncio.sleep(0.05)
+        for child in engine._llm.engine_core.resources.engine_manager.processes:
+            child.kill()
+        await long
+
+    with pytest.raises(RunFailed, match="vLLM's process has died"):
+        asyncio.run(run())
+    asyncio.run(engine.close())
+    asyncio.run(engine.close())
+    with pytest.raises(RunFailed, match="serves no requests: it is closed"):
+        asyncio.run(draw(engine, groups()[:1]))
