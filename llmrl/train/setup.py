@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from llmrl.track.console import Console
     from llmrl.track.health import Health
     from llmrl.track.record import Record
-    from llmrl.train.engines import engine_precision, make_engine
     from llmrl.train.learner import Learner
     from llmrl.train.ledger import Ledger
     from llmrl.train.policy import Policy
