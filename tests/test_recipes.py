@@ -17,7 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("grpo*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted([*RECIPES.glob("grpo*.yaml"), *RECIPES.glob("ppo*.yaml")]), ids=lambda file: file.stem
+)
 def test_configuration_is_valid(file: Path) -> None:
     config = load_config(["--config", str(file)])
     assert config.train.output_dir == f"runs/{file.stem}"
@@ -39,11 +41,12 @@ def gsm8k_rows(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_grpo_on_gsm8k_rows_and_its_continuation(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.mark.parametrize(("recipe", "size"), [("grpo", 16), ("ppo", 8)])
+def test_gsm8k_rows_and_a_continuation(recipe: str, size: int, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", f"recipes/{recipe}_gsm8k_tiny.yaml"
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/one_process.yaml"),
-        *("recipes/grpo.py", "--config", "recipes/grpo_gsm8k_tiny.yaml", "--data.path", str(gsm8k_rows(tmp_path))),
+        *(f"recipes/{recipe}.py", "--config", config, "--data.path", str(gsm8k_rows(tmp_path))),
         *("--train.output_dir", str(run)),
     ]
     for steps, more in ((2, []), (3, ["--train.resume_from_checkpoint", "last"])):
@@ -56,7 +59,7 @@ def test_grpo_on_gsm8k_rows_and_its_continuation(tmp_path: Path) -> None:
         )
         assert found.returncode == 0, found.stdout + found.stderr
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
-    assert len(read_jsonl(run / "rollouts.jsonl")) == 3 * 16
+    assert len(read_jsonl(run / "rollouts.jsonl")) == 3 * size
     assert audit(run / "ledger.jsonl")["exact"]
     assert {"config.yaml", "env.json", "checkpoints", "model"} <= {path.name for path in run.iterdir()}
     assert (run / "model" / "adapter_model.safetensors").is_file()

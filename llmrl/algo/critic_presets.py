@@ -75,6 +75,16 @@ def _resolve(config: Config) -> tuple[CriticConfig | None, list[str]]:
     return filled, findings
 
 
+def describe_critic(config: Config) -> list[str]:
+    """A line for the user: what the critic of this run is, if it has one."""
+    c = resolve_critic(config)
+    if c is None:
+        return []
+    options = {k: v for k, v in dataclasses.asdict(c).items() if v is not None and k not in ("kind", "lora")}
+    how = " through adapters" if c.lora is not None else ""
+    return [f"critic {c.kind}{how}: {', '.join(f'{k} {v}' for k, v in options.items())}"]
+
+
 def critic_contradictions(config: Config) -> list[str]:
     """What is wrong with `config.critic`, alone and together with the rest; one line each, with the fix."""
     c, findings = _resolve(config)

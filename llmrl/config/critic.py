@@ -19,8 +19,7 @@ class CriticConfig:
     """`separate`: a model of its own, at first a copy of the policy's trunk. `shared`: the policy's trunk with a value
     head. `adapter`: a second set of adapters on the frozen base of a policy trained with LoRA."""
     path: str | None = None
-    """separate: take this model's trunk instead (same tokenizer). Its value head too, where it is a reward model (one
-    label)."""
+    """separate: the trunk of this model instead, a reward model's for one (same tokenizer; the value head is new)."""
     lora: LoraConfig | None = None
     """separate: train adapters of the critic instead of the whole of it. adapter: default `model.lora`."""
     train_trunk: bool | None = None

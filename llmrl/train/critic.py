@@ -70,12 +70,23 @@ class Critic(nn.Module):
         in `PolicyModule.forward`.
         """
         if self.trunk is not None:
-            outputs = self.trunk(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-            )
-            return self.head(outputs.last_hidden_state.flatten(0, 1)[predict_from])
+            return self.head(self.hidden_states(input_ids, position_ids, predict_from, attention_mask))
         assert policy_hidden is not None
         return self.head(policy_hidden if self.train_trunk else policy_hidden.detach())
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"],
+        predict_from: Int[Tensor, " M"],
+        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+    ) -> Float[Tensor, "M H"]:
+        """Of the critic's own trunk. As in the policy, restarting positions tell packed rows apart."""
+        assert self.trunk is not None
+        outputs = self.trunk(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        )
+        return outputs.last_hidden_state.flatten(0, 1)[predict_from]
 
 
 def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Critic:

@@ -400,9 +400,11 @@ class Policy:
         self._compare("log-prob head", lay_out([[0], [1], [2]]), plain, unknown_head)
         if packing:
             self._compare("packed row", lay_out([[0, 1, 2]]), plain, no_packing)
+            self._compare_critic("packed row", lay_out([[0], [1], [2]]), lay_out([[0, 1, 2]]), no_packing)
         tree = Tree(samples=(0, 1, 2), prefix=len(prompt), length=len(prompt) + 9)
         try:
             self._compare("shared prefix", lay_out([[0]], trees=[tree]), plain, "")
+            self._compare_critic("shared prefix", lay_out([[0], [1], [2]]), lay_out([[0]], trees=[tree]), "")
             self.can_share_prefixes = True
         except (RunFailed, RuntimeError, ValueError, TypeError):
             self.can_share_prefixes = False
@@ -428,6 +430,24 @@ class Policy:
             raise RunFailed(
                 f"{type(self.bare.causal_lm).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from "
                 f"the model's plain forward pass (rounding explains {tolerance:g}); {fix}"
+            )
+
+    def _compare_critic(self, what: str, alone: MicroBatch, together: MicroBatch, fix: str) -> None:
+        """A critic with a trunk of its own, maybe of another architecture, has to bear the same layouts."""
+        critic = self.bare.critic
+        if critic is None or critic.trunk is None:
+            return
+        with evaluating(critic):
+            expected, found = (
+                critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.attention_mask).float()
+                for b in (alone, together)
+            )
+        tolerance = CHECK_TOLERANCE[next(critic.trunk.parameters()).dtype]
+        gap = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not gap <= tolerance:
+            raise RunFailed(
+                f"the critic's {type(critic.trunk).__name__}: the {what} changes its hidden states by {gap:.2g} of the "
+                f"largest (rounding explains {tolerance:g}); {fix}"
             )
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.algo import preference_presets
-from llmrl.algo.critic_presets import resolve_critic
+from llmrl.algo.critic_presets import describe_critic, resolve_critic
 from llmrl.algo.preference_presets import is_offline, is_preference, is_single, resolve_preference
 from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
@@ -112,7 +112,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
 
     console = _console(config, accelerator)
     described = preference_presets.describe(config) if is_preference(config) else describe(config.algo)
-    for note in notes + described:
+    for note in notes + described + describe_critic(config):
         console.say(note)
     accelerator.wait_for_everyone()
     model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded

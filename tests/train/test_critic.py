@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrl import Trainer
-from llmrl.errors import UserError
+from llmrl.errors import RunFailed, UserError
 from llmrl.tiny import build_tiny_model
 from llmrl.track.files import read_jsonl
 from llmrl.train.checkpoint import load_checkpoint, save_checkpoint
@@ -326,6 +326,40 @@ def test_a_run_is_recorded_resumed_and_saved_without_its_critic(kind: str, lora:
     assert {"value/loss", "value/clip_frac", "value/grad_norm", "advantage/p50", "return/mean"} <= whole[2].keys()
     saved = load_file(tmp_path / "whole" / "model" / ("adapter_model.safetensors" if lora else "model.safetensors"))
     assert not any("critic" in name for name in saved)
+
+
+def test_a_critic_that_cannot_bear_a_layout_is_found_out_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sliding window does not bear shared prefixes; a trunk that mixes up packed sequences stops the run."""
+    learner, _ = make_ppo_learner("separate")
+    policy, critic = learner.policy, learner.policy.bare.critic
+    assert critic is not None
+    honest = critic.hidden_states
+
+    def blind_to_masks(*inputs: Any) -> Tensor:
+        return honest(*inputs[:3], None)
+
+    monkeypatch.setattr(critic, "hidden_states", blind_to_masks)
+    policy.check_forward()
+    assert not policy.can_share_prefixes
+
+    def blind_to_positions(input_ids: Tensor, position_ids: Tensor, *rest: Any) -> Tensor:
+        return honest(input_ids, torch.arange(position_ids.shape[1])[None].expand_as(position_ids), *rest)
+
+    monkeypatch.setattr(critic, "hidden_states", blind_to_positions)
+    with pytest.raises(RunFailed, match="the critic's Qwen2Model: the packed row changes its hidden states"):
+        policy.check_forward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_it_learns(kind: str, tmp_path: Path, seed: int) -> None:
+    """A random model is paid for letters: from one in four to most of what it writes."""
+    more = {"algo__name": "ppo", "algo__num_mini_batches": 2, "critic__warmup_steps": None, "critic__kind": kind}
+    more |= {"train__max_steps": 16, "train__save_steps": 0, "train__seed": seed, "rollout__num_prompts": 8}
+    more |= {"train__learning_rate": 3e-3, "rollout__num_generations": 4}
+    Trainer(settings(tmp_path / "run", **more), model="tiny:qwen2", reward=letters, train_dataset=ROWS).train()
+    rewards = [row["reward/mean"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
 
 
 def test_a_critic_of_another_shape(tmp_path: Path) -> None:
