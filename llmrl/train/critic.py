@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmrl.errors import UserError
+from llmrl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.config import Config
+    from llmrl.types import MicroBatch
 
 
 class ValueHead(nn.Module):
@@ -117,6 +118,30 @@ def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
         add_lora(base, c.lora, seed=config.train.seed + 1)
     critic = Critic(base.get_decoder(), hidden_size=base.config.get_text_config().hidden_size)
     return critic.to(model.device)
+
+
+def check_layout(critic: Critic | None, what: str, alone: MicroBatch, together: MicroBatch, fix: str) -> None:
+    """Prove that a critic with a trunk of its own, maybe of another architecture, bears a layout of sequences.
+
+    Raises:
+        RunFailed: its hidden states differ from those of the sequences `alone` by more than rounding.
+    """
+    from llmrl.train.policy import CHECK_TOLERANCE, evaluating
+
+    if critic is None or critic.trunk is None:
+        return
+    with torch.no_grad(), evaluating(critic):
+        expected, found = (
+            critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.attention_mask).float()
+            for b in (alone, together)
+        )
+    tolerance = CHECK_TOLERANCE[next(critic.trunk.parameters()).dtype]
+    gap = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not gap <= tolerance:
+        raise RunFailed(
+            f"the critic's {type(critic.trunk).__name__}: the {what} changes its hidden states by {gap:.2g} of the "
+            f"largest (rounding explains {tolerance:g}); {fix}"
+        )
 
 
 def _other_model(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

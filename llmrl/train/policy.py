@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import RunFailed, UserError
+from llmrl.train.critic import Critic, check_layout
 from llmrl.train.logprob_head import (
     restricted_probabilities,
     token_collisions,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.config import LoraConfig, ModelConfig
-    from llmrl.train.critic import Critic
     from llmrl.types import MicroBatch
 
     ReferenceHead = tuple[Float[Tensor, "M H"], Float[Tensor, "V H"], Float[Tensor, " V"] | None]
@@ -258,10 +258,10 @@ class Policy:
         critic = self.bare.critic
         if critic is None:
             raise RunFailed("values were asked for, but there is no critic")
-        hidden = None
-        if critic.trunk is None:
-            hidden = self.bare.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
-            hidden = hidden.flatten(0, 1)[batch.predict_from]
+        inputs = (batch.input_ids, batch.position_ids, batch.attention_mask)
+        hidden = (
+            None if critic.trunk is not None else self.bare.hidden_states(*inputs).flatten(0, 1)[batch.predict_from]
+        )
         return critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
 
     def own_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
@@ -400,11 +400,11 @@ class Policy:
         self._compare("log-prob head", lay_out([[0], [1], [2]]), plain, unknown_head)
         if packing:
             self._compare("packed row", lay_out([[0, 1, 2]]), plain, no_packing)
-            self._compare_critic("packed row", lay_out([[0], [1], [2]]), lay_out([[0, 1, 2]]), no_packing)
+            check_layout(self.bare.critic, "packed row", lay_out([[0], [1], [2]]), lay_out([[0, 1, 2]]), no_packing)
         tree = Tree(samples=(0, 1, 2), prefix=len(prompt), length=len(prompt) + 9)
         try:
             self._compare("shared prefix", lay_out([[0]], trees=[tree]), plain, "")
-            self._compare_critic("shared prefix", lay_out([[0], [1], [2]]), lay_out([[0]], trees=[tree]), "")
+            check_layout(self.bare.critic, "shared prefix", lay_out([[0], [1], [2]]), lay_out([[0]], trees=[tree]), "")
             self.can_share_prefixes = True
         except (RunFailed, RuntimeError, ValueError, TypeError):
             self.can_share_prefixes = False
@@ -430,24 +430,6 @@ class Policy:
             raise RunFailed(
                 f"{type(self.bare.causal_lm).__name__}: the {what} gives log-probabilities {gap:.2g} nats away from "
                 f"the model's plain forward pass (rounding explains {tolerance:g}); {fix}"
-            )
-
-    def _compare_critic(self, what: str, alone: MicroBatch, together: MicroBatch, fix: str) -> None:
-        """A critic with a trunk of its own, maybe of another architecture, has to bear the same layouts."""
-        critic = self.bare.critic
-        if critic is None or critic.trunk is None:
-            return
-        with evaluating(critic):
-            expected, found = (
-                critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.attention_mask).float()
-                for b in (alone, together)
-            )
-        tolerance = CHECK_TOLERANCE[next(critic.trunk.parameters()).dtype]
-        gap = ((found - expected).abs().max() / expected.abs().max()).item()
-        if not gap <= tolerance:
-            raise RunFailed(
-                f"the critic's {type(critic.trunk).__name__}: the {what} changes its hidden states by {gap:.2g} of the "
-                f"largest (rounding explains {tolerance:g}); {fix}"
             )
 
     @property
