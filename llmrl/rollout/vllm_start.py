@@ -115,19 +115,31 @@ async def start(arguments: dict[str, Any], config: PretrainedConfig, device: tor
                 f"rollout.engine vllm: vLLM cannot be imported ({error}). On a GPU: pip install 'llmrl[vllm]'; without "
                 "one see the README, section vLLM on a CPU"
             ) from error
-        if device.type == "cpu":
-            _check_head_dim(config)
+        check_head_dim(config, on_cpu=device.type == "cpu")
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"vLLM did not start: {error}") from error
 
 
-def _check_head_dim(config: PretrainedConfig) -> None:
+def check_head_dim(config: PretrainedConfig, *, on_cpu: bool) -> None:
+    """Refuse heads of a width that vLLM would get wrong, or has no attention for on a CPU.
+
+    Raises:
+        UserError: with the width and what to do.
+    """
+    text = config.get_text_config()
+    derived = text.hidden_size // text.num_attention_heads
+    width = getattr(text, "head_dim", None) or derived
+    if text.model_type == "qwen2" and width != derived:
+        raise UserError(
+            f"vLLM takes the width of a qwen2 model's heads to be hidden_size / num_attention_heads = {derived}, but "
+            f"its head_dim is {width}: use rollout.engine hf for this model"
+        )
+    if not on_cpu:
+        return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if width not in (known := CPUAttentionBackend.get_supported_head_sizes()):
         raise UserError(
             f"vLLM on a CPU has no attention for heads of width {width}, only {known}: use rollout.engine hf for this "

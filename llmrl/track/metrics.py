@@ -94,6 +94,7 @@ def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, An
                     "rollout_logprobs": turn.rollout_logprobs,
                     "finish": turn.finish,
                     "policy_version": turn.policy_version,
+                    **({"version_spans": turn.version_spans} if len(turn.version_spans) > 1 else {}),
                 }
                 for turn in rollout.turns
             ],

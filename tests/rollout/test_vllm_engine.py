@@ -224,6 +224,8 @@ def test_weights_with_nan_are_named(engine):
 def test_heads_that_vllm_has_no_attention_for_are_refused_before_it_starts():
     with pytest.raises(UserError, match="no attention for heads of width 16"):
         VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY).config)
+    with pytest.raises(UserError, match="num_attention_heads = 16, but its head_dim is 32"):
+        VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY, head_dim=32).config)
 
 
 async def interrupted(engine: VllmEngine, policy: Policy, version: int) -> Completion:
