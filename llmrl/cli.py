@@ -15,6 +15,7 @@ USAGE = """usage: llmrl COMMAND ...
   llmrl train RECIPE.yaml [--field value ...]    train; any field of the configuration, dotted; --print_config shows all
   llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
   llmrl verify --reward SPEC --self-test         run a reward's own examples
+  llmrl eval --model PATH --data SPEC --reward SPEC --samples 8 [--field value ...]    mean@k, pass@k, maj@k
   llmrl serve RECIPE.yaml [--print_command]      vLLM servers for the recipe's model, until interrupted
   llmrl doctor [--model PATH]                    check this machine; each finding with its fix
   llmrl --version
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UserError: there is no such command, or its arguments are wrong.
     """
-    commands = {"train": train, "verify": verify, "serve": serve, "doctor": doctor}
+    commands = {"train": train, "verify": verify, "eval": evaluate, "serve": serve, "doctor": doctor}
     if argv[:1] == ["--version"]:
         from llmrl import __version__
 
@@ -65,6 +66,13 @@ def verify(argv: list[str]) -> int:
     from llmrl.verify.command import run as run_verify
 
     return run_verify(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """`llmrl eval`: see `llmrl.evaluation`."""
+    from llmrl.evaluation import run as run_eval
+
+    return run_eval(argv)
 
 
 def serve(argv: list[str]) -> int:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -192,3 +194,46 @@ def _wrap(tokenizer: Tokenizer, chat_template: str, unk_token: str | None) -> Pr
     )
     wrapped.chat_template = chat_template
     return wrapped
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: list[dict[str, str]],
+    *,
+    output_dir: str | Path,
+    max_steps: int,
+    learning_rate: float = 2e-3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a tiny model in place on rows with `prompt` and `completion` (TRL's SFTTrainer, one process, CPU).
+
+    The learning rate falls in a straight line to 0 after 20 steps of warm-up. TRL wants an `output_dir`; nothing of
+    value is left in it.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        per_device_train_batch_size=batch_size,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=20,
+        adam_beta2=0.98,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
+    ).train()
+    model.eval()

@@ -354,6 +354,8 @@ class ForwardOutputs:
     """KL(policy || reference) of the next-token distribution, in nats; with gradient, and only where asked for."""
     values: Float[Tensor, " M"] | None = None
     """The critic's value of the state before each trained token."""
+    extras: dict[str, Float[Tensor, " M"]] = field(default_factory=dict)
+    """Further streams that a policy of its own kind computes (B-Coder's advantages)."""
 
 
 # --- 6 weight sync ----------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Needs:
     """`extras["old_values"]`: the critic's values of the states before each token, before `refine`."""
     greedy_reward: bool = False
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
+    anchors: bool = False
+    """`extras["anchors"]` and `extras["base_values"]`: see `llmrl.train.qvalues`."""
     refine: bool = False
     """`refine` is called once the quantities above are there."""
     whole_groups: bool = False

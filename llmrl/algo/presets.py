@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algo import bcoder_options
+from llmrl.algo.bcoder_options import BCODER_PRESETS
 from llmrl.algo.preference_presets import PREFERENCE_PRESETS, READ_OF_ALGO
 from llmrl.errors import UserError
 
@@ -111,7 +113,7 @@ SAMPLER_BOUNDS: dict[str, dict[str, float]] = {
 }
 """Of the sampler's correction: TIS as its authors use it, IcePop, and TRL's default for sequences."""
 
-FAMILIES = {"ppo": "ppo", "vapo": "ppo", **dict.fromkeys(PREFERENCE_PRESETS, "dpo")}
+FAMILIES = {"ppo": "ppo", "vapo": "ppo", **dict.fromkeys(PREFERENCE_PRESETS, "dpo"), "bcoder": "bcoder"}
 """The presets that are not of the GRPO family, and whose they are: `make_algorithm` picks the class by it."""
 
 TOKEN_RATIO_LOSSES = ("gmpo", "vespo", "clip_cov", "kl_cov")
@@ -198,6 +200,8 @@ def resolve(config: AlgoConfig) -> AlgoConfig:
 
 def _resolve(config: AlgoConfig) -> tuple[AlgoConfig, list[str]]:
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if config.name in BCODER_PRESETS:
+        return _resolve_few(config, bcoder_options.READ_OF_ALGO)
     if config.name in PREFERENCE_PRESETS:
         return _resolve_few(config, READ_OF_ALGO)
     row = GRPO | PRESETS[config.name]
@@ -247,14 +251,14 @@ def contradictions(config: Config) -> list[str]:
 
     c, findings = _resolve(with_staleness(config))
     findings += _ranges(c)
-    if c.name not in PREFERENCE_PRESETS:
+    if c.name not in PREFERENCE_PRESETS and c.name not in BCODER_PRESETS:
         findings += _clashes(c) + _clashes_outside(c, config)
     return findings + critic_contradictions(config)
 
 
 def with_staleness(config: Config) -> AlgoConfig:
-    """`config.algo`, and where nothing is said about stale rollouts, truncated weights (preferences need none)."""
-    if config.algo.name in PREFERENCE_PRESETS:
+    """`config.algo`, and where nothing is said about stale rollouts, truncated weights (only of what is sampled)."""
+    if config.algo.name in (*PREFERENCE_PRESETS, *BCODER_PRESETS):
         return config.algo
     if config.rollout.max_staleness > 0 and config.algo.vllm_importance_sampling_mode is None:
         return dataclasses.replace(config.algo, vllm_importance_sampling_mode="token_truncate")
@@ -442,6 +446,8 @@ def cautions(c: AlgoConfig) -> list[str]:
 def describe(config: AlgoConfig) -> list[str]:
     """Lines for the user: what the preset (and what overrides it) sets, and what to be careful about."""
     c = resolve(config)
+    if c.name in BCODER_PRESETS:
+        return [f"algorithm {c.name}: on stored programs, nothing is sampled"]
     preset = {k: v for k, v in PRESETS[c.name].items() if getattr(c, k) == v}
     own = {
         f.name: getattr(c, f.name)

@@ -7,8 +7,10 @@ Everything that can be wrong with the arguments is said here, before any model l
 
 from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig, Preset
+from llmrl.config.bcoder import BCoderConfig
 from llmrl.config.checks import validate
 from llmrl.config.critic import CriticConfig
+from llmrl.config.evaluation import EvalRun
 from llmrl.config.fields import (
     MISSING,
     Config,
@@ -29,10 +31,12 @@ from llmrl.config.vllm_server import VllmServerConfig
 __all__ = [
     "MISSING",
     "AlgoConfig",
+    "BCoderConfig",
     "Config",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "EvalRun",
     "LevelConfig",
     "LoraConfig",
     "ModelConfig",

@@ -10,6 +10,8 @@ Preset = Literal[
     "kl_cov", "rloo", "opo", "remax", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr",
     "nthr", "c_grpo", "ppo", "vapo",
 ]  # fmt: skip
+StoredPreset = Literal["bcoder"]
+"""Its options are in `bcoder.py`."""
 PreferencePreset = Literal["dpo", "online_dpo", "cdpo", "ipo", "simpo", "orpo", "kto"]
 """Their options are in `preference.py`."""
 
@@ -21,7 +23,7 @@ class AlgoConfig:
     An option that the other choices leave without a reader stays None, and giving it is an error.
     """
 
-    name: Preset | PreferencePreset = "grpo"
+    name: Preset | PreferencePreset | StoredPreset = "grpo"
     """The preset: a row of `llmrl/algo/presets.py`. What is given below wins over it."""
     baseline: (
         Literal[

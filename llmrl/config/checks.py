@@ -15,9 +15,11 @@ def validate(config: Config) -> None:
         UserError: with the field, its value, and the fix. All findings are listed, not only the first.
     """
     from llmrl.algo import preference_presets
+    from llmrl.algo.bcoder_options import bcoder_contradictions
     from llmrl.algo.presets import contradictions
 
     c, found = config, contradictions(config) + preference_presets.contradictions(config)
+    found += bcoder_contradictions(config)
     offline = preference_presets.is_offline(config)
 
     def check(ok: bool, message: str) -> None:
@@ -64,7 +66,7 @@ def validate(config: Config) -> None:
         f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
         "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
     )
-    found += _vllm_findings(c) + _server_findings(c)
+    found += vllm_findings(c) + server_findings(c)
     check(
         0 <= c.verify.max_unscored_frac <= 1,
         f"verify.max_unscored_frac is {c.verify.max_unscored_frac}: must lie between 0 and 1",
@@ -80,7 +82,7 @@ def validate(config: Config) -> None:
         raise UserError("configuration:\n" + "\n".join(f"  - {line}" for line in found))
 
 
-def _vllm_findings(config: Config) -> list[str]:
+def vllm_findings(config: Any) -> list[str]:
     options = config.rollout.vllm
     if options is None:
         return []
@@ -110,7 +112,7 @@ def _vllm_findings(config: Config) -> list[str]:
     return found
 
 
-def _server_findings(config: Config) -> list[str]:
+def server_findings(config: Any) -> list[str]:
     options, vllm = config.rollout.server, config.rollout.vllm
     found = []
     if options is not None and config.rollout.engine != "vllm_server":

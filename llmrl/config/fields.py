@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from llmrl.config.adapters import LoraConfig
 from llmrl.config.algo import AlgoConfig
+from llmrl.config.bcoder import BCoderConfig
 from llmrl.config.critic import CriticConfig
 from llmrl.config.preference import PreferenceConfig
 from llmrl.config.vllm import VllmConfig
@@ -197,6 +198,8 @@ class Config:
     """Read by algorithms with a value function (ppo, vapo)."""
     preference: PreferenceConfig | None = None
     """Read by the DPO family (`algo.name` dpo, online_dpo, kto ...)."""
+    bcoder: BCoderConfig | None = None
+    """Read by `algo.name bcoder`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

@@ -65,7 +65,7 @@ class Chat:
             UserError: the template refuses this conversation, or the text format cannot show it.
         """
         text = self._chat_text(messages, tools) if self.prompt_format == "chat" else _plain_text(messages, tools)
-        token_ids = self._encode(text)
+        token_ids = self.encode(text)
         if self._bos is not None and token_ids[:1] != [self._bos]:
             token_ids = [self._bos, *token_ids]
         if not token_ids:
@@ -85,7 +85,7 @@ class Chat:
         Raises:
             UserError: the template refuses it.
         """
-        return self._encode(self._chat_text(messages, tools, generation_prompt=generation_prompt, **template_options))
+        return self.encode(self._chat_text(messages, tools, generation_prompt=generation_prompt, **template_options))
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         """Compute a completion's text. A stop token at its end is left out; any other special token stays, as text.
@@ -103,7 +103,8 @@ class Chat:
         """Make the assistant message of a completion."""
         return Message(role="assistant", content=self.decode(completion_ids))
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without special tokens around it."""
         # Rendering and encoding apart gives a flat list in every version of transformers, and never a second bos.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -161,7 +162,7 @@ class Chat:
                 raise  # A syntax error is one in every conversation.
             return None  # A template for one turn only.
         _, found, after = text.rpartition(marker)
-        token_ids = self._encode(after.lstrip()) if found else []
+        token_ids = self.encode(after.lstrip()) if found else []
         return token_ids[0] if token_ids and token_ids[0] in self.tokenizer.added_tokens_decoder else None
 
 

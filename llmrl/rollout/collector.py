@@ -101,6 +101,8 @@ class Collector:
         sampling = Sampling(
             max_tokens=self.config.max_completion_length,
             temperature=temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
             stop_token_ids=self.chat.stop_token_ids,
             seed=seed,
         )

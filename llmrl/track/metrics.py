@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -69,6 +70,59 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         0.5
     """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_rates(
+    groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[int], draws: int = 200
+) -> dict[str, float]:
+    """maj@k, averaged over tasks: how often the answer most of k samples give is right.
+
+    Answers are what the reward reports as `extracted` in its info; samples without one do not vote. Answers with
+    equally many votes share the win. For k below the number of samples it is a mean over `draws` seeded subsets.
+
+    Returns:
+        reward/maj@k for every k above 1 that all tasks have samples for; nothing where the reward reports no answers.
+    """
+    votes = [_votes(group, accuracy) for group in groups]
+    votes = [vote for vote in votes if vote]
+    if not any(answer is not None for vote in votes for answer, _ in vote):
+        return {}
+    smallest = min(len(vote) for vote in votes)
+    random = Random(0)
+    rates = {}
+    for k in sorted(set(ks)):
+        if 2 <= k <= smallest:
+            rates[f"reward/maj@{k}"] = fmean(
+                majority(vote) if k == len(vote) else fmean(majority(random.sample(vote, k)) for _ in range(draws))
+                for vote in votes
+            )
+    return rates
+
+
+def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
+    """Chance that the most frequent answer is right; (answer or None, right) of each sample.
+
+    Example:
+        >>> majority([("4", True), ("5", False), ("4", True), (None, False)])
+        1.0
+    """
+    right: dict[str, list[bool]] = {}
+    for answer, correct in votes:
+        if answer is not None:
+            right.setdefault(answer, []).append(correct)
+    most = max((len(v) for v in right.values()), default=0)
+    winners = [fmean(v) for v in right.values() if len(v) == most]
+    return fmean(winners) if winners else 0.0
+
+
+def _votes(group: RolloutGroup, accuracy: str) -> list[tuple[str | None, bool]]:
+    votes = []
+    for rollout in group.rollouts:
+        value = _part(rollout.score, accuracy)
+        if value is not None and rollout.score is not None:
+            answer = rollout.score.info.get(accuracy, {}).get("extracted")
+            votes.append((None if answer is None else str(answer), value >= 1))
+    return votes
 
 
 def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:

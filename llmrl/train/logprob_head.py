@@ -128,6 +128,27 @@ def _rounded(hidden: Tensor) -> Tensor:
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
+@torch.no_grad()
+def greedy_tokens(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    *,
+    temperature: float = 1.0,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Int[Tensor, " M"]:
+    """The most probable next token; the arguments are those of `token_logprobs`."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    with torch.autocast(device, enabled=False):
+        for rows in _chunks(len(hidden), len(weight)):
+            tokens[rows] = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))[0].argmax(1)
+    return tokens
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(

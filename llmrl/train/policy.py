@@ -432,6 +432,10 @@ class Policy:
                 f"the model's plain forward pass (rounding explains {tolerance:g}); {fix}"
             )
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model, or its adapter, for `from_pretrained`."""
+        self.bare.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+
     @property
     def device(self) -> torch.device:
         return next(self.bare.parameters()).device

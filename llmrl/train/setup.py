@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.algo import preference_presets
+from llmrl.algo.bcoder_options import resolve_bcoder
 from llmrl.algo.critic_presets import describe_critic, resolve_critic
 from llmrl.algo.preference_presets import is_offline, is_preference, is_single, resolve_preference
 from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
 from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
 from llmrl.errors import UserError
 from llmrl.train.offline import NoEngine, NoSync, OfflineData
+from llmrl.train.variants import check_stored, make_collector, make_policy
 from llmrl.types import Task
 
 if TYPE_CHECKING:
@@ -88,9 +90,10 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         tasks = _tasks(given["train_dataset"], config.data)
         eval_tasks = _tasks(given["eval_dataset"], config.eval.data) if _wants_eval(config, given) else []
         rubric.check(tasks[0])
+        check_stored(config, tasks)
 
     from llmrl.train.critic import build_critic
-    from llmrl.train.policy import Policy, add_lora, load_generation_config, load_model, load_tokenizer
+    from llmrl.train.policy import add_lora, load_generation_config, load_model, load_tokenizer
 
     quieten_libraries()
     accelerator = make_accelerator(config)
@@ -124,12 +127,8 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     if adapters is not None:
         model = add_lora(model, adapters, seed=config.train.seed)
     algorithm = make_algorithm(config, rubric)
-    policy = Policy(
-        model.to(accelerator.device),
-        temperature=config.rollout.temperature,
-        keep_reference=algorithm.needs.reference and not precomputes_reference(config),
-        critic=critic,
-    )
+    keep_reference = algorithm.needs.reference and not precomputes_reference(config)
+    policy = make_policy(config, model.to(accelerator.device), critic, keep_reference=keep_reference)
     return _assemble(
         config,
         accelerator,
@@ -187,6 +186,7 @@ def resolve_config(args: Config | dict[str, Any] | None, given: dict[str, Any]) 
     validate(config)
     config.critic = resolve_critic(config)
     config.algo = resolve(with_staleness(config))
+    config.bcoder = resolve_bcoder(config)
     if is_preference(config):
         config.preference, _ = resolve_preference(config)
     return config
@@ -344,7 +344,19 @@ def _make_ppo(config: Config, **options: Any) -> Algorithm:
     return PPO(config.algo, critic, **options)
 
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"grpo": _make_grpo, "ppo": _make_ppo, "dpo": _make_preference}
+def _make_bcoder(config: Config, *, max_completion_length: int, **_: Any) -> Algorithm:
+    from llmrl.algo.bcoder import BCoder
+
+    assert config.bcoder is not None
+    return BCoder(config.bcoder, max_completion_length=max_completion_length)
+
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "grpo": _make_grpo,
+    "ppo": _make_ppo,
+    "dpo": _make_preference,
+    "bcoder": _make_bcoder,
+}
 """By family of presets (`FAMILIES`). Each imports what it needs only when it is called."""
 
 
@@ -369,7 +381,6 @@ def _assemble(
     resume,
     collector,
 ) -> Parts:
-    from llmrl.rollout.collector import Collector
     from llmrl.track.health import Health
     from llmrl.track.record import Record, tracker_config
     from llmrl.train.engines import engine_precision, make_engine
@@ -383,7 +394,7 @@ def _assemble(
         engine = make_engine(config, causal_lm, policy, accelerator, console.say)
         vocab_size = causal_lm.config.get_text_config().vocab_size
         sync = WeightSync(policy, engine, vocab_size=vocab_size, **engine_precision(config))
-        collector = Collector(engine, chat, rubric, config.rollout, seed=config.train.seed)
+        collector = make_collector(config, engine, chat, rubric)
     else:
         engine, sync = NoEngine(), NoSync()
     record = ledger = None
@@ -413,7 +424,7 @@ def _assemble(
         sync=sync,
         collector=collector,
         algorithm=algorithm,
-        health=Health(on_policy=learner.steps_per_batch == 1),
+        health=Health(on_policy=learner.steps_per_batch == 1 and config.bcoder is None),
         record=record,
         ledger=ledger,
     )

@@ -332,7 +332,7 @@ class Trainer:
         """model/ in the run directory: the trained model (or adapter) and its tokenizer, ready for from_pretrained."""
         if self.accelerator.is_main_process:
             folder = self.output_dir / "model"
-            self.policy.bare.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            self.policy.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             self.console.say(f"model saved in {folder}")
         self.accelerator.wait_for_everyone()

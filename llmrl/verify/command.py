@@ -117,7 +117,7 @@ async def _verify(arguments: argparse.Namespace) -> int:
     tally = _Tally()
     started = time.perf_counter()
     try:
-        with _replacing(arguments.output) as output, _progress(tally) as advance:
+        with replacing(arguments.output) as output, _progress(tally) as advance:
             groups = _read_groups(arguments.input, rubric, arguments.answer_column)
             await _score_all(groups, rubric, arguments, output, tally, advance)
             if not tally.rows:
@@ -190,7 +190,7 @@ def _where(file: Path, lines: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[IO[str]]:
+def replacing(file: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of `file` when the block ends well, and leaves no trace when it does not."""
     is_device = file.exists() and not file.is_file()  # /dev/stdout and the like are written to directly
     beside = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")

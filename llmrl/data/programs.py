@@ -1,0 +1,153 @@
+"""A made-up programming language task: short specifications of list functions, unit tests, and a corpus with bugs.
+
+    reverse, above 3, sum        ->      def f(x):
+                                          x = x[::-1]
+                                          x = [v for v in x if v > 3]
+                                          return sum(x)
+
+A model fine-tuned on the corpus (`corpus`) makes its mistakes as readily as the corpus does, so samples differ, and
+their likelihood says little about which of them pass. Everything depends on the seed given alone.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+from typing import Any
+
+HEADER = "def f(x):\n"
+LIST_OPS: dict[str, tuple[str, ...]] = {
+    "add": (" x = [v + K for v in x]\n", " x = [v - K for v in x]\n", " x = [v + k for v in x]\n"),
+    "times": (" x = [v * K for v in x]\n", " x = [v + K for v in x]\n", " x = x * K\n"),
+    "above": (" x = [v for v in x if v > K]\n", " x = [v for v in x if v >= K]\n", " x = [x for v in x if v > K]\n"),
+    "below": (" x = [v for v in x if v < K]\n", " x = [v for v in x if v <= K]\n", " x = [v for v in x if x < K]\n"),
+    "first": (" x = x[:K]\n", " x = x[K:]\n", " x = x[K]\n"),
+    "drop": (" x = x[K:]\n", " x = x[:K]\n", " x = x[-K:]\n"),
+    "sort": (" x = sorted(x)\n", " x = x.sort()\n", " x = sorted(x)[::-1]\n"),
+    "down": (" x = sorted(x)[::-1]\n", " x = sorted(x)\n", " x = x[::-1]\n"),
+    "reverse": (" x = x[::-1]\n", " x = x.reverse()\n", " x = sorted(x)[::-1]\n"),
+    "even": (" x = [v for v in x if v % 2 == 0]\n", " x = [v for v in x if v % 2]\n", " x = [v for v in x if x % 2]\n"),
+    "square": (" x = [v * v for v in x]\n", " x = [v * 2 for v in x]\n", " x = [v * w for v in x]\n"),
+}  # fmt: skip
+"""Word -> its right line and the wrong ones; K is the number after the word."""
+END_OPS: dict[str, tuple[str, ...]] = {
+    "sum": (" return sum(x)\n", " return len(x)\n", " return sum(v)\n"),
+    "count": (" return len(x)\n", " return sum(x)\n", " return x.len()\n"),
+    "largest": (" return max(x)\n", " return min(x)\n", " return x.max()\n"),
+    "smallest": (" return min(x)\n", " return max(x)\n", " return x.min()\n"),
+    "last": (" return x[-1]\n", " return x[0]\n", " return x[len(x)]\n"),
+    "list": (" return x\n", " return x[1:]\n", " return list(v)\n"),
+}
+MISTAKEN = ("above", "below", "drop", "down", "even", "square", "count", "last")
+"""Words that the corpus often translates by the first of their wrong lines: as likely as the right one, so likelihood
+cannot tell them apart. Unit tests can."""
+NUMBERED = ("add", "times", "above", "below", "first", "drop")
+FRAGMENTS = (HEADER, " x = ", " return ", " for v in x", " if v ", "sorted(x)", "[::-1]", "[v ")
+ALPHABET = "\n" + string.ascii_lowercase + string.digits + "()[]:=+-*<>%., "
+"""With `FRAGMENTS` and the words, the vocabulary of a tokenizer that spells everything here."""
+NUM_TESTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A specification: words with their numbers, the last one an ending."""
+
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked."""
+        return ", ".join(f"{word} {number}" if word in NUMBERED else word for word, number in self.steps) + "\n"
+
+    def lines(self, draw: random.Random | None = None, mistaken_frac: float = 0.0, slip_frac: float = 0.0) -> list[str]:
+        """The program, line by line.
+
+        Args:
+            draw: random numbers; without, every line is right.
+            mistaken_frac: share of the lines of `MISTAKEN` words that are their common mistake.
+            slip_frac: share of all lines that are any of their wrong forms, or lack their last bracket.
+        """
+        lines = [HEADER]
+        for word, number in self.steps:
+            right, *wrong = (LIST_OPS | END_OPS)[word]
+            line = right
+            if draw is not None:
+                if word in MISTAKEN and draw.random() < mistaken_frac:
+                    line = wrong[0]
+                if draw.random() < slip_frac:
+                    line = draw.choice([*wrong, _unclosed(right)])
+            lines.append(line.replace("K", str(number)))
+        return lines
+
+    @property
+    def solution(self) -> str:
+        """The right program."""
+        return "".join(self.lines())
+
+    def run(self, values: list[int]) -> Any:
+        """What the right program returns; its source is ours."""
+        space: dict[str, Any] = {}
+        exec(self.solution, space)
+        return space["f"](list(values))
+
+
+def _unclosed(line: str) -> str:
+    """The line without its last bracket, which does not compile; a line without brackets loses its name instead."""
+    place = max(line.rfind(")"), line.rfind("]"))
+    return line[:place] + line[place + 1 :] if place >= 0 else " return\n"
+
+
+def draw_programs(num: int, *, seed: int, num_steps: tuple[int, ...] = (2, 3)) -> list[Program]:
+    """`num` different specifications that can be tested, with so many list operations before the ending."""
+    draw, found = random.Random(seed), dict[Program, None]()
+    while len(found) < num:
+        words = [draw.choice(list(LIST_OPS)) for _ in range(draw.choice(num_steps))]
+        steps = [(word, draw.randint(1, 5)) if word in NUMBERED else (word, 0) for word in words]
+        program = Program((*steps, (draw.choice(list(END_OPS)), 0)))
+        if _tests(program) is not None:
+            found[program] = None
+    return list(found)
+
+
+def _tests(program: Program) -> tuple[list[list[list[int]]], list[Any]] | None:
+    """Arguments and results of `NUM_TESTS` calls, not all with the same result; None where there are none to be had."""
+    draw = random.Random(program.prompt)
+    inputs, outputs = [], []
+    for _ in range(4 * NUM_TESTS):
+        values = [draw.randint(0, 9) for _ in range(draw.randint(4, 8))]
+        try:
+            result = program.run(values)
+        except (IndexError, ValueError):  # the end of an empty list
+            continue
+        inputs.append([values])
+        outputs.append(result)
+        if len(inputs) == NUM_TESTS:
+            return (inputs, outputs) if len({str(output) for output in outputs}) > 2 else None
+    return None
+
+
+def task_row(program: Program) -> dict[str, Any]:
+    """A row with the columns of APPS: the prompt, a right program, and calls with their results."""
+    tests = _tests(program)
+    assert tests is not None
+    inputs, outputs = tests
+    # APPS wraps each result in a list of one.
+    wrapped = {"fn_name": "f", "inputs": inputs, "outputs": [[output] for output in outputs]}
+    return {"prompt": program.prompt, "solution": program.solution, "input_output": wrapped}
+
+
+def corpus(
+    programs: list[Program], num: int, *, seed: int, mistaken_frac: float = 0.0, slip_frac: float = 0.0
+) -> list[dict[str, str]]:
+    """`num` prompts and completions to fine-tune on, with so many faulty lines (see `Program.lines`)."""
+    draw = random.Random(seed)
+    chosen = draw.choices(programs, k=num)
+    return [{"prompt": p.prompt, "completion": "".join(p.lines(draw, mistaken_frac, slip_frac))} for p in chosen]
+
+
+def program_tokenizer() -> Any:
+    """A tokenizer for prompts and programs: characters, words, and common fragments."""
+    from llmrl.tiny import char_tokenizer
+
+    return char_tokenizer(ALPHABET, [*FRAGMENTS, *LIST_OPS, *END_OPS, ", "])
