@@ -25,6 +25,7 @@ from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Task, Turn
 
 if TYPE_CHECKING:
+    from llmrl.algo.hierarchical import HierarchicalPreference
     from llmrl.config import DataConfig
     from llmrl.data.chat import Chat
 
@@ -295,3 +296,28 @@ class PreferenceCollector:
             score=Score(reward=row.rewards[index]),
             ref_logprobs=None if row.ref_logprobs is None else row.ref_logprobs[index],
         )
+
+
+def preferences_from_rollouts(
+    rows: Iterable[dict[str, Any]], hierarchy: HierarchicalPreference
+) -> list[dict[str, list[Message]]]:
+    """Pairs (prompt, chosen, rejected) for a reward model from the rollouts a run has recorded (HERON).
+
+    Args:
+        rows: of a run's rollouts.jsonl. Rollouts of the same task at the same step are compared with each other;
+            margins are taken over all of them.
+        hierarchy: compares their reward parts (and `reward`).
+    """
+    groups: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("reward") is not None:
+            groups.setdefault((row["step"], row["task"]), []).append(row)
+    parts = {key: [{"reward": row["reward"], **row["parts"]} for row in group] for key, group in groups.items()}
+    margins = hierarchy.margins([item for items in parts.values() for item in items])
+    found = []
+    for key, group in groups.items():
+        for better, worse in hierarchy.pairs(parts[key], margins):
+            prompt, chosen, rejected = split_prompt(group[better]["messages"], group[worse]["messages"])
+            if prompt and chosen != rejected:
+                found.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.common import machine, show
 from llmrl.errors import UserError, run_main
 
-SUITES = {"grpo": "benchmarks.grpo", "verify": "benchmarks.verify"}
+SUITES = {"grpo": "benchmarks.grpo", "dpo": "benchmarks.dpo", "verify": "benchmarks.verify"}
 """Suite -> module with `CASES` (names) and `run(cases, repetitions) -> list[dict]`."""
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from llmrl.config import PreferenceConfig
 from llmrl.errors import UserError
+from llmrl.types import Preference
 from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, update_and_look
 
 CASES: dict[str, dict[str, Any]] = {
@@ -26,6 +28,19 @@ CASES: dict[str, dict[str, Any]] = {
     "exact penalty": {"algo": {"beta": 0.1, "kl_estimator": "full"}, "train": {"max_tokens_per_micro_batch": 25}},
     "exact penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1, "kl_estimator": "full"}, "lora": True},
     "two mini-batches, two passes": {"algo": {"num_mini_batches": 2, "num_iterations": 2}},
+    "pairs": {"algo": {"name": "dpo"}, "pairs": True},
+    "pairs, small micro-batches, sorted": {
+        "algo": {"name": "dpo"},
+        "preference": {"loss_type": ["aot_unpaired", "sft"]},
+        "train": {"max_tokens_per_micro_batch": 25},
+        "pairs": True,
+    },
+    "fewer pairs than processes, lora": {
+        "algo": {"name": "dpo"},
+        "samples": {"groups": 1, "size": 2},
+        "pairs": True,
+        "lora": True,
+    },
     "fewer sequences than processes": {"samples": {"groups": 1, "size": 1}},
     "fewer sequences than processes, penalty": {"algo": {"beta": 0.1}, "samples": {"groups": 1, "size": 1}},
 }
@@ -38,10 +53,15 @@ def run_cases(seed: int, accelerator: Accelerator) -> dict[str, list[dict[str, A
     for name, case in CASES.items():
         model = make_lora(tiny_model()) if case.get("lora") else tiny_model()
         config = make_config(algo=case.get("algo"), train=case.get("train"))
+        config.preference = PreferenceConfig(**case["preference"]) if "preference" in case else None
         learner, algorithm = make_learner(model, config, accelerator=accelerator)
         steps = []
         for step in range(STEPS):
             samples = make_samples(seed + step, **case.get("samples", {}))
+            if case.get("pairs"):  # the first of a group is preferred to the others
+                for sample in samples[:: case.get("samples", {}).get("size", 3)]:
+                    others = [s.index for s in samples if s.group == sample.group and s.index != sample.index]
+                    sample.preferences = [Preference(over=index) for index in others]
             outcome = update_and_look(learner, algorithm, samples)
             steps.append({"metrics": outcome.metrics, "gradients": outcome.gradients})
         results[name] = steps

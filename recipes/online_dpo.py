@@ -1,0 +1,21 @@
+"""Online DPO: pairs from the policy's own rollouts, compared by any reward function.
+
+    accelerate launch recipes/online_dpo.py --config recipes/online_dpo_gsm8k.yaml
+    accelerate launch recipes/online_dpo.py --config recipes/online_dpo_gsm8k_tiny.yaml --data.path train.jsonl
+
+online_dpo_gsm8k.yaml       Qwen2.5-0.5B-Instruct with LoRA, one GPU
+online_dpo_gsm8k_tiny.yaml  a random tiny model, to see every part work on a CPU in a minute
+"""
+
+from __future__ import annotations
+
+from llmrl import Trainer, load_config
+from llmrl.errors import run_main
+
+
+def main() -> None:
+    Trainer(load_config()).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,138 @@
+"""A reward model from preferences, through TRL's RewardTrainer; `rewards/reward_model.py` uses it.
+
+    accelerate launch recipes/reward_model.py --config recipes/reward_model_ultrafeedback.yaml
+    ... --config recipes/reward_model_ultrafeedback_tiny.yaml --data.path pairs.jsonl                  # on a CPU
+
+HERON: pairs from the rollouts that an earlier run has recorded, by a ranked list of reward parts:
+
+    ... --data.path runs/grpo/rollouts.jsonl --hierarchy '[{"part": "math_answer"}, {"part": "length", "margin": 0.5}]'
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrl.config import DataConfig, LevelConfig, LoraConfig, ModelConfig, parse
+from llmrl.errors import UserError, run_main
+
+
+@dataclass
+class RewardModelConfig:
+    """A reward model: data, model and optimizer. Names are TRL's."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    hierarchy: list[LevelConfig] = field(default_factory=list)
+    """`data.path` is a run's rollouts.jsonl; these reward parts, the most important first, decide its pairs."""
+    output_dir: str = "runs/reward_model"
+    seed: int = 0
+    max_steps: int = -1
+    """-1: `num_train_epochs` decides."""
+    num_train_epochs: float = 1.0
+    learning_rate: float = 1e-5
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int = 1024
+    center_rewards_coefficient: float | None = None
+    """Weight of (chosen + rejected)^2, which keeps rewards around 0."""
+    eval_frac: float = 0.05
+    """Share of the pairs that is held out, to measure accuracy on."""
+
+
+def main() -> None:
+    config = parse(config_class=RewardModelConfig)
+    rows = pairs(config)
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    num_held_out = int(config.eval_frac * len(rows))
+    model, tokenizer = load(config)
+    cpu = not _accelerator()
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=config.output_dir,
+            seed=config.seed,
+            max_steps=config.max_steps,
+            num_train_epochs=config.num_train_epochs,
+            learning_rate=config.learning_rate,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            max_length=config.max_length,
+            center_rewards_coefficient=config.center_rewards_coefficient,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            bf16=not cpu and config.model.dtype == "bfloat16",
+            use_cpu=cpu,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows[num_held_out:]),
+        eval_dataset=Dataset.from_list(rows[:num_held_out]) if num_held_out else None,
+        processing_class=tokenizer,
+        peft_config=lora(config.model.lora) if config.model.lora else None,
+    )
+    trainer.train()
+    measured = {k: v for k, v in trainer.evaluate().items() if "accuracy" in k or "margin" in k} if num_held_out else {}
+    if config.model.lora is not None:
+        trainer.model = trainer.model.merge_and_unload()  # pyright: ignore
+    trainer.save_model(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+    print(json.dumps({"pairs": len(rows), "output_dir": config.output_dir, **measured}))
+
+
+def pairs(config: RewardModelConfig) -> list[dict[str, Any]]:
+    """Rows of prompt, chosen, rejected: the dataset's, or those that the hierarchy finds among recorded rollouts."""
+    from llmrl.algo.hierarchical import HierarchicalPreference
+    from llmrl.data.preferences import load_preferences, preferences_from_rollouts
+    from llmrl.track.files import read_jsonl
+
+    if config.hierarchy:
+        if not Path(config.data.path).is_file():
+            raise UserError(f"data.path {config.data.path}: with a hierarchy it must be a run's rollouts.jsonl")
+        rows = preferences_from_rollouts(read_jsonl(config.data.path), HierarchicalPreference(config.hierarchy))
+        if not rows:
+            raise UserError(f"data.path {config.data.path}: the hierarchy decides no pair of these rollouts")
+        return rows
+    found = load_preferences(config.data)
+    if len(found[0].completions) != 2:
+        raise UserError(f"{found[0].place}: a reward model needs pairs: columns prompt, chosen, rejected")
+    return [{"prompt": row.prompt, "chosen": row.completions[0], "rejected": row.completions[1]} for row in found]
+
+
+def load(config: RewardModelConfig) -> tuple[Any, Any]:
+    """A classifier with one output, and its tokenizer; a tiny random one for `tiny:ARCH`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from llmrl.train.policy import TINY, load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    if not config.model.path.startswith(TINY):
+        dtype = getattr(torch, config.model.dtype)
+        return AutoModelForSequenceClassification.from_pretrained(
+            config.model.path, num_labels=1, dtype=dtype
+        ), tokenizer
+    settings = load_model(config.model, tokenizer, seed=config.seed).config
+    settings.num_labels = 1
+    torch.manual_seed(config.seed)
+    return AutoModelForSequenceClassification.from_config(settings), tokenizer
+
+
+def lora(config: LoraConfig) -> Any:
+    """Adapters in peft's words; the new output layer is trained whole."""
+    import peft
+
+    return peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **vars(config))
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,51 @@
+"""HERON: a rank instead of a weighted sum. The most important reward decides, the next one only where that does not.
+
+rewards:
+  - {fn: "rewards/unit_tests.py:unit_tests", weight: 0}      # measured, not added up
+  - {fn: "rewards/length.py:soft_overlong", weight: 0, args: {max_length: 512, cache: 128}}
+  - fn: rewards/heron.py:heron
+    args: {levels: [{part: unit_tests}, {part: soft_overlong, margin: 0.1, margin_in: value}]}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrl.algo.hierarchical import HierarchicalPreference
+from llmrl.types import Rollout
+from llmrl.verify.reward import group_reward
+
+_LEVELS = {"levels": [{"part": "correct"}, {"part": "length", "lower_is_better": True}]}
+EXAMPLES = [
+    # An example is a group of its own: nothing to win or to lose against.
+    {"completion": "x", "correct": 1.0, "length": 10.0, **_LEVELS, "reward": 0.0},
+    {"completion": "x", "correct": 0.0, "length": 10.0, **_LEVELS, "reward": 0.0},
+    # What decides first could not be judged: an abstention.
+    {"completion": "x", "correct": None, "length": 10.0, **_LEVELS, "reward": None},
+    {"completion": "x", "correct": 1.0, "length": None, **_LEVELS, "reward": 0.0},
+]
+
+
+@group_reward
+def heron(rollouts: list[Rollout], levels: list[dict[str, Any]]) -> list[float | None]:
+    """(wins - losses) / (G - 1) of each rollout against the others of its group, from -1 to 1.
+
+    Source: Bukharin et al. 2023 (arXiv 2309.02632); the rank as a reward without a reward model is ours.
+
+    Args:
+        rollouts: the group; margins in standard deviations are the group's.
+        levels: most important first: `part` (another reward of the rubric that is scored per rollout, or a column),
+            `margin`, `margin_in` (`std` or `value`), `lower_is_better`.
+
+    Raises:
+        KeyError: there is no reward and no column of a level's name.
+    """
+    hierarchy = HierarchicalPreference(levels)
+    items: list[dict[str, float | None]] = []
+    for rollout in rollouts:
+        known = rollout.task.meta | (rollout.score.parts if rollout.score is not None else {})
+        items.append({level.part: known[level.part] for level in hierarchy.levels})
+    first = hierarchy.levels[0].part
+    judged = [i for i, item in enumerate(items) if item[first] is not None]
+    ranks = dict(zip(judged, hierarchy.ranks([items[i] for i in judged]), strict=True))
+    return [ranks.get(i) for i in range(len(items))]
