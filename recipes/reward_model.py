@@ -74,6 +74,8 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=lora(config.model.lora) if config.model.lora else None,
     )
+    if not len(trainer.train_dataset):  # pyright: ignore - TRL leaves out what is too long
+        raise UserError(f"max_length {config.max_length}: every pair is longer; raise it")
     trainer.train()
     measured = {k: v for k, v in trainer.evaluate().items() if "accuracy" in k or "margin" in k} if num_held_out else {}
     if config.model.lora is not None:

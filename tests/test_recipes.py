@@ -122,7 +122,8 @@ def test_online_dpo_a_reward_model_of_its_rollouts_and_that_as_a_reward(tmp_path
     hierarchy = [{"part": "math_answer"}, {"part": "soft_overlong", "margin": 0.01, "margin_in": "value"}]
     said = start(
         "reward_model", "--config", "recipes/reward_model_ultrafeedback_tiny.yaml", "--max_steps", "2",
-        "--data.path", str(run / "rollouts.jsonl"), "--hierarchy", json.dumps(hierarchy), "--output_dir", str(folder),
+        "--data.path", str(run / "rollouts.jsonl"), "--hierarchy", json.dumps(hierarchy),
+        "--max_length", "1200", "--output_dir", str(folder),
     )  # fmt: skip
     report = json.loads(said.strip().splitlines()[-1])
     assert report["pairs"] > 4
