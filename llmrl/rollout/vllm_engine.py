@@ -91,6 +91,7 @@ class VllmEngine:
         self._staged = StagedWeights()
         self._adapters = AdapterFolders()
         self._adapter: Any = None
+        self._adapter_version = 0
         self._count = 0
         self._closed: str | None = None
         self._stopped = False
@@ -225,7 +226,7 @@ class VllmEngine:
             )
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:
-        version = self.version or 0
+        version = self._adapter_version if self.takes_adapters else self.version or 0
         output = (await self._final(prompt_ids, sampling_params(sampling))).outputs[0]
         token_ids, logprobs = list(output.token_ids), sampled_logprobs(output.logprobs)
         if not all(map(math.isfinite, logprobs)):
@@ -324,7 +325,7 @@ class VllmEngine:
         finally:
             if pause:
                 await self._llm.resume_generation()
-        self._adapter = request
+        self._adapter, self._adapter_version = request, version
 
 
 def sampling_params(sampling: Sampling) -> Any:

@@ -74,6 +74,8 @@ def serves_adapters_apart(config: Config, policy: Policy, device: Any) -> bool:
             raise UserError(f"rollout.vllm.lora_sync {wanted}, but no adapter is trained: set model.lora")
         return False
     reason = why_not_apart(policy.bare.model)
+    if reason is None and config.model.trust_remote_code:
+        reason = "it would have to load the base from a copy, without the code that comes with the model"
     if wanted == "adapter" and reason:
         raise UserError(f"rollout.vllm.lora_sync adapter: vLLM cannot, because {reason}; use merged")
     # On a CPU vLLM decodes 3.3 times slower with an adapter, and merged weights travel in milliseconds.
