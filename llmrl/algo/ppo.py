@@ -15,7 +15,7 @@ import torch
 
 from llmrl.algo import kl, values
 from llmrl.algo.grpo import GRPO
-from llmrl.algo.refine import Refinement, _stream
+from llmrl.algo.refine import Refinement, stream
 from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -150,10 +150,10 @@ class ValueRefinement(Refinement):
     def estimate(self) -> None:
         """Advantages (lambda of the policy) and targets (lambda of the critic) of all rollouts at once."""
         rollouts, critic = list(self.rollouts.values()), self.algorithm.critic
-        rewards = values.pad([_stream(samples, REWARDS) for samples in rollouts])
+        rewards = values.pad([stream(samples, REWARDS) for samples in rollouts])
         if self.config.kl_in == "reward":
             rewards = rewards - self.algorithm.beta * self._divergence(rollouts)
-        old_values = values.pad([_stream(samples, OLD_VALUES) for samples in rollouts])
+        old_values = values.pad([stream(samples, OLD_VALUES) for samples in rollouts])
         lengths = torch.tensor([sum(s.num_tokens for s in samples) for samples in rollouts])
         lam = critic.lam if critic.lam is not None else values.length_adaptive_lambda(lengths, critic.length_alpha)
         lam_critic = lam if critic.lam_critic is None else critic.lam_critic
@@ -176,7 +176,7 @@ class ValueRefinement(Refinement):
 
     def _divergence(self, rollouts: list[list[Sample]]) -> Tensor:
         """k1 of every token, for the KL penalty in its reward."""
-        rows = [kl.k1(_stream(samples, "old_logprobs"), _stream(samples, "ref_logprobs")) for samples in rollouts]
+        rows = [kl.k1(stream(samples, "old_logprobs"), stream(samples, "ref_logprobs")) for samples in rollouts]
         self.batch.metrics["kl/ref"] = torch.cat(rows).mean().item()
         return values.pad(rows)
 

@@ -75,14 +75,14 @@ class Refinement:
         and the advantage is the return to go.
         """
         divergence = {
-            key: kl.k1(_stream(s, "old_logprobs"), _stream(s, "ref_logprobs")) for key, s in self.rollouts.items()
+            key: kl.k1(stream(s, "old_logprobs"), stream(s, "ref_logprobs")) for key, s in self.rollouts.items()
         }
         tokens = torch.cat(list(divergence.values())) if divergence else torch.zeros(1)
         self.batch.metrics["kl/ref"] = tokens.mean().item()
         beta, groups = self.algorithm.beta, self.batch.groups
         if self.config.baseline == "none":
             for key, samples in self.rollouts.items():
-                self._set(samples, _stream(samples, "advantages") - beta * adv.returns_to_go(divergence[key]))
+                self._set(samples, stream(samples, "advantages") - beta * adv.returns_to_go(divergence[key]))
             return
         rewards = self.algorithm.shaped_rewards(groups)
         for p, group in enumerate(groups):
@@ -106,8 +106,8 @@ class Refinement:
             places = [[r.index for r in group.rollouts].index(index) for _, index in keys]
             found = adv.optimal_token_advantages(
                 rewards[p, places],
-                [_stream(self.rollouts[key], "old_logprobs") for key in keys],
-                [_stream(self.rollouts[key], COLLISIONS) for key in keys],
+                [stream(self.rollouts[key], "old_logprobs") for key in keys],
+                [stream(self.rollouts[key], COLLISIONS) for key in keys],
             )
             for key, values in zip(keys, found, strict=True):
                 self._set(self.rollouts[key], values)
@@ -116,7 +116,7 @@ class Refinement:
         """Mean 0 and deviation 1 over all tokens of the batch."""
         samples = self.samples
         if samples:
-            self._set(samples, adv.whiten(_stream(samples, "advantages")))
+            self._set(samples, adv.whiten(stream(samples, "advantages")))
 
     def weigh_tokens(self, p: int) -> None:
         """Token Hidden Reward or NTHR: a factor on every token of group `p`, if it was scored."""
@@ -127,7 +127,7 @@ class Refinement:
         right = {r.index: value == 1 for r, value in zip(group.rollouts, correct.tolist(), strict=True)}
         if not any(right[index] for index in scored):
             return
-        influences = {index: _stream(samples, INFLUENCE) for index, samples in scored.items()}
+        influences = {index: stream(samples, INFLUENCE) for index, samples in scored.items()}
         rule = {"rule": c.thr_threshold, "value": c.thr_threshold_value or 0.0}
         above = thr.threshold([*influences.values()], [right[index] for index in scored], **rule)
         eta = thr.nthr_eta(correct[~torch.isnan(correct)] == 1) if c.nthr_eta is None else c.nthr_eta
@@ -139,7 +139,7 @@ class Refinement:
             else:
                 weights = torch.ones_like(score) if is_right else thr.nthr_weights(influence, eta=eta, above=above)
             samples = scored[rollout.index]
-            self._set(samples, _stream(samples, "advantages") * weights)
+            self._set(samples, stream(samples, "advantages") * weights)
             rollout.token_scores[c.token_weighting] = score.tolist()
             self._count(int((weights != 0).sum()), len(weights))
 
@@ -159,8 +159,8 @@ class Refinement:
         """Advantage 0 (so no policy loss) for all but the tokens of highest entropy among those that carry signal."""
         samples = self._with_signal()
         if samples:
-            keep = masks.high_entropy_mask(_stream(samples, ENTROPIES), self.config.top_entropy_quantile)
-            self._set(samples, _stream(samples, "advantages") * keep)
+            keep = masks.high_entropy_mask(stream(samples, ENTROPIES), self.config.top_entropy_quantile)
+            self._set(samples, stream(samples, "advantages") * keep)
 
     def hold_back_covariance(self) -> None:
         """Clip-Cov: advantage 0 for the drawn tokens. KL-Cov: a stream that says where the loss penalises movement."""
@@ -169,8 +169,8 @@ class Refinement:
         samples = self._with_signal()
         if not samples:
             return
-        advantages = _stream(samples, "advantages")
-        covariance = masks.token_covariance(_stream(samples, "old_logprobs"), advantages)
+        advantages = stream(samples, "advantages")
+        covariance = masks.token_covariance(stream(samples, "old_logprobs"), advantages)
         self.batch.metrics["advantage/covariance"] = covariance.mean().item()
         if self.config.policy_loss == "clip_cov":
             generator = torch.Generator().manual_seed(self.batch.policy_version)
@@ -201,7 +201,7 @@ class Refinement:
                     rollout.advantage = float(values[0]) if same else values.tolist()
 
 
-def _stream(samples: list[Sample], name: str) -> Tensor:
+def stream(samples: list[Sample], name: str) -> Tensor:
     """A stream of several samples, one behind the other."""
     values = [s.extras[name] if name in s.extras else getattr(s, name) for s in samples]
     return torch.from_numpy(np.concatenate(values))
