@@ -59,7 +59,8 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
 
     Args:
         config: of the run.
-        lora_rank: serve adapters up to this rank beside the model. Default: that of `model.lora`, where it is set.
+        lora_rank: serve adapters of this rank beside the model. Default: that of `model.lora`, where a run of this
+            configuration would push adapters alone.
         own: the training run starts them itself, on a machine whose GPUs it trains on.
 
     Raises:
@@ -77,6 +78,7 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
         dtype=config.model.dtype,
         device=device,
         max_num_seqs=config.rollout.max_num_seqs,
+        lora_rank=_lora_rank(config, device) if lora_rank is None else lora_rank,
     )
     for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
         arguments.pop(name, None)
@@ -84,10 +86,6 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
         arguments.pop("gpu_memory_utilization", None)
     if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):
         arguments["weight_transfer_config"] = {"backend": "nccl"}
-    if lora_rank is None and config.model.lora is not None:
-        lora_rank = config.model.lora.r
-    if lora_rank is not None:
-        arguments |= {"enable_lora": True, "max_lora_rank": allowed_rank(lora_rank), "max_loras": 2, "max_cpu_loras": 4}
     arguments |= {
         "revision": config.model.revision,
         "tokenizer": config.model.tokenizer,
@@ -145,10 +143,12 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def allowed_rank(rank: int) -> int:
-    """The smallest maximal rank that vLLM knows and that holds `rank`."""
-    known = (8, 16, 32, 64, 128, 256, 320, 512)
-    return next((limit for limit in known if limit >= rank), rank)
+def _lora_rank(config: Config, device: str) -> int | None:
+    """Rank of the adapters that a run pushes by themselves (`llmrl.train.engines.serves_adapters_apart`)."""
+    lora, wanted = config.model.lora, (config.rollout.vllm or VllmConfig()).lora_sync
+    if lora is None or lora.use_dora or wanted == "merged" or (wanted == "auto" and device == "cpu"):
+        return None
+    return lora.r
 
 
 def deal_gpus(config: Config, *, own: bool) -> list[str]:
@@ -306,11 +306,14 @@ def log_tail(log: Path, lines: int = LOG_TAIL) -> str:
 
 def _spawn(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
     """In a process group of its own, so that its helpers can be ended with it."""
+    from llmrl.rollout.vllm_start import LAUNCHER_VARIABLES
+
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     command = [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *launch.command]
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
-            env=os.environ | launch.env,
+            env=inherited | launch.env,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,8 +22,9 @@ from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.rollout.token_sampling import check_sampling
+from llmrl.rollout.vllm_adapters import AdapterFolders
 from llmrl.rollout.vllm_delivery import Delivery, NcclDelivery, SharedMemoryDelivery
-from llmrl.rollout.vllm_http import WEIGHT_ROUTES, VllmServer
+from llmrl.rollout.vllm_http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.rollout.vllm_launch import ServerProcesses, start_servers
 from llmrl.types import Completion, Sampling
 
@@ -56,13 +58,12 @@ class VllmServerEngine:
         request_timeout_s, health_timeout_s, return_timeout_s: limits of one request, of a health check, and of the time
             all requests wait when no replica is left.
         start_timeout_s: how long to wait for the servers to come up.
+        takes_adapters: pushes bring the adapter alone; the servers keep the base weights they were started with.
         is_sender: whether this process pushes. The others of a distributed run see what arrived.
         barrier: called when a push is over; returns when every process of the run is there.
         say: told what a person should know.
         processes: the servers, where this run started them: they are started again when they die, and ended by `close`.
     """
-
-    takes_adapters = False
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class VllmServerEngine:
         health_timeout_s: float = 30.0,
         return_timeout_s: float = 600.0,
         start_timeout_s: float = 600.0,
+        takes_adapters: bool = False,
         is_sender: bool = True,
         barrier: Callable[[], Any] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
@@ -95,6 +97,10 @@ class VllmServerEngine:
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
         self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
         self.tolerance = SAME_WEIGHTS[dtype]
+        self.takes_adapters = takes_adapters
+        self._adapters = AdapterFolders()
+        self._adapter: Path | None = None
+        self._num_adapters = 0
         self.version: int | None = None
         self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
         """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
@@ -105,7 +111,9 @@ class VllmServerEngine:
         self._closed = False
 
     @classmethod
-    def from_config(cls, config: Config, accelerator: Accelerator, *, say: Callable[[str], None]) -> VllmServerEngine:
+    def from_config(
+        cls, config: Config, accelerator: Accelerator, *, takes_adapters: bool, say: Callable[[str], None]
+    ) -> VllmServerEngine:
         """The engine of a run: its servers run already, or are started here, by the main process.
 
         Raises:
@@ -133,6 +141,7 @@ class VllmServerEngine:
             health_timeout_s=options.health_timeout_s,
             return_timeout_s=options.return_timeout_s,
             start_timeout_s=vllm.start_timeout_s,
+            takes_adapters=takes_adapters,
             is_sender=accelerator.is_main_process,
             barrier=accelerator.wait_for_everyone,
             processes=processes,
@@ -227,8 +236,46 @@ class VllmServerEngine:
             await self._adopt_label()
 
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
-        """Refuse: servers are given merged weights."""
-        raise RunFailed("the vllm_server engine takes merged weights: use load_weights")
+        """Serve the base weights with `adapter` from now on, as policy `version`, on every replica.
+
+        Each version has a name of its own, so requests that run finish under the adapter they began with, and nothing
+        has to pause.
+
+        Raises:
+            UserError: servers that cannot load adapters; the message says how to start them.
+            RunFailed: no server is left.
+        """
+        await self._connect()
+        async with self.replicas.lock:
+            self.version = version
+            self._num_adapters += 1
+            if self.is_sender:
+                self._adapter, gone = self._adapters.save(adapter)
+                await self.replicas.each(self._serve_adapter)
+                old = [self._adapter_name(number) for number in gone]
+                await self.replicas.each(lambda server: server.unload_adapters(old))
+        if not self.replicas.live:
+            await self.replicas.wait_for_one()
+        self.barrier()
+        if not self.is_sender:
+            await self._adopt_label()
+
+    async def _serve_adapter(self, server: VllmServer) -> None:
+        try:
+            await server.load_adapter(self._adapter_name(self._num_adapters), str(self._adapter))
+        except ReplicaLost:
+            raise
+        except (ReplicaFailed, RunFailed) as error:
+            await server.check_alive()
+            raise UserError(
+                f"the vLLM server {server.name} did not load the adapter ({error}): it must be started with "
+                "--enable-lora --max-lora-rank R --max-loras 2, and see the folder (LLMRL_SHARED_MEMORY, where it runs "
+                "on another machine)"
+            ) from None
+        await server.set_label(self.label)
+
+    def _adapter_name(self, number: int) -> str:
+        return f"{self.run}-adapter-{number}"
 
     async def sleep(self) -> None:
         """Nothing to give back: servers have their devices to themselves."""
@@ -255,7 +302,12 @@ class VllmServerEngine:
             raise RunFailed(f"after a push the vLLM servers serve different weights: {sorted(labels)}")
         self.run = labels.pop().rpartition("/")[0]
         for server, _ in answers:
-            server.is_now(self.label)
+            self._take_note(server)
+
+    def _take_note(self, server: VllmServer) -> None:
+        """In a process that does not push: what `server` serves when it is up to date."""
+        server.is_now(self.label)
+        server.adapter = self._adapter_name(self._num_adapters) if self.takes_adapters else None
 
     async def _restore(self, server: VllmServer) -> None:
         """Bring a server that was lost up to date, and have it prove that before it gets work."""
@@ -265,14 +317,19 @@ class VllmServerEngine:
         if self.version is None:
             return
         if not self.is_sender:  # whoever pushes brings it up to date
-            server.is_now(self.label)
+            self._take_note(server)
             await server.check()
             return
         await server.check_alive()
-        await server.pause("abort")
-        for reason in (await self.delivery.deliver([server], self.label)).values():
-            raise ReplicaLost(reason)
-        await server.resume()
+        if self.takes_adapters:
+            # Where it hung and was not restarted, it has the adapter still, and would not load it again.
+            await server.unload_adapters([self._adapter_name(self._num_adapters)])
+            await self._serve_adapter(server)
+        else:
+            await server.pause("abort")
+            for reason in (await self.delivery.deliver([server], self.label)).values():
+                raise ReplicaLost(reason)
+            await server.resume()
         if self._proof is not None and self._proof[0] == self.version:
             _, sequences, expected = self._proof
             gap = _gap(_flat(await server.logprobs(sequences)), expected)
@@ -316,7 +373,10 @@ class VllmServerEngine:
                     told = now
                     self.say(f"waiting for the vLLM server {server.name}, {now - started:.0f} s so far")
                 await asyncio.sleep(0.5)
-        server.require(WEIGHT_ROUTES, DEV_MODE)
+        if self.takes_adapters:
+            server.require(ADAPTER_ROUTES, f"{DEV_MODE}, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+        else:
+            server.require(WEIGHT_ROUTES, DEV_MODE)
 
     def _check_request(self, prompt_ids: list[int], sampling: Sampling) -> None:
         check_sampling(sampling)
@@ -351,6 +411,7 @@ class VllmServerEngine:
         for slot in self.replicas.slots:
             await slot.replica.close()
         self.delivery.close()
+        self._adapters.close()
         if self.processes is not None:
             self.processes.close()
 

@@ -24,7 +24,8 @@ def make_engine(
     if config.rollout.engine == "vllm_server":
         from llmrl.rollout.vllm_server import VllmServerEngine
 
-        return VllmServerEngine.from_config(config, accelerator, say=say)
+        apart = serves_adapters_apart(config, policy, device)
+        return VllmServerEngine.from_config(config, accelerator, takes_adapters=apart, say=say)
     if config.rollout.engine == "vllm":
         return _vllm_engine(config, model, policy, device)
     import torch

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llmrl.errors import RunFailed, UserError
+from llmrl.rollout.engine import Adapter
 from llmrl.rollout.replicas import MAX_ATTEMPTS, ReplicaFailed, ReplicaLost, Replicas
 from llmrl.rollout.vllm_delivery import NcclDelivery, SharedMemoryDelivery
 from llmrl.rollout.vllm_http import VllmServer
@@ -431,7 +432,7 @@ def test_a_server_lost_during_a_push_gets_the_weights_when_it_returns(servers: l
 
 def test_two_runs_on_the_same_servers_are_told_apart(servers: list[FakeVllm]) -> None:
     async def main() -> None:
-        ours, _, said = engine_on(servers[:1], return_timeout_s=0.5)
+        ours, _, said = engine_on(servers[:1])
         theirs, _, _ = engine_on(servers[:1])
         await ours.load_weights(nothing, version=5)
         await theirs.load_weights(nothing, version=5)
@@ -487,7 +488,35 @@ def test_aborted_requests_are_drawn_again(servers: list[FakeVllm]) -> None:
     run(main)
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------
+# --- adapters, and GPUs -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_has_a_new_name_per_version_and_survives_a_restart(servers: list[FakeVllm]) -> None:
+    """A fake server's log-probs are minus its adapter's number: version v brings adapter v + 1."""
+
+    async def main() -> None:
+        engine, _, _ = engine_on(servers, takes_adapters=True, slack=0)
+        adapter = Adapter(config={"r": 4}, tensors={"a": torch.zeros(2)})
+        for version in range(7):
+            await engine.load_adapter(adapter, version=version)
+            assert await engine.logprobs([[1, 2, 3]]) == [[-version - 1.0] * 2]
+        drawn = await draw(engine, 8)
+        assert_each_answered_once(drawn, 6)
+        assert {tuple(completion.version_spans) for completion in drawn} == {((6, 2),)}
+        assert len(servers[0].adapters) < 7, "old ones go"
+        assert not any(
+            route.startswith(("/pause", "/update")) for route in servers[0].log[1:] if "version" not in route
+        )
+        servers[0].kill()
+        servers[0].start()
+        while servers[0].label != engine.label:
+            engine.replicas.slots[0].checked_at = -math.inf
+            assert_each_answered_once(await draw(engine, 4), 6)
+            await asyncio.sleep(0.05)
+        assert sorted(servers[0].adapters.values()) == [0, 7], "the base, and the current one alone"
+        await engine.close()
+
+    run(main)
 
 
 def test_nccl_joins_all_workers_sends_while_they_receive_and_joins_anew_after_a_loss(servers: list[FakeVllm]) -> None:

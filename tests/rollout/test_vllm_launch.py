@@ -127,7 +127,9 @@ def test_flags_are_vllms_own() -> None:
 
 def config(**server: object) -> Config:
     model = ModelConfig(path="some/model", lora=LoraConfig(r=12))
-    rollout = RolloutConfig(vllm=VllmConfig(max_model_len=99), server=VllmServerConfig(port=0, **server))  # pyright: ignore
+    rollout = RolloutConfig(
+        vllm=VllmConfig(max_model_len=99, lora_sync="adapter"), server=VllmServerConfig(port=0, **server)
+    )  # pyright: ignore
     return Config(model=model, rollout=rollout)
 
 
@@ -151,6 +153,10 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert first.env["VLLM_SERVER_DEV_MODE"] == first.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert first.env["VLLM_API_KEY"] == "secret"
     assert first.url.startswith("http://127.0.0.1:") and first.url != second.url
+    merged = config()
+    assert merged.rollout.vllm is not None
+    merged.rollout.vllm.lora_sync = "merged"
+    assert "--enable-lora" not in plan(merged)[0].command
     assert first.shell().startswith("VLLM_SERVER_DEV_MODE=1 ") and " python -m vllm." in first.shell()
 
 
