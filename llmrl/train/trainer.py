@@ -84,7 +84,7 @@ class Trainer:
             max_steps=self.config.train.max_steps,
             accelerator=self.accelerator,
             ledger=self.ledger,
-            sampled=not is_offline(self.config),
+            sampled=not is_offline(self.config) and self.config.bcoder is None,
         )
         self.output_dir = Path(self.config.train.output_dir)
         self.first_step = 0
