@@ -93,7 +93,8 @@ class Evaluator:
         from llmrl.data.tasks import load_tasks
         from llmrl.rollout.collector import Collector
         from llmrl.train.engines import make_engine
-        from llmrl.train.policy import Policy, load_generation_config, load_model, load_tokenizer
+        from llmrl.train.models import load_generation_config, load_model, load_tokenizer
+        from llmrl.train.policy import Policy
         from llmrl.train.setup import quieten_libraries
         from llmrl.verify.rubric import Rubric
 

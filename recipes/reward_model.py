@@ -109,7 +109,7 @@ def load(config: RewardModelConfig) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from llmrl.train.policy import TINY, load_model, load_tokenizer
+    from llmrl.train.models import TINY, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     if not config.model.path.startswith(TINY):

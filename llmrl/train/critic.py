@@ -106,7 +106,7 @@ def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     if c.kind == "shared":
         hidden_size = model.config.get_text_config().hidden_size
         return Critic(None, hidden_size=hidden_size, train_trunk=bool(c.train_trunk)).to(model.device)
-    from llmrl.train.policy import add_lora
+    from llmrl.train.models import add_lora
 
     if c.kind == "adapter":
         base = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
@@ -145,7 +145,7 @@ def check_layout(critic: Critic | None, what: str, alone: MicroBatch, together: 
 
 
 def _other_model(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    from llmrl.train.policy import load_model
+    from llmrl.train.models import load_model
 
     assert config.critic is not None and config.critic.path is not None
     wanted = dataclasses.replace(config.model, path=config.critic.path, revision=None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmrl.errors import RunFailed, UserError
+from llmrl.errors import RunFailed
 from llmrl.train.critic import Critic, check_layout
 from llmrl.train.logprob_head import (
     restricted_probabilities,
@@ -32,112 +31,14 @@ from llmrl.types import ForwardOutputs, Sample
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from llmrl.config import LoraConfig, ModelConfig
     from llmrl.types import MicroBatch
 
     ReferenceHead = tuple[Float[Tensor, "M H"], Float[Tensor, "V H"], Float[Tensor, " V"] | None]
 
-TINY = "tiny:"
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Largest log-probability gap (nats) that rounding explains between two ways of computing the same thing."""
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub model or local folder, or the byte tokenizer of a tiny model (`tiny:ARCH`).
-
-    Raises:
-        UserError: there is none.
-    """
-    if config.path.startswith(TINY):
-        from llmrl.tiny import byte_tokenizer
-
-        return byte_tokenizer()
-    from transformers import AutoTokenizer
-
-    source = config.tokenizer or config.path
-    hint = "save one beside the model, or name another folder or hub id with --model.tokenizer"
-    if Path(source).is_dir() and not any(file for kind in TOKENIZER_FILES for file in Path(source).glob(kind)):
-        # transformers would make an empty tokenizer of the model's class, without a word.
-        raise UserError(f"model {source!r}: the folder holds no tokenizer; {hint}")
-    options = {} if config.tokenizer else {"revision": config.revision}
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise UserError(
-            f"model {source!r}: no tokenizer can be loaded from it ({_first_line(error)}); {hint}"
-        ) from error
-
-
-def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
-    """The model's generation configuration (its stop tokens), or None where the folder has none."""
-    from transformers import GenerationConfig
-
-    if config.path.startswith(TINY):
-        return None
-    try:
-        return GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
-    except OSError:
-        return None
-
-
-def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """Load a causal language model from the hub or a local folder, or make a tiny random one (`tiny:ARCH`).
-
-    Raises:
-        UserError: there is none, or the architecture is unknown.
-    """
-    dtype = getattr(torch, config.dtype)
-    if config.path.startswith(TINY):
-        from llmrl.tiny import build_tiny_model
-
-        model = build_tiny_model(
-            config.path.removeprefix(TINY),
-            vocab_size=len(tokenizer),
-            seed=seed,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ).to(dtype)
-        model.set_attn_implementation(config.attn_implementation)
-        return model
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {config.path!r}: cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Module:
-    """Wrap `model` with fresh adapters; only they are trained.
-
-    Raises:
-        UserError: no layer matches `target_modules`, or the output head is among them.
-    """
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asdict(config)))
-        except ValueError as error:
-            raise UserError(f"model.lora: {_first_line(error)}") from error
-    head = model.get_output_embeddings()
-    if any(module is head for module in wrapped.modules() if hasattr(module, "lora_A")):
-        raise UserError("model.lora.target_modules names the output head, which cannot carry an adapter; leave it out")
-    return wrapped
 
 
 class PolicyModule(nn.Module):

@@ -178,7 +178,7 @@ def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat, dict[str, Any]]
     """
     from llmrl.config import ModelConfig
     from llmrl.data.chat import Chat
-    from llmrl.train.policy import load_generation_config, load_model, load_tokenizer
+    from llmrl.train.models import load_generation_config, load_model, load_tokenizer
 
     said = read_description(folder)
     config = BCoderConfig(**{f.name: said[f.name] for f in fields(BCoderConfig)})

@@ -93,7 +93,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         check_stored(config, tasks)
 
     from llmrl.train.critic import build_critic
-    from llmrl.train.policy import add_lora, load_generation_config, load_model, load_tokenizer
+    from llmrl.train.models import add_lora, load_generation_config, load_model, load_tokenizer
 
     quieten_libraries()
     accelerator = make_accelerator(config)

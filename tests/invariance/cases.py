@@ -19,7 +19,8 @@ from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutCo
 from llmrl.tiny import build_tiny_model
 from llmrl.train.critic import build_critic
 from llmrl.train.learner import Learner
-from llmrl.train.policy import Policy, add_lora
+from llmrl.train.models import add_lora
+from llmrl.train.policy import Policy
 from llmrl.train.setup import make_algorithm
 from llmrl.types import Rollout, RolloutGroup, Sample, Score, Task, TrainBatch, Turn
 

@@ -28,7 +28,8 @@ from llmrl.rollout.vllm_server import VllmServerEngine
 from llmrl.tiny import build_tiny_model, char_tokenizer
 from llmrl.track.files import read_jsonl
 from llmrl.train.ledger import audit
-from llmrl.train.policy import Policy, add_lora
+from llmrl.train.models import add_lora
+from llmrl.train.policy import Policy
 from llmrl.train.sync import WeightSync
 from llmrl.types import Completion, Sampling, Task
 

@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from llmrl.config import LoraConfig, ModelConfig
 from llmrl.errors import RunFailed, UserError
+from llmrl.train.models import add_lora, load_model, load_tokenizer
 from llmrl.train.packing import build_micro_batch
-from llmrl.train.policy import Policy, PolicyModule, add_lora, load_model, load_tokenizer
+from llmrl.train.policy import Policy, PolicyModule
 from tests.invariance.cases import (
     make_config,
     make_learner,

@@ -14,7 +14,8 @@ from llmrl.config import LoraConfig, VllmConfig
 from llmrl.errors import RunFailed
 from llmrl.rollout.engine import Adapter
 from llmrl.tiny import build_tiny_model
-from llmrl.train.policy import Policy, add_lora
+from llmrl.train.models import add_lora
+from llmrl.train.policy import Policy
 from llmrl.train.sync import WeightSync
 from llmrl.types import Sampling
 
