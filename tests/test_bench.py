@@ -164,7 +164,8 @@ def test_programs_of_verify_are_right_but_for_every_fourth():
 @pytest.mark.slow
 def test_pool_and_plain_calls_judge_alike_and_workers_count(monkeypatch):
     monkeypatch.setattr(verify, "NUM_QUESTIONS", 8)
-    ours, plain = verify.math_answers(True, 1), verify.math_answers(False, 1)
+    compare = verify.math_answers(warm_rounds=1)
+    ours, plain = compare(True, 1), compare(False, 1)
     assert ours["verdicts"] == plain["verdicts"]
     assert {True, False} == set(ours["verdicts"])
     assert ours["items"] == 8 * verify.ANSWERS_PER_QUESTION

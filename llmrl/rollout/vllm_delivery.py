@@ -156,13 +156,18 @@ class NcclDelivery:
     def _open_group(self, host: str, port: int, world_size: int) -> Any:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        torch.cuda.set_device(self.device)
+        self._use_device()
         return trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
+
+    def _use_device(self) -> None:
+        """Each thread begins with the first GPU; a device without a number means just that."""
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def _broadcast(self, group: Any, tensors: list[tuple[str, Tensor]]) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        torch.cuda.set_device(self.device)
+        self._use_device()
         packed_nccl_broadcast_producer(
             iterator=iter(tensors),
             group=group,

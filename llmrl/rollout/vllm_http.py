@@ -289,9 +289,16 @@ class VllmServer:
             raise ReplicaFailed(f"{method} {path} answered what is no JSON: {response.text[:200]!r}") from None
 
     async def _send(
-        self, method: str, path: str, body: Any = None, *, timeout: float | None = None, params: Any = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float | None = None,
+        params: Any = None,
+        again: bool = False,
     ) -> httpx.Response:
-        """One request, within its limit.
+        """One request, within its limit; `again`: it was tried before.
 
         Raises:
             ReplicaLost: no connection, no answer in time, or a proxy's answer for a server that is not there.
@@ -311,6 +318,8 @@ class VllmServer:
                 return await self._send(method, path, body, timeout=timeout, params=params)
             raise ReplicaLost(f"no answer to {method} {path} within {limit:g} s") from None
         except httpx.TransportError as error:
+            if method == "GET" and not again:  # a connection that was kept open and that the server has closed
+                return await self._send(method, path, body, timeout=timeout, params=params, again=True)
             raise ReplicaLost(f"{type(error).__name__} at {method} {path}: {error}") from None
         status = response.status_code
         if status in (502, 503, 504):

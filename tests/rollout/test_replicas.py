@@ -565,7 +565,10 @@ def test_nccl_joins_all_workers_sends_while_they_receive_and_joins_anew_after_a_
 
 def test_a_server_without_a_backend_for_weights_says_which_flag_to_add(servers: list[FakeVllm]) -> None:
     async def main() -> None:
-        for delivery, flag in ((SharedMemoryDelivery(), "llmrl_shared_memory"), (NcclDelivery(), '"backend": "nccl"')):
+        for delivery, flag in (
+            (SharedMemoryDelivery(), "llmrl_shared_memory"),
+            (NcclDelivery(open_group=lambda *_: None), '"backend": "nccl"'),
+        ):
             engine, _, _ = engine_on(servers[:1], delivery=delivery)
             servers[0].refuses = "/init_weight_transfer_engine"
             with pytest.raises(UserError, match=rf"cannot receive weights .*--weight-transfer-config .*{flag}"):
