@@ -19,6 +19,8 @@ from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import majority, majority_rates
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"prompt": f"Count to {i}", "answer": str(i), "tests": ["x"]} for i in range(6)]
 REWARD = "rewards/length.py:length"
 HERE = Path(__file__).resolve()

@@ -30,6 +30,8 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+pytestmark = pytest.mark.slow
+
 PAIRS = 5
 TOLERANCE = 1e-5
 TRL_LOSSES = [

@@ -21,6 +21,8 @@ from llmrl.rollout.vllm_server import VllmServerEngine
 from llmrl.types import Completion, Sampling
 from tests.rollout.fake_vllm import ROUTES, FakeVllm
 
+pytestmark = pytest.mark.slow
+
 
 class Scripted:
     """A replica without a server."""

@@ -22,6 +22,8 @@ from llmrl.rollout.vllm_launch import Launch, ServerProcesses, flags, free_ports
 
 SERVER = """
 import http.server, sys
+
+pytestmark = pytest.mark.slow
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()

@@ -30,6 +30,8 @@ from tests.invariance.cases import (
     update_and_look,
 )
 
+pytestmark = pytest.mark.slow
+
 KINDS = [("separate", False), ("separate", True), ("shared", False), ("shared", True), ("adapter", True)]
 IDS = ["separate", "separate, lora", "shared", "shared, lora", "adapter"]
 every_kind = pytest.mark.parametrize(("kind", "lora"), KINDS, ids=IDS)

@@ -12,6 +12,8 @@ from llmrl.config import AlgoConfig, Config, RewardConfig, RolloutConfig, TrackC
 from llmrl.track.files import read_jsonl
 from llmrl.train.ledger import audit
 
+pytestmark = pytest.mark.slow
+
 NUM_PROMPTS, SIZE = 4, 4
 
 

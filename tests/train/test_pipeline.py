@@ -22,6 +22,8 @@ from llmrl.train.pipeline import RolloutQueue, staleness
 from llmrl.types import Receipt, Rollout, RolloutGroup, Task, Turn
 from tests.train.test_trainer import ROWS, letters, numbers, settings
 
+pytestmark = pytest.mark.slow
+
 ALONE = SimpleNamespace(process_index=0, num_processes=1)
 PROMPTS = 4
 

@@ -15,6 +15,8 @@ from llmrl.errors import UserError
 from llmrl.track.files import read_jsonl
 from llmrl.train.ledger import audit
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     {"prompt": f"Name number {i}.", "chosen": f" It is {i}, surely", "rejected": f" no {chr(97 + i)}"}
     for i in range(16)

@@ -27,6 +27,8 @@ from llmrl.verify.rubric_judge import LexicalJudge
 from rewards.citation_rubric import EXAMPLES, citation_rubric, evaluate_remotely, score_group
 from tests.verify.rubric_cases import RIGHT, ScriptedJudge
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE_ROW = {k: v for k, v in EXAMPLES[0].items() if k not in ("completion", "reward", "judge")}
 GOOD = EXAMPLES[0]["completion"]
