@@ -34,6 +34,8 @@ from tests.invariance.cases import (
     update_and_look,
 )
 
+pytestmark = pytest.mark.slow
+
 ARCHS = ["qwen2", "qwen3", "llama", "gemma"]
 CASES = [
     *(("qwen2", loss_type, beta) for loss_type in ("grpo", "dapo", "dr_grpo") for beta in (0.0, 0.1)),

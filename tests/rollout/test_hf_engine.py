@@ -20,6 +20,8 @@ from llmrl.rollout.hf_generic import GenericDecoder
 from llmrl.rollout.token_sampling import uniform_stream
 from llmrl.types import Completion, Sampling
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 VOCABULARY = 61
 FAST = ["qwen2", "qwen3", "llama", "mistral", "gemma"]

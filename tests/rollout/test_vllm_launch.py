@@ -20,10 +20,11 @@ from llmrl.errors import RunFailed, UserError
 from llmrl.rollout import serve
 from llmrl.rollout.vllm_launch import Launch, ServerProcesses, flags, free_ports, plan, start_servers
 
+pytestmark = pytest.mark.slow
+
 SERVER = """
 import http.server, sys
 
-pytestmark = pytest.mark.slow
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()

@@ -16,6 +16,8 @@ from llmrl.verify.rubric_judge import LexicalJudge
 from tests.verify.rubric_cases import PAGE, call, tool
 from tests.verify.texts import HUGE, assert_linear, repeated, texts
 
+pytestmark = pytest.mark.slow
+
 # --- citations --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from llmrl.verify.command import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
