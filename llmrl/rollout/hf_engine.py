@@ -20,7 +20,7 @@ from llmrl.rollout.hf_fast import FastDecoder
 from llmrl.rollout.hf_generic import GenericDecoder
 from llmrl.rollout.hf_rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
 from llmrl.rollout.hf_weights import unsupported_reason
-from llmrl.rollout.token_sampling import SamplingRows, check_sampling, sample_tokens
+from llmrl.rollout.token_sampling import SamplingRows, check_sampling, check_tokens, sample_tokens
 from llmrl.types import Completion, Sampling
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class HFEngine:
         """Log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
         self._check_open()
         for sequence in sequences:
-            self._check_tokens(sequence)
+            check_tokens(sequence, self.vocab_size)
         with torch.inference_mode():
             return self._decoder.logprobs(sequences)
 
@@ -172,21 +172,12 @@ class HFEngine:
 
     def _check_request(self, prompt_ids: list[int], sampling: Sampling) -> None:
         check_sampling(sampling)
-        self._check_tokens(prompt_ids)
+        check_tokens(prompt_ids, self.vocab_size)
         total = len(prompt_ids) + sampling.max_tokens
         if self.max_model_len is not None and total > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the "
                 f"model holds {self.max_model_len} positions: shorten the prompt or lower max_completion_length"
-            )
-
-    def _check_tokens(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise UserError("the prompt is empty: give at least one token (such as the tokenizer's bos token)")
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            raise UserError(
-                f"token ids from {min(token_ids)} to {max(token_ids)} do not fit the model's vocabulary of "
-                f"{self.vocab_size}: tokenizer and model do not belong together"
             )
 
     # --- the step loop --------------------------------------------------------------------------------------------

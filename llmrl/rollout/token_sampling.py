@@ -42,6 +42,17 @@ def check_sampling(sampling: Sampling) -> None:
             raise UserError(f"sampling: {rule}; got {sampling}")
 
 
+def check_tokens(token_ids: list[int], vocab_size: int) -> None:
+    """Raise UserError for a prompt that is empty or holds tokens outside the vocabulary."""
+    if not token_ids:
+        raise UserError("the prompt is empty: give at least one token (such as the tokenizer's bos token)")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise UserError(
+            f"token ids from {min(token_ids)} to {max(token_ids)} do not fit the model's vocabulary of "
+            f"{vocab_size}: tokenizer and model do not belong together"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """The sampling settings of the rows of a batch, as tensors."""

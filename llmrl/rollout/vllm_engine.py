@@ -24,7 +24,7 @@ import torch
 
 from llmrl.config.vllm import VllmConfig
 from llmrl.errors import RunFailed, UserError
-from llmrl.rollout.token_sampling import check_sampling
+from llmrl.rollout.token_sampling import check_sampling, check_tokens
 from llmrl.rollout.vllm_adapters import AdapterFolders, save_base
 from llmrl.rollout.vllm_start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.rollout.vllm_transfer import REFUSED, StagedWeights
@@ -135,7 +135,7 @@ class VllmEngine:
         """Log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
         self._check_open()
         for sequence in sequences:
-            self._check_tokens(sequence)
+            check_tokens(sequence, self.vocab_size)
         return await self._thread.call(self._logprobs(sequences))
 
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
@@ -208,21 +208,12 @@ class VllmEngine:
         check_sampling(sampling)
         if 0 < sampling.temperature < SMALLEST_TEMPERATURE:
             raise UserError(f"temperature {sampling.temperature}: vLLM knows 0 and from {SMALLEST_TEMPERATURE} upwards")
-        self._check_tokens(prompt_ids)
+        check_tokens(prompt_ids, self.vocab_size)
         total = len(prompt_ids) + sampling.max_tokens
         if total > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but vLLM "
                 f"was started for {self.max_model_len}: raise rollout.vllm.max_model_len or shorten either"
-            )
-
-    def _check_tokens(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise UserError("the prompt is empty: give at least one token (such as the tokenizer's bos token)")
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            raise UserError(
-                f"token ids from {min(token_ids)} to {max(token_ids)} do not fit the model's vocabulary of "
-                f"{self.vocab_size}: tokenizer and model do not belong together"
             )
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:

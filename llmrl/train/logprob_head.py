@@ -139,11 +139,9 @@ def greedy_tokens(
     scale: float = 1.0,
 ) -> Int[Tensor, " M"]:
     """The most probable next token; the arguments are those of `token_logprobs`."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    hidden = _rounded(hidden)
     tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(len(hidden), len(weight)):
             tokens[rows] = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))[0].argmax(1)
     return tokens

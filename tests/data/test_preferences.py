@@ -61,7 +61,6 @@ def encoded(rows: list[dict[str, Any]], *, max_length: int | None = None, templa
 
 @pytest.fixture(scope="module")
 def trl_trainers(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("trl")
     from datasets import Dataset
     from trl import DPOTrainer, KTOTrainer
 

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 from llmrl.algo.corrections import correction_weights, mismatch_metrics
 from llmrl.types import Counts, Sample
-
-pytest.importorskip("trl")
-from trl import GRPOTrainer
-
 from tests.oracle.test_trl_grpo import (
     BATCH,
     COMPLETION,

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from llmrl.algo.dpo import DPO
 from llmrl.algo.kto import KTO
@@ -25,10 +27,6 @@ from llmrl.train.policy import Policy
 from llmrl.train.prefixes import Tree
 from llmrl.types import Counts, MicroBatch, RolloutGroup, Sample
 from tests.algo.preference_cases import dataset_group
-
-pytest.importorskip("trl")
-from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -265,26 +263,28 @@ def logps(seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_simpo(smoothing: float, seed: int) -> None:
+    from trl.experimental.cpo import CPOTrainer
+
     from llmrl.algo.preference_losses import simpo_loss
 
-    cpo = pytest.importorskip("trl.experimental.cpo")
     made = SimpleNamespace(
         alpha=0.0, beta=2.0, simpo_gamma=0.6, loss_type="simpo", label_smoothing=smoothing,
         accelerator=SimpleNamespace(device="cpu"),
     )  # fmt: skip
     chosen, rejected = logps(seed)
-    expected, *_ = cpo.CPOTrainer.cpo_loss(made, chosen, rejected)
+    expected, *_ = CPOTrainer.cpo_loss(made, chosen, rejected)
     found = simpo_loss(chosen, rejected, beta=2.0, gamma=0.6, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_orpo(seed: int) -> None:
+    from trl.experimental.orpo import ORPOTrainer
+
     from llmrl.algo.preference_losses import odds_ratio_loss
 
-    orpo = pytest.importorskip("trl.experimental.orpo")
     made = SimpleNamespace(beta=1.0, accelerator=SimpleNamespace(device="cpu"))
     chosen, rejected = (x.requires_grad_() for x in logps(seed))
-    expected = -orpo.ORPOTrainer.odds_ratio_loss(made, chosen, rejected)[0]
+    expected = -ORPOTrainer.odds_ratio_loss(made, chosen, rejected)[0]
     found = odds_ratio_loss(chosen, rejected)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     for ours, theirs in zip(
