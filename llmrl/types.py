@@ -320,8 +320,9 @@ class MicroBatch:
     input_ids: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
-    attention_mask: Bool[Tensor, "B 1 T T"] | None
-    """Only where sequences share a prefix; otherwise restarting positions keep the sequences of a row apart."""
+    attention_mask: Bool[Tensor, "B 1 S T"] | None
+    """What the last S positions of a row see; those before them see all that lies before them. None: restarting
+    positions keep the sequences of a row apart."""
     targets: Int[Tensor, " M"]
     predict_from: Int[Tensor, " M"]
     """Index into the B * T positions: `targets[m]` is predicted by the hidden state there."""

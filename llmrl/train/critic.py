@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import RunFailed, UserError
+from llmrl.train.attention import last_hidden_states
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -63,7 +64,7 @@ class Critic(nn.Module):
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
     ) -> Float[Tensor, " M"]:
         """Value of the state before each trained token: at the position that predicts it.
 
@@ -80,14 +81,11 @@ class Critic(nn.Module):
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
     ) -> Float[Tensor, "M H"]:
         """Of the critic's own trunk. As in the policy, restarting positions tell packed rows apart."""
         assert self.trunk is not None
-        outputs = self.trunk(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        )
-        return outputs.last_hidden_state.flatten(0, 1)[predict_from]
+        return last_hidden_states(self.trunk, input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
 
 
 def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Critic:

@@ -189,12 +189,17 @@ class Learner:
             units=[group if group in whole else -1 - i for i, group in enumerate(groups)],
         )
         rows_of = plans[0 if alone else self.accelerator.process_index]
-        return [build_micro_batch(samples, rows, trees=trees, device=self.accelerator.device) for rows in rows_of]
+        causal_head = self.policy.causal_head and self._bears_masks(samples)
+        options = {"trees": trees, "causal_head": causal_head, "device": self.accelerator.device}
+        return [build_micro_batch(samples, rows, **options) for rows in rows_of]
 
     def _trees(self, samples: list[Sample]) -> list[Tree]:
         """How samples share prefixes; a tree is within one group."""
-        share = self.config.share_prefixes and self.policy.can_share_prefixes
+        share = self.config.share_prefixes and self._bears_masks(samples)
         return share_prefixes(samples, self.policy.cost()) if share else single_trees(samples)
+
+    def _bears_masks(self, samples: list[Sample]) -> bool:
+        return self.policy.bears_masks(max((len(s.input_ids) for s in samples), default=0))
 
     def _fill_all(self, samples: list[Sample], algorithm: Algorithm) -> set[int]:
         """Compute what the loss and `refine` need of the policy as it is now, and of the reference.

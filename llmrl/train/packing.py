@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llmrl.train.prefixes import Tree, single_trees, tree_mask
+from llmrl.train.prefixes import Tree, causal_length, single_trees, tree_mask
 from llmrl.types import MicroBatch, Sample
 
 Rows = list[list[int]]
@@ -116,6 +116,7 @@ def build_micro_batch(
     rows: Rows,
     *,
     trees: Sequence[Tree] | None = None,
+    causal_head: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
     """Lay one plan entry out in a rectangle, with streams over the trained tokens.
@@ -126,6 +127,8 @@ def build_micro_batch(
         samples: of the batch.
         rows: indices of `trees`.
         trees: how samples share prefixes; by default every sample lies alone.
+        causal_head: the model takes masks without rows for a causal beginning (`attention.use_causal_head`), so that
+            all but plain rows are better off with a mask. Otherwise only rows with trees have one, in full.
         device: of the tensors.
     """
     trees = single_trees(samples) if trees is None else trees
@@ -162,12 +165,16 @@ def build_micro_batch(
         return None if any(v is None for v in values) else _to_device(_concatenate(values, np.float32), device)
 
     segments = _to_device(segment_ids, device)
-    shared = any(len(trees[i].samples) > 1 for row in rows for i in row)
+    masked = any(len(trees[i].samples) > 1 for row in rows for i in row)
+    head = 0
+    if causal_head:
+        masked |= any(len(row) > 1 or trees[row[0]].length < width for row in rows)
+        head = causal_length([[trees[i] for i in row] for row in rows])
     return MicroBatch(
         input_ids=_to_device(input_ids, device),
         position_ids=_to_device(position_ids, device),
         segment_ids=segments,
-        attention_mask=tree_mask(segments, _to_device(branch_ids, device)) if shared else None,
+        attention_mask=tree_mask(segments, _to_device(branch_ids, device), skip=head) if masked else None,
         targets=_to_device(_concatenate(targets, np.int64), device),
         predict_from=_to_device(_concatenate(predict_from, np.int64), device),
         sequence_ids=_to_device(np.repeat(np.arange(len(picked)), lengths), device),

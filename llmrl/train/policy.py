@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import RunFailed
+from llmrl.train.attention import last_hidden_states, shortest_window, understands_causal_head, use_causal_head
 from llmrl.train.critic import Critic, check_layout
 from llmrl.train.logprob_head import (
     restricted_probabilities,
@@ -59,18 +60,10 @@ class PolicyModule(nn.Module):
         self,
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
-        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
     ) -> Float[Tensor, "B T H"]:
-        """Last hidden states (after the final norm).
-
-        Without a mask packed rows are told apart by their restarting positions. That is right only without a cache and
-        without a two-dimensional mask; with either, transformers silently lets sequences see each other.
-        `check_forward` proves it on the model at hand.
-        """
-        decoder = self.causal_lm.get_decoder()
-        return decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        """Last hidden states (after the final norm)."""
+        return last_hidden_states(self.causal_lm.get_decoder(), input_ids, position_ids, attention_mask)
 
     def forward(
         self,
@@ -78,7 +71,7 @@ class PolicyModule(nn.Module):
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
         temperature: float | None = None,
         with_hidden: bool = False,
         with_values: bool = False,
@@ -129,6 +122,11 @@ class Policy:
         self.module: nn.Module = self.bare
         self.has_adapters = hasattr(model, "disable_adapter")
         self.can_share_prefixes = False  # until check_forward has proved it
+        trunks = [self.bare.causal_lm, *([critic.trunk] if critic is not None and critic.trunk is not None else [])]
+        for trunk in trunks:
+            use_causal_head(trunk)
+        self.causal_head = all(understands_causal_head(trunk) for trunk in trunks)
+        self.window = min((w for trunk in trunks if (w := shortest_window(trunk.config))), default=None)
         self._reference: PolicyModule | None = None
         self.reference_moved = False
         if keep_reference and not self.has_adapters:
@@ -164,6 +162,10 @@ class Policy:
             None if critic.trunk is not None else self.bare.hidden_states(*inputs).flatten(0, 1)[batch.predict_from]
         )
         return critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
+
+    def bears_masks(self, longest: int) -> bool:
+        """Whether attention masks of ours, and so shared prefixes, are right for sequences of up to `longest` tokens."""
+        return self.can_share_prefixes and (self.window is None or longest <= self.window)
 
     def own_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """Log-probabilities of the trained tokens alone."""
@@ -284,7 +286,7 @@ class Policy:
     @torch.no_grad()
     def check_forward(self, *, packing: bool = True) -> None:
         """Prove on this model that the log-prob head and packed rows equal the model's own plain forward pass, and find
-        out whether sequences can share a prefix (`can_share_prefixes`: not with sliding windows, say).
+        out whether sequences can share a prefix (`can_share_prefixes`: not with recurrent layers, say).
 
         Raises:
             RunFailed: with the measured gap, when the head or packing differs by more than rounding.
@@ -292,7 +294,7 @@ class Policy:
         model = self.bare.causal_lm
         vocabulary = model.config.get_text_config().vocab_size
         random = np.random.Generator(np.random.Philox(key=0))
-        prompt = random.integers(0, vocabulary, 4)
+        prompt = random.integers(0, vocabulary, 12)
         samples = [_probe(prompt, random.integers(0, vocabulary, length)) for length in (3, 1, 5)]
         plain = self._plain_logprobs(samples)
         lay_out = partial(build_micro_batch, samples, device=self.device)
@@ -304,8 +306,10 @@ class Policy:
             check_layout(self.bare.critic, "packed row", lay_out([[0], [1], [2]]), lay_out([[0, 1, 2]]), no_packing)
         tree = Tree(samples=(0, 1, 2), prefix=len(prompt), length=len(prompt) + 9)
         try:
-            self._compare("shared prefix", lay_out([[0]], trees=[tree]), plain, "")
-            check_layout(self.bare.critic, "shared prefix", lay_out([[0], [1], [2]]), lay_out([[0]], trees=[tree]), "")
+            for causal_head in {False, self.causal_head}:
+                shared = lay_out([[0]], trees=[tree], causal_head=causal_head)
+                self._compare("shared prefix", shared, plain, "")
+                check_layout(self.bare.critic, "shared prefix", lay_out([[0], [1], [2]]), shared, "")
             self.can_share_prefixes = True
         except (RunFailed, RuntimeError, ValueError, TypeError):
             self.can_share_prefixes = False

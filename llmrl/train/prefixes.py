@@ -36,16 +36,19 @@ class Tree:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Arithmetic of one layer, to decide what is worth sharing: attention over a tree is quadratic in its length."""
+    """Arithmetic of one layer, to decide what is worth sharing: branches attend to each other, behind a mask."""
 
     per_token: float
     """Multiply-adds of the linear layers for one token."""
     per_pair: float
     """Multiply-adds of attention for one (query, key) pair."""
 
-    def of(self, length: int) -> float:
-        """Cost of a row of `length` tokens."""
-        return length * self.per_token + length * length * self.per_pair
+    def of(self, tree: Tree) -> float:
+        """Cost of a tree: causal attention inside its prefix, and from its branches to everything."""
+        shared = len(tree.samples) > 1
+        causal = tree.prefix if shared else tree.length
+        pairs = causal * causal / 2 + (tree.length - causal) * tree.length
+        return tree.length * self.per_token + pairs * self.per_pair
 
 
 def single_trees(samples: Sequence[Sample]) -> list[Tree]:
@@ -71,7 +74,7 @@ def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
     for members in groups.values():
         prefix = _common_prefix([samples[i] for i in members])
         layouts = [_branch(samples, members, prefix, num) for num in _branch_counts(len(members), prefix)]
-        trees += min(layouts, key=lambda layout: sum(cost.of(tree.length) for tree in layout))
+        trees += min(layouts, key=lambda layout: sum(cost.of(tree) for tree in layout))
     return trees
 
 
@@ -102,16 +105,29 @@ def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_bran
     return trees
 
 
-def tree_mask(segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+def causal_length(rows: Sequence[Sequence[Tree]]) -> int:
+    """Positions at the beginning of all rows that see just what lies before them; 0 where that is less than half.
+
+    Two attention calls, of the beginning and of the rest, are then cheaper than one with a mask for all.
+    """
+    widths = [sum(tree.length for tree in row) for row in rows]
+    heads = [row[0].prefix if len(row[0].samples) > 1 else row[0].length for row in rows]
+    return min(heads) if rows and 2 * min(heads) >= max(widths) else 0
+
+
+def tree_mask(
+    segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"], *, skip: int = 0
+) -> Bool[Tensor, "B 1 S T"]:
     """Which key (last axis) each query may see: itself, and what lies before it in its own branch or its tree's prefix.
 
     Args:
         segment_ids: the tree of each position; 0 is padding, which sees itself alone so that no softmax is empty.
         branch_ids: 0 in a tree's prefix, otherwise the number of the branch in its tree.
+        skip: leave the rows of so many queries out (S = T - skip).
     """
-    same_tree = segment_ids[:, :, None] == segment_ids[:, None, :]
-    visible = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril_()
-    padding = (segment_ids == 0)[:, :, None] & ~torch.eye(length, dtype=torch.bool, device=segment_ids.device)
-    return (same_tree & visible & causal & ~padding)[:, None]
+    queries, length = segment_ids[:, skip:, None], segment_ids.shape[1]
+    same_tree = queries == segment_ids[:, None, :]
+    visible = (branch_ids[:, None, :] == 0) | (branch_ids[:, skip:, None] == branch_ids[:, None, :])
+    places = torch.arange(length, device=segment_ids.device)
+    causal, itself = places[skip:, None] >= places, places[skip:, None] == places
+    return (same_tree & visible & causal & ((queries != 0) | itself))[:, None]

@@ -74,7 +74,7 @@ class QModule(PolicyModule):
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
         anchors: Int[Tensor, " M"] | None = None,
         base_values: Float[Tensor, " M"] | None = None,
     ) -> dict[str, Any]:

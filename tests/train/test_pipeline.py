@@ -330,7 +330,7 @@ def test_with_dynamic_sampling_and_evaluation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_overlap_takes_as_long_as_the_longer_of_the_two(tmp_path: Path) -> None:
     """20 steps of a scripted engine and a learner that sleeps: the sum of both without, the larger one with overlap."""
-    more = {"seconds": 0.11, "learning_seconds": 0.2, "train__max_steps": 20, "train__save_steps": 0}
+    more = {"seconds": 0.22, "learning_seconds": 0.4, "train__max_steps": 20, "train__save_steps": 0}
     seconds, shares = {}, {}
     for max_staleness in (0, 1):
         folder = tmp_path / str(max_staleness)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from llmrl.tiny import build_tiny_model
 from llmrl.train.packing import build_micro_batch, plan_micro_batches
 from llmrl.train.policy import Policy
-from llmrl.train.prefixes import Cost, Tree, share_prefixes, single_trees, tree_mask
-from llmrl.types import Sample
+from llmrl.train.prefixes import Cost, Tree, causal_length, share_prefixes, single_trees, tree_mask
+from llmrl.types import MicroBatch, Sample
+from tests.invariance.cases import make_config, make_learner
 
 CHEAP_ATTENTION = Cost(per_token=1.0, per_pair=0.0)
 
@@ -72,6 +76,17 @@ def test_mask_against_a_literal_loop(seed: int) -> None:
                 seen = own and (branches[b, key] == 0 or branches[b, key] == branches[b, query])
                 expected = key == query if segments[b, query] == 0 else bool(seen)
                 assert mask[b, query, key].item() == expected
+    for skip in (0, 1, 7):
+        assert torch.equal(tree_mask(segments, branches, skip=skip)[:, 0], mask[:, skip:])
+
+
+def test_causal_length_is_what_all_rows_begin_with() -> None:
+    tree, other = Tree(samples=(0, 1), prefix=6, length=10), Tree(samples=(2, 3), prefix=7, length=9)
+    assert causal_length([[tree]]) == 6
+    assert causal_length([[tree], [other]]) == 6
+    assert causal_length([[Tree(samples=(4,), prefix=0, length=8), tree]]) == 0, "8 of 18 is less than half"
+    assert causal_length([[Tree(samples=(4,), prefix=0, length=8)], [other]]) == 7
+    assert causal_length([]) == 0
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.01, 0.1, 10.0]))
@@ -84,8 +99,14 @@ def test_every_sample_lies_in_one_tree_and_sharing_never_costs_more(seed: int, p
         assert len({samples[i].group for i in tree.samples}) == 1
         lengths = [len(samples[i].input_ids) for i in tree.samples]
         assert tree.length == sum(lengths) - tree.prefix * (len(lengths) - 1)
-    alone = sum(cost.of(tree.length) for tree in single_trees(samples))
-    assert sum(cost.of(tree.length) for tree in trees) <= alone + 1e-9
+    alone = sum(cost.of(tree) for tree in single_trees(samples))
+    assert sum(cost.of(tree) for tree in trees) <= alone + 1e-9
+
+
+def test_cost_counts_the_pairs_that_are_computed() -> None:
+    cost = Cost(per_token=0.0, per_pair=1.0)
+    assert cost.of(Tree(samples=(3,), prefix=0, length=8)) == 32
+    assert cost.of(Tree(samples=(0, 1), prefix=6, length=10)) == 18 + 40
 
 
 def test_trained_tokens_are_never_shared_and_long_completions_are_not_worth_it() -> None:
@@ -99,34 +120,88 @@ def test_trained_tokens_are_never_shared_and_long_completions_are_not_worth_it()
     assert share_prefixes(long, Cost(per_token=1.0, per_pair=0.01)) == single_trees(long)
 
 
+def long_prompts(seed: int) -> list[Sample]:
+    random = np.random.default_rng(seed)
+    prompts = [random.integers(0, 50, length).tolist() for length in (14, 11)]
+    completions = [random.integers(0, 50, length).tolist() for length in (3, 1, 2, 4)]
+    return [make_sample(p, c, g, i) for g, p in enumerate(prompts) for i, c in enumerate(completions[2 * g :][:2])]
+
+
+def outputs_and_gradients(
+    policy: Policy, samples: list[Sample], trees: list[Tree], *, causal_head: bool, max_tokens: int = 70
+) -> tuple[Tensor, dict[str, Tensor], list[MicroBatch]]:
+    """Log-probabilities of all samples in order, gradients of a weighted sum of them, and how they were laid out."""
+    (plan,) = plan_micro_batches([tree.length for tree in trees], max_tokens=max_tokens)
+    logprobs, batches = {}, []
+    policy.bare.zero_grad()
+    for rows in plan:
+        batches.append(batch := build_micro_batch(samples, rows, trees=trees, causal_head=causal_head))
+        outputs = policy.forward(batch).logprobs
+        (outputs * batch.targets.float().cos()).sum().backward()
+        pieces = outputs.detach().split(batch.sequence_lengths.tolist())
+        logprobs |= dict(zip(batch.sample_indices, pieces, strict=True))
+    gradients = {n: p.grad.clone() for n, p in policy.bare.named_parameters() if p.grad is not None}
+    return torch.cat([logprobs[i] for i in range(len(samples))]), gradients, batches
+
+
+def assert_like_alone(policy: Policy, samples: list[Sample], trees: list[Tree], **options: Any) -> list[MicroBatch]:
+    one_by_one = outputs_and_gradients(policy, samples, single_trees(samples), causal_head=False, max_tokens=1)
+    logprobs, gradients, batches = outputs_and_gradients(policy, samples, trees, **options)
+    torch.testing.assert_close(logprobs, one_by_one[0], rtol=0, atol=1e-5)
+    for name, gradient in one_by_one[1].items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    return batches
+
+
+@pytest.mark.parametrize("causal_head", [False, True])
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama", "gemma"])
-def test_shared_prefixes_give_the_log_probabilities_and_gradients_of_sequences_alone(arch: str, seed: int) -> None:
-    samples = random_groups(seed)
+def test_shared_prefixes_give_the_log_probabilities_and_gradients_of_sequences_alone(
+    arch: str, causal_head: bool, seed: int
+) -> None:
     policy = Policy(build_tiny_model(arch, vocab_size=50, seed=seed), temperature=0.7, keep_reference=False)
     policy.check_forward()
     assert policy.can_share_prefixes
-    found = {}
-    for name, trees in {"alone": single_trees(samples), "shared": share_prefixes(samples, CHEAP_ATTENTION)}.items():
-        (plan,) = plan_micro_batches([tree.length for tree in trees], max_tokens=70)
-        logprobs = {}
-        policy.bare.zero_grad()
-        for rows in plan:
-            batch = build_micro_batch(samples, rows, trees=trees)
-            outputs = policy.forward(batch).logprobs
-            weights = batch.targets.float().cos()
-            (outputs * weights).sum().backward()
-            pieces = outputs.detach().split(batch.sequence_lengths.tolist())
-            logprobs |= dict(zip(batch.sample_indices, pieces, strict=True))
-        gradients = {n: p.grad.clone() for n, p in policy.bare.named_parameters() if p.grad is not None}
-        found[name] = torch.cat([logprobs[i] for i in range(len(samples))]), gradients
-    (alone, alone_gradients), (shared, shared_gradients) = found["alone"], found["shared"]
-    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
-    for name, gradient in alone_gradients.items():
-        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    samples = random_groups(seed)
+    assert_like_alone(policy, samples, share_prefixes(samples, CHEAP_ATTENTION), causal_head=causal_head)
+    assert_like_alone(policy, samples, single_trees(samples), causal_head=causal_head)
 
 
-def test_sliding_windows_are_found_out() -> None:
-    model = build_tiny_model("mistral", vocab_size=50, sliding_window=3)
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "mistral"])
+def test_a_causal_beginning_needs_no_mask(arch: str, sharing: bool, seed: int) -> None:
+    policy = Policy(build_tiny_model(arch, vocab_size=50, seed=seed), temperature=1.0, keep_reference=False)
+    samples = long_prompts(seed)
+    trees = share_prefixes(samples, CHEAP_ATTENTION) if sharing else single_trees(samples)
+    (batch,) = assert_like_alone(policy, samples, trees, causal_head=True)
+    assert batch.attention_mask is not None
+    skipped = batch.input_ids.shape[1] - batch.attention_mask.shape[2]
+    assert skipped == (11 if sharing else 13), "the shorter of the two prompts, or the shortest sequence"
+
+
+def test_eager_attention_takes_whole_masks(seed: int) -> None:
+    model = build_tiny_model("qwen2", vocab_size=50, seed=seed, attn_implementation="eager")
     policy = Policy(model, temperature=1.0, keep_reference=False)
     policy.check_forward()
-    assert not policy.can_share_prefixes
+    assert policy.can_share_prefixes and not policy.causal_head
+    samples = long_prompts(seed)
+    assert_like_alone(policy, samples, share_prefixes(samples, CHEAP_ATTENTION), causal_head=False)
+
+
+def test_sliding_windows_are_found_out(seed: int) -> None:
+    """transformers gives a layer with a window the mask as it is: right only for sequences that fit into the window."""
+    model = build_tiny_model("mistral", vocab_size=50, sliding_window=15)
+    policy = Policy(model, temperature=1.0, keep_reference=False)
+    policy.check_forward()
+    assert policy.window == 15
+    learner, _ = make_learner(model, make_config(train={"max_tokens_per_micro_batch": 200}))
+    learner.policy.can_share_prefixes = True
+    for completion, shared in ((2, True), (3, False)):
+        samples = [make_sample(list(range(13)), [index] * completion, index=index) for index in range(3)]
+        assert (len(learner._trees(samples)) == 1) is shared
+        batch, *others = learner._micro_batches(samples)
+        assert not others and (batch.attention_mask is not None) is shared
+        alone = outputs_and_gradients(policy, samples, single_trees(samples), causal_head=False, max_tokens=1)[0]
+        found = dict(
+            zip(batch.sample_indices, policy.forward(batch).logprobs.split(batch.sequence_lengths.tolist()), strict=True)
+        )
+        torch.testing.assert_close(torch.cat([found[i] for i in range(3)]), alone, rtol=0, atol=1e-5)

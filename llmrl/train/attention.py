@@ -1,0 +1,97 @@
+"""Attention over rows of several sequences: transformers' own, told what it need not compute.
+
+A mask of [T, T] is read and multiplied in full, where plain causal attention skips half of it. Rows begin with a long
+stretch that is plainly causal (a prompt that completions share, or their first sequence), so masks here have one row
+for each of the last queries only, and the queries before them are causal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CAUSAL_HEAD = "llmrl_sdpa"
+"""The name under which transformers knows `causal_head_attention`."""
+
+
+def causal_head_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B N T D"],
+    key: Float[Tensor, "B K T D"],
+    value: Float[Tensor, "B K T D"],
+    attention_mask: Float[Tensor, "B 1 S T"] | None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "B T N D"], None]:
+    """`sdpa` of transformers, where a mask may have fewer rows (S) than there are queries (T).
+
+    The mask says what the last S queries see; those before them see what lies before them.
+    """
+    head = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if head == 0:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+    before = (part[:, :, :head] for part in (query, key, value))
+    first, _ = sdpa_attention_forward(module, *before, None, is_causal=True, **options)
+    rest, _ = sdpa_attention_forward(module, query[:, :, head:], key, value, attention_mask, **options)
+    return torch.cat([first, rest], dim=1), None
+
+
+AttentionInterface.register(CAUSAL_HEAD, causal_head_attention)
+AttentionMaskInterface.register(CAUSAL_HEAD, sdpa_mask)
+
+
+def use_causal_head(model: PreTrainedModel) -> None:
+    """Let a model that runs on `sdpa` understand masks with fewer rows than queries."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(CAUSAL_HEAD)
+
+
+def understands_causal_head(model: PreTrainedModel) -> bool:
+    """Whether `use_causal_head` has changed it."""
+    return model.config.get_text_config()._attn_implementation == CAUSAL_HEAD
+
+
+def last_hidden_states(
+    decoder: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B 1 S T"] | None,
+) -> Float[Tensor, "B T H"]:
+    """Hidden states of a transformers decoder, after its final norm.
+
+    Without a mask packed rows are told apart by their restarting positions. That is right only without a cache and
+    without a two-dimensional mask; with either, transformers silently lets sequences see each other.
+    `Policy.check_forward` proves it on the model at hand.
+    """
+    mask = None
+    if attention_mask is not None:  # as numbers, which saves making them in every layer
+        device = input_ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else decoder.dtype
+        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)  # pyright: ignore
+        mask.masked_fill_(~attention_mask, float("-inf"))
+    return decoder(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+
+
+def shortest_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the layer with the shortest view sees, or None where all layers see everything.
+
+    transformers takes a mask of four dimensions as it is, also for layers that should see less: a mask of ours is right
+    only for sequences that fit into every window.
+    """
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds == {"full_attention"}:
+        return None
+    return min((size for size in sizes if size), default=None)
