@@ -39,8 +39,8 @@ def causal_head_attention(
     head = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if head == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)
-    before = (part[:, :, :head] for part in (query, key, value))
-    first, _ = sdpa_attention_forward(module, *before, None, is_causal=True, **options)
+    causal = (query[:, :, :head], key[:, :, :head], value[:, :, :head], None)
+    first, _ = sdpa_attention_forward(module, *causal, is_causal=True, **options)
     rest, _ = sdpa_attention_forward(module, query[:, :, head:], key, value, attention_mask, **options)
     return torch.cat([first, rest], dim=1), None
 

@@ -164,7 +164,7 @@ class Policy:
         return critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
 
     def bears_masks(self, longest: int) -> bool:
-        """Whether attention masks of ours, and so shared prefixes, are right for sequences of up to `longest` tokens."""
+        """Whether attention masks of ours (so shared prefixes) are right for sequences of up to `longest` tokens."""
         return self.can_share_prefixes and (self.window is None or longest <= self.window)
 
     def own_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:

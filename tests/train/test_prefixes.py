@@ -201,7 +201,6 @@ def test_sliding_windows_are_found_out(seed: int) -> None:
         batch, *others = learner._micro_batches(samples)
         assert not others and (batch.attention_mask is not None) is shared
         alone = outputs_and_gradients(policy, samples, single_trees(samples), causal_head=False, max_tokens=1)[0]
-        found = dict(
-            zip(batch.sample_indices, policy.forward(batch).logprobs.split(batch.sequence_lengths.tolist()), strict=True)
-        )
+        pieces = policy.forward(batch).logprobs.split(batch.sequence_lengths.tolist())
+        found = dict(zip(batch.sample_indices, pieces, strict=True))
         torch.testing.assert_close(torch.cat([found[i] for i in range(3)]), alone, rtol=0, atol=1e-5)
