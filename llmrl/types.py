@@ -205,8 +205,8 @@ class Score:
     """What people are shown: the extracted answer, the failing test, the judge's reason."""
     error: str | None = None
     token_rewards: list[float] | None = None
-    """Dense rewards, one per completion token, where a verifier gives them. Algorithms that pay single tokens (PPO) pay
-    these in place of `reward`, which others (GRPO) and the metrics look at."""
+    """Dense rewards, one per completion token, where a verifier gives them. Algorithms that pay single tokens (PPO,
+    IRCoCo) pay these in place of `reward`, which others (GRPO) and the metrics look at."""
     turn_rewards: list[float] | None = None
     """The same, one per turn, paid for its last token; the rubric makes token rewards of them."""
 

@@ -190,9 +190,14 @@ def optimal_token_advantages(
     return [reward - baseline[: len(energy)] for reward, energy in zip(rewards, energies, strict=True)]
 
 
-def returns_to_go(token_rewards: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """Sum of this token's reward and all later ones of its sequence (no discount)."""
-    return token_rewards.flip(0).cumsum(dim=0).flip(0)
+def returns_to_go(token_rewards: Float[Tensor, " T"], gamma: float = 1.0) -> Float[Tensor, " T"]:
+    """Sum of this token's reward and all later ones of its sequence: G_t = r_t + gamma G_{t+1}."""
+    if gamma == 1.0:
+        return token_rewards.flip(0).cumsum(dim=0).flip(0)
+    found, later = token_rewards.clone(), 0.0
+    for t in range(len(found) - 1, -1, -1):
+        later = found[t] = found[t] + gamma * later
+    return found
 
 
 def whiten(values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:

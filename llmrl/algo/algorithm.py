@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup, TrainBatch
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, Rollout, RolloutGroup, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,25 @@ def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[
         return float("nan") if found is None else float(found)
 
     return torch.tensor([[value(rollout) for rollout in group.rollouts] for group in groups], dtype=torch.float32)
+
+
+def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray:
+    """What is paid for each trained token of a rollout.
+
+    Args:
+        rollout: with or without a score.
+        reward: its reward, shaped (a punishment of length may have been added).
+        dense: pay `Score.token_rewards`, where the verifier gave them, in place of the score's reward at the last
+            token; what shaping added stays there.
+    """
+    paid = np.zeros(rollout.num_completion_tokens, np.float32)
+    if rollout.score is None or rollout.score.reward is None or not len(paid):
+        return paid
+    if dense and rollout.score.token_rewards is not None:
+        paid[:] = rollout.score.token_rewards
+        reward -= float(np.float32(rollout.score.reward))  # as precise as the reward itself: what is left is shaping
+    paid[-1] += reward
+    return paid
 
 
 def samples_of(groups: list[RolloutGroup]) -> list[Sample]:

@@ -15,7 +15,7 @@ import torch
 
 from llmrl.algo import advantages as adv
 from llmrl.algo import corrections, kl, losses, masks
-from llmrl.algo.algorithm import Needs, reward_matrix, samples_of
+from llmrl.algo.algorithm import Needs, reward_matrix, samples_of, token_rewards
 from llmrl.algo.mixing import mixed_rewards
 from llmrl.algo.presets import resolve
 from llmrl.algo.reduce import GROUP_TOKENS, aggregate
@@ -76,15 +76,19 @@ class GRPO:
         """Stage 4: every rollout's advantage, and one sample per rollout."""
         rewards = self.shaped_rewards(groups)
         self.num_rollouts = rewards.numel()
-        for group, row in zip(groups, self.advantages(rewards, groups).tolist(), strict=True):
-            for rollout, advantage in zip(group.rollouts, row, strict=True):
-                rollout.advantage = advantage
+        if self.config.gamma is not None:  # read, and so filled in, where single tokens are paid
+            metrics = self._pay_tokens(groups, rewards)
+        else:
+            metrics = {"advantage/zero_variance_frac": adv.flat_groups(rewards).float().mean().item()}
+            for group, row in zip(groups, self.advantages(rewards, groups).tolist(), strict=True):
+                for rollout, advantage in zip(group.rollouts, row, strict=True):
+                    rollout.advantage = advantage
         batch = TrainBatch(
             samples=self._samples(groups),
             num_groups=len(groups),
             max_completion_length=self.max_completion_length,
             policy_version=policy_version,
-            metrics={"advantage/zero_variance_frac": adv.flat_groups(rewards).float().mean().item()},
+            metrics=metrics,
             groups=groups,
         )
         if self.config.whiten_advantages and not self.needs.refine:
@@ -122,6 +126,21 @@ class GRPO:
         return adv.group_advantages(
             rewards, mean=c.baseline, scale=c.scale_rewards, batch_std_of=c.batch_std_of or "raw"
         )
+
+    def _pay_tokens(self, groups: list[RolloutGroup], rewards: Float[Tensor, "P G"]) -> dict[str, float]:
+        """Give every token its own advantage: the discounted sum of its reward and the later ones. No baseline.
+
+        References:
+            Li et al. 2024, arXiv:2401.16637 (IRCoCo: gamma 0, rewards that are differences of an evaluator's scores).
+        """
+        everything = [torch.zeros(0)]
+        for group, row in zip(groups, rewards.tolist(), strict=True):
+            for rollout, reward in zip(group.rollouts, row, strict=True):
+                paid = torch.from_numpy(token_rewards(rollout, reward, dense=True))
+                everything.append(adv.returns_to_go(paid, self.config.gamma))
+                rollout.advantage = everything[-1].tolist()
+        tokens = torch.cat(everything)
+        return {"advantage/mean": tokens.mean().item(), "advantage/std": tokens.std(correction=0).item()}
 
     def correct(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
         """1 for rollouts whose accuracy is at least 1, 0 for others, NaN without a score."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from llmrl.algo import kl, values
+from llmrl.algo.algorithm import token_rewards
 from llmrl.algo.grpo import GRPO
 from llmrl.algo.refine import Refinement, stream
 from llmrl.types import TrainBatch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrl.config import AlgoConfig, CriticConfig
-    from llmrl.types import Counts, ForwardOutputs, MicroBatch, Rollout, RolloutGroup, Sample
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup, Sample
 
 REWARDS, OLD_VALUES, RETURNS, LM_WEIGHTS = "token_rewards", "old_values", "returns", "lm_weights"
 """Extra streams: what is paid for each token; the critic's view before the update; its target; weights of the
@@ -210,25 +211,6 @@ class ValueRefinement(Refinement):
             "advantage/std": advantages.std(correction=0).item(),
             **{f"advantage/p{100 * q:02.0f}": float(v) for q, v in zip(QUANTILES, levels, strict=True)},
         }
-
-
-def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray:
-    """What is paid for each trained token of a rollout.
-
-    Args:
-        rollout: with or without a score.
-        reward: its reward, shaped (a punishment of length may have been added).
-        dense: pay `Score.token_rewards`, where the verifier gave them, in place of the score's reward at the last
-            token; what shaping added stays there.
-    """
-    paid = np.zeros(rollout.num_completion_tokens, np.float32)
-    if rollout.score is None or rollout.score.reward is None or not len(paid):
-        return paid
-    if dense and rollout.score.token_rewards is not None:
-        paid[:] = rollout.score.token_rewards
-        reward -= rollout.score.reward
-    paid[-1] += reward
-    return paid
 
 
 def _extra(batch: MicroBatch, name: str) -> Tensor:

@@ -58,7 +58,8 @@ GRPO: dict[str, Any] = {
     "thr_p_steps": 100,
     "thr_threshold": "nthr_min",
     "thr_threshold_value": 1.0,
-    "use_token_rewards": True,
+    "use_token_rewards": False,
+    "gamma": 1.0,
     "positive_lm_coef": 0.0,
     "num_iterations": 1,
     "num_mini_batches": 1,
@@ -66,7 +67,10 @@ GRPO: dict[str, Any] = {
 """The row the others are told by their difference from. Options that are off when unset have no entry."""
 
 DAPO = {"epsilon_high": 0.28, "loss_type": "dapo"}
-PPO = {"baseline": "critic", "whiten_advantages": True, "loss_type": "dapo", "num_mini_batches": 4}
+PPO = {
+    "baseline": "critic", "whiten_advantages": True, "loss_type": "dapo", "num_mini_batches": 4,
+    "use_token_rewards": True,
+}  # fmt: skip
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "num_mini_batches": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -100,6 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "thr": {"token_weighting": "thr", "thr_p": 0.1},
     "nthr": {"token_weighting": "nthr"},
     "c_grpo": {"rubric_alpha": 0.3},
+    "ircoco": {"baseline": "none", "scale_rewards": "none", "use_token_rewards": True, "gamma": 0.0},
     "ppo": PPO,
     "vapo": PPO | {"epsilon_high": 0.28, "positive_lm_coef": 0.1},
 }  # fmt: skip
@@ -178,7 +183,8 @@ READ_WITH: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a threshold",
         lambda c: c.token_weighting != "none" and c.thr_threshold != "none",
     ),
-    "use_token_rewards": CRITIC,
+    "use_token_rewards": ("baseline critic or none", lambda c: c.baseline in ("critic", "none")),
+    "gamma": ("baseline none and use_token_rewards true", lambda c: c.baseline == "none" and c.use_token_rewards),
     "positive_lm_coef": CRITIC,
     "nthr_eta": ("token_weighting nthr", lambda c: c.token_weighting == "nthr"),
 }
@@ -284,7 +290,8 @@ def _ranges(c: AlgoConfig) -> list[str]:
     findings = wrong(counts, "be at least 1", lambda v: v >= 1)
     findings += wrong(not_negative, "not be negative", lambda v: v >= 0)
     findings += wrong(positive, "be above 0", lambda v: v > 0)
-    findings += wrong(("passk_mix", "rubric_alpha", "overlong_buffer"), "lie between 0 and 1", lambda v: 0 <= v <= 1)
+    shares = ("passk_mix", "rubric_alpha", "overlong_buffer", "gamma")
+    findings += wrong(shares, "lie between 0 and 1", lambda v: 0 <= v <= 1)
     findings += wrong(("top_entropy_quantile", "cov_fraction"), "lie above 0 and at most at 1", lambda v: 0 < v <= 1)
     findings += wrong(("thr_p", "thr_p_end"), "lie between -1 and 1", lambda v: -1 <= v <= 1)
     findings += wrong(("dual_clip",), "be above 1", lambda v: v > 1)
@@ -308,6 +315,7 @@ def _clashes(c: AlgoConfig) -> list[str]:
         (c.baseline == "optimal_token", "baseline optimal_token"),
         (c.baseline == "critic", "baseline critic"),
         (c.baseline == "none" and c.kl_in == "reward", "a KL penalty in the reward with baseline none"),
+        (c.baseline == "none" and bool(c.use_token_rewards), "use_token_rewards with baseline none"),
     ]
     findings = []
     for _, what in (pair for pair in per_token if pair[0]):
@@ -367,6 +375,11 @@ def _clashes(c: AlgoConfig) -> list[str]:
             (FAMILIES.get(c.name) == "ppo") != (c.baseline == "critic"),
             f"algo.name {c.name} with baseline {c.baseline}: ppo and vapo take the critic's values for their baseline, "
             "and no other preset has a critic (nor rewards kept apart by multi_objective_aggregation)",
+        ),
+        (
+            c.baseline == "none" and bool(c.use_token_rewards) and c.scale_rewards != "none",
+            f"algo.scale_rewards {c.scale_rewards} divides the rewards of whole rollouts, but algo.use_token_rewards "
+            "pays single tokens: set algo.scale_rewards none",
         ),
         (
             c.baseline == "critic" and c.token_weighting != "none",

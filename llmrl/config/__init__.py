@@ -23,6 +23,7 @@ from llmrl.config.fields import (
     TrainConfig,
     VerifyConfig,
 )
+from llmrl.config.ircoco import PrefixEvaluatorConfig
 from llmrl.config.parsing import load_config, parse, save_config, to_dict
 from llmrl.config.preference import LevelConfig, PairLoss, PreferenceConfig
 from llmrl.config.vllm import VllmConfig
@@ -42,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "PairLoss",
     "PreferenceConfig",
+    "PrefixEvaluatorConfig",
     "Preset",
     "RewardConfig",
     "RolloutConfig",

@@ -8,7 +8,7 @@ from typing import Literal
 Preset = Literal[
     "grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "clip_cov",
     "kl_cov", "rloo", "opo", "remax", "optimal_token", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "passk", "thr",
-    "nthr", "c_grpo", "ppo", "vapo",
+    "nthr", "c_grpo", "ircoco", "ppo", "vapo",
 ]  # fmt: skip
 StoredPreset = Literal["bcoder"]
 """Its options are in `bcoder.py`."""
@@ -130,7 +130,10 @@ class AlgoConfig:
     nthr_eta: float | None = None
     """nthr: factor on the selected tokens of incorrect responses (default: 2 |0.5 - success rate|)."""
     use_token_rewards: bool | None = None
-    """critic: where a verifier gives dense rewards, they are paid in place of the reward at the end."""
+    """critic, or baseline none: where a verifier gives dense rewards, these are paid, not the reward at the end."""
+    gamma: float | None = None
+    """Discount from one trained token to the next of token rewards without a critic: the advantage of a token is the
+    discounted sum of its reward and the later ones. 0: its own reward alone (IRCoCo). A critic has `critic.gamma`."""
     positive_lm_coef: float | None = None
     """critic: weight of the language-model loss on correct rollouts (VAPO); 0 is off."""
     num_iterations: int | None = None

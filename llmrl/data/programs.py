@@ -146,6 +146,16 @@ def corpus(
     return [{"prompt": p.prompt, "completion": "".join(p.lines(draw, mistaken_frac, slip_frac))} for p in chosen]
 
 
+def completion_rows(programs: list[Program], *, seed: int) -> list[dict[str, str]]:
+    """For every program a prompt that ends behind one of its first lines, and the rest as the answer."""
+    draw, rows = random.Random(seed), []
+    for program in programs:
+        lines = program.lines()
+        given = draw.randint(1, len(lines) - 1)
+        rows.append({"prompt": program.prompt + "".join(lines[:given]), "answer": "".join(lines[given:])})
+    return rows
+
+
 def program_tokenizer() -> Any:
     """A tokenizer for prompts and programs: characters, words, and common fragments."""
     from llmrl.tiny import char_tokenizer

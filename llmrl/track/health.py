@@ -9,6 +9,10 @@ PATIENCE = 5
 """Steps in a row before a symptom is called a fault."""
 LEAST_SAMPLE_SIZE = 0.5
 """Effective sample size, as a share of the tokens, below which most of a batch teaches nothing."""
+LEAST_CORRELATION = 0.1
+"""Of an evaluator with the metric that it stands for."""
+LEAST_DRIFT = 0.02
+"""Rise of an evaluator's mean, and fall of its metric's, since the first step, that count as drifting apart."""
 
 
 class Health:
@@ -19,6 +23,8 @@ class Health:
         self.mismatch_tolerance = mismatch_tolerance
         self.streaks: dict[str, int] = {}
         self.first_entropy: float | None = None
+        self.first_means: dict[str, float] = {}
+        """Means of evaluators and their metrics at the first step that had them, by their keys."""
 
     def observe(self, metrics: dict[str, float]) -> list[str]:
         """Warnings that this step's metrics give reason for, each with its likely cause and what to do."""
@@ -55,6 +61,7 @@ class Health:
                 "the learning rate, or mask what is off (algo.vllm_importance_sampling_mode token_mask)",
             ),
         }
+        symptoms |= self._drift(metrics)
         warnings = [text for name, (present, text) in symptoms.items() if self._fires(name, present, PATIENCE)]
         gap = metrics.get("kl/mismatch/max", 0.0)
         stale = metrics.get("rollout/staleness/max", 0.0) > 0  # then they differ as they should
@@ -66,12 +73,39 @@ class Health:
             )
         return warnings
 
+    def _drift(self, metrics: dict[str, float]) -> dict[str, tuple[bool, str]]:
+        """For every evaluator that is paid in place of a metric: whether the two go apart."""
+        found = {}
+        for key in (key for key in metrics if key.endswith("/evaluator/correlation")):
+            evaluator = key.removesuffix("/correlation")
+            name = evaluator.removesuffix("/evaluator")
+            means = [f"{evaluator}/mean", f"{name}/mean"]
+            for mean in means:
+                self.first_means.setdefault(mean, metrics[mean])
+            rise, change = (metrics[mean] - self.first_means[mean] for mean in means)
+            advice = (
+                "Where the evaluator is what is paid, the policy learns what it likes: train it anew on this policy's "
+                "completions, stop earlier, or pay the metric itself (algo.use_token_rewards false)"
+            )
+            found[f"{evaluator}/drift"] = (
+                rise > LEAST_DRIFT and change < -LEAST_DRIFT,
+                f"{evaluator} has risen by {rise:.3f} since the first step while {name} has fallen by {-change:.3f}. "
+                + advice,
+            )
+            found[f"{evaluator}/correlation"] = (
+                metrics[key] < LEAST_CORRELATION,
+                f"{evaluator} and {name} hardly go together any more (correlation {metrics[key]:.2f} over the step's "
+                f"rollouts, below {LEAST_CORRELATION} for {PATIENCE} steps). " + advice,
+            )
+        return found
+
     def _fires(self, name: str, present: bool, patience: int) -> bool:
         self.streaks[name] = self.streaks.get(name, 0) + 1 if present else 0
         return self.streaks[name] == patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"streaks": self.streaks, "first_entropy": self.first_entropy}
+        return {"streaks": self.streaks, "first_entropy": self.first_entropy, "first_means": self.first_means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.streaks, self.first_entropy = dict(state["streaks"]), state["first_entropy"]
+        self.first_means = dict(state["first_means"])

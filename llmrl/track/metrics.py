@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
-from statistics import fmean, pstdev
+from statistics import correlation, fmean, pstdev
 from typing import Any
 
 from llmrl.types import RolloutGroup, Score
+
+EVALUATOR = "/evaluator"
+"""Ends the name of a part that predicts the reward it is a part of."""
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[str, float]:
@@ -19,7 +22,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[st
         accuracy: name of the reward part that says right or wrong, for the pass rates.
 
     Returns:
-        reward/mean and /std, reward/PART/mean for every part, reward/unscored_frac and its two kinds, rollout lengths,
+        reward/mean and /std, reward/PART/mean for every part, how well a part named `evaluator` goes with the reward it
+        is a part of (reward/NAME/evaluator/correlation), reward/unscored_frac and its two kinds, rollout lengths,
         truncation, pass@1 and pass@G.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -41,7 +45,18 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[st
     }
     for part in sorted({name for score in scores for name in score.parts}):
         metrics[f"reward/{part}/mean"] = _mean([v for s in scores if (v := s.parts.get(part)) is not None])
+        if part.endswith(EVALUATOR):
+            metrics[f"reward/{part}/correlation"] = _correlation(scores, part, part.removesuffix(EVALUATOR))
     return metrics | pass_rates(groups, accuracy=accuracy)
+
+
+def _correlation(scores: Sequence[Score], first: str, second: str) -> float:
+    """Pearson's, of two parts of the same scores; NaN where one of them is constant."""
+    pairs = [(score.parts.get(first), score.parts.get(second)) for score in scores]
+    given = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if any(len(set(values)) < 2 for values in zip(*given, strict=True)) or not given:
+        return math.nan
+    return correlation(*zip(*given, strict=True))
 
 
 def pass_rates(groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[int] = ()) -> dict[str, float]:

@@ -10,18 +10,103 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llmrl.errors import UserError
 from llmrl.types import Message, Score
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch import Tensor
 
+T = TypeVar("T")
+R = TypeVar("R")
 Conversation = list[Message]
 CHARACTERS_PER_TOKEN = 100
 """Text beyond max_length times this is not even tokenised."""
+
+
+def load_classifier(path: str, *, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """A sequence classifier with one output, ready to score, and its tokenizer.
+
+    Args:
+        path: hub id or folder.
+        device: such as `cuda:1`; by default the current accelerator, or the CPU.
+        dtype: of the weights.
+
+    Raises:
+        UserError: there is no such model, or it has more than one output.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise UserError(f"reward model {path!r}: cannot be loaded: {error}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"reward model {path!r}: has {model.config.num_labels} outputs, a reward needs exactly one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(torch.device(device) if device else found or torch.device("cpu")).eval(), tokenizer
+
+
+def batches_by_length(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Places of sequences of like length, the longest first, so many at a time as fit `max_tokens` (with padding)."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    while order:
+        count = max(1, max_tokens // max(1, len(sequences[order[0]])))
+        yield order[:count]
+        order = order[count:]
+
+
+def pad_right(sequences: Sequence[list[int]], pad: int, *, device: Any = "cpu") -> Int[Tensor, "B T"]:
+    """Token ids as one rectangle; `pad` fills the rows up."""
+    import torch
+
+    width = max(map(len, sequences))
+    return torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences], device=device)
+
+
+class Together(Generic[T, R]):
+    """A function of many items that callers share: what is asked for while it computes waits, and is asked together.
+
+    Args:
+        compute: items in, as many results out; called on a thread.
+    """
+
+    def __init__(self, compute: Callable[[list[T]], Sequence[R]]) -> None:
+        self.compute = compute
+        self._waiting: list[tuple[list[T], asyncio.Future[list[R]]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __call__(self, items: list[T]) -> list[R]:
+        """Their results, in order."""
+        future: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((items, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while self._waiting:
+            taken, self._waiting = self._waiting, []
+            everything = [item for items, _ in taken for item in items]
+            try:
+                results = iter(await asyncio.to_thread(self.compute, everything))
+            except Exception as error:
+                for _, future in taken:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for items, future in taken:
+                result = [next(results) for _ in items]
+                if not future.done():
+                    future.set_result(result)
 
 
 class RewardModel:
@@ -42,25 +127,10 @@ class RewardModel:
     """
 
     def __init__(self, path: str, *, device: str | None, dtype: str, max_length: int, max_tokens: int) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise UserError(f"reward model {path!r}: cannot be loaded: {error}") from error
-        if model.config.num_labels != 1:
-            raise UserError(f"reward model {path!r}: has {model.config.num_labels} outputs, a reward needs exactly one")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = torch.device(device) if device else found or torch.device("cpu")
-        self.model = model.to(self.device).eval()
+        self.model, self.tokenizer = load_classifier(path, device=device, dtype=dtype)
+        self.device = self.model.device
         self.max_length, self.max_tokens = max_length, max_tokens
-        self._waiting: list[tuple[list[list[int]], asyncio.Future[list[float]]]] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._together = Together(self.scores)
 
     def encode(self, conversation: Conversation) -> list[int]:
         """Token ids: rendered with the chat template; without one, the contents one after the other and eos."""
@@ -78,11 +148,8 @@ class RewardModel:
 
     def scores(self, sequences: Sequence[list[int]]) -> list[float]:
         """The classifier's output for each sequence; sequences of like length share a forward pass."""
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found = [0.0] * len(sequences)
-        while order:
-            count = max(1, self.max_tokens // max(1, len(sequences[order[0]])))
-            batch, order = order[:count], order[count:]
+        for batch in batches_by_length(sequences, self.max_tokens):
             for i, score in zip(batch, self._forward([sequences[i] for i in batch]).tolist(), strict=True):
                 found[i] = score
         return found
@@ -90,36 +157,15 @@ class RewardModel:
     def _forward(self, sequences: list[list[int]]) -> Tensor:
         import torch
 
-        width, pad = len(sequences[0]), self.tokenizer.pad_token_id
-        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences], device=self.device)
+        ids = pad_right(sequences, self.tokenizer.pad_token_id, device=self.device)
         lengths = torch.tensor([len(ids) for ids in sequences], device=self.device)
-        mask = torch.arange(width, device=self.device)[None] < lengths[:, None]
+        mask = torch.arange(ids.shape[1], device=self.device)[None] < lengths[:, None]
         with torch.inference_mode():
             return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
     async def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
         """Scores of conversations, in batches with whatever else is asked for meanwhile."""
-        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([self.encode(conversation) for conversation in conversations], future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await future
-
-    async def _work(self) -> None:
-        while self._waiting:
-            taken, self._waiting = self._waiting, []
-            everything = [ids for sequences, _ in taken for ids in sequences]
-            try:
-                scores = iter(await asyncio.to_thread(self.scores, everything))
-            except Exception as error:
-                for _, future in taken:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for sequences, future in taken:
-                result = [next(scores) for _ in sequences]
-                if not future.done():
-                    future.set_result(result)
+        return await self._together([self.encode(conversation) for conversation in conversations])
 
 
 class RewardServer:

@@ -97,6 +97,9 @@ def test_optimal_token_baseline() -> None:
 
 def test_returns_to_go_and_whitening() -> None:
     close(adv.returns_to_go(torch.tensor([1.0, 2.0, 4.0])), [7, 6, 4])
+    close(adv.returns_to_go(torch.tensor([1.0, 2.0, 4.0]), 0.5), [3, 4, 4])
+    close(adv.returns_to_go(torch.tensor([1.0, 2.0, 4.0]), 0.0), [1, 2, 4])
+    assert len(adv.returns_to_go(torch.zeros(0), 0.5)) == 0
     close(adv.whiten(torch.tensor([1.0, 2.0, 3.0])), [-1, 0, 1])
     close(adv.whiten(torch.tensor([2.0])), [0])
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from llmrl.data.programs import END_OPS, LIST_OPS, MISTAKEN, Program, corpus, draw_programs, program_tokenizer, task_row
+from llmrl.data.programs import (
+    END_OPS,
+    HEADER,
+    LIST_OPS,
+    MISTAKEN,
+    Program,
+    completion_rows,
+    corpus,
+    draw_programs,
+    program_tokenizer,
+    task_row,
+)
 from llmrl.verify.code_rows import read_row
 
 
@@ -39,6 +50,16 @@ def test_mistakes_of_the_corpus(seed: int) -> None:
         mistaken = any(word in row["prompt"] for word in MISTAKEN)
         assert (row["completion"] != solutions[row["prompt"]]) == mistaken
     assert any(row["completion"] != solutions[row["prompt"]] for row in corpus(programs, 50, seed=seed, slip_frac=0.5))
+
+
+def test_prompts_and_answers_of_completions_are_the_program(seed: int) -> None:
+    programs = draw_programs(40, seed=seed)
+    rows = completion_rows(programs, seed=seed)
+    assert rows == completion_rows(programs, seed=seed)
+    for program, row in zip(programs, rows, strict=True):
+        assert row["prompt"] + row["answer"] == program.prompt + program.solution
+        assert row["prompt"].startswith(program.prompt + HEADER) and row["answer"].strip()
+    assert len({row["prompt"].count("\n") for row in rows}) > 1
 
 
 @pytest.mark.parametrize("word", [*LIST_OPS, *END_OPS])

@@ -76,6 +76,36 @@ def test_sampler_and_trainer_apart_is_said_at_once_and_on_policy_only() -> None:
     assert Health(on_policy=True, mismatch_tolerance=0.5).observe(apart) == []
 
 
+EVALUATOR = "reward/ircoco/evaluator"
+AGREE = {f"{EVALUATOR}/correlation": 0.6, f"{EVALUATOR}/mean": 0.5, "reward/ircoco/mean": 0.5}
+
+
+def test_an_evaluator_that_no_longer_goes_with_its_metric() -> None:
+    health = Health(on_policy=True)
+    apart = AGREE | {f"{EVALUATOR}/correlation": 0.09}
+    for metrics in [AGREE] * 9 + [apart] * (PATIENCE - 1) + [AGREE] + [apart] * (PATIENCE - 1):
+        assert health.observe(FINE | metrics) == []
+    (warning,) = health.observe(FINE | apart)
+    assert "correlation 0.09" in warning and "algo.use_token_rewards false" in warning
+    assert health.observe(FINE | apart) == []
+
+
+def test_an_evaluator_that_rises_while_its_metric_falls() -> None:
+    def means(evaluator: float, metric: float) -> dict[str, float]:
+        return FINE | AGREE | {f"{EVALUATOR}/mean": evaluator, "reward/ircoco/mean": metric}
+
+    harmless = [(0.9, 0.9), (0.1, 0.1), (0.1, 0.9), (0.9, 0.49), (0.51, 0.1)]
+    health = Health(on_policy=True)
+    for evaluator, metric in [(0.5, 0.5)] + [pair for pair in harmless for _ in range(3 * PATIENCE)]:
+        assert health.observe(means(evaluator, metric)) == []
+    resumed = Health(on_policy=True)
+    resumed.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    for _ in range(PATIENCE - 1):
+        assert resumed.observe(means(0.6, 0.4)) == []
+    (warning,) = resumed.observe(means(0.6, 0.4))
+    assert "has risen by 0.100" in warning and "reward/ircoco has fallen by 0.100" in warning
+
+
 def test_metrics_that_are_absent_or_nan_are_no_symptom() -> None:
     nan = dict.fromkeys(FINE, float("nan"))
     for metrics in ({}, nan):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 
 from llmrl.track.metrics import pass_at_k, pass_rates, rollout_metrics, rollout_rows
@@ -65,6 +66,24 @@ def test_every_key_and_value() -> None:
             "reward/pass@1": (0.5 + 1.0) / 2,  # the second group has one judged rollout
         }
     )
+
+
+def test_how_well_an_evaluator_goes_with_its_metric() -> None:
+    task = Task(id="a", messages=[])
+
+    def metrics(*pairs: tuple[float | None, float | None]) -> dict[str, float]:
+        scores = [Score(reward=true, parts={"r": true, "r/evaluator": value, "x": 1.0}) for true, value in pairs]
+        group = RolloutGroup(task=task, rollouts=[rollout(task, i, 2, score) for i, score in enumerate(scores)])
+        return rollout_metrics([group], accuracy="r")
+
+    key = "reward/r/evaluator/correlation"
+    pairs = [(0.1, 3.0), (0.4, 2.0), (0.9, 7.0), (0.3, 3.5)]
+    found = metrics(*pairs, (None, 9.0), (0.5, None))
+    assert found[key] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1])
+    assert found["reward/r/evaluator/mean"] == pytest.approx(24.5 / 5)
+    assert [k for k in found if k.endswith("correlation")] == [key]
+    for flat in ([(0.5, 1.0), (0.5, 2.0)], [(0.5, 1.0), (0.7, 1.0)], [(0.5, 1.0)], [(None, 1.0)]):
+        assert math.isnan(metrics(*flat)[key])
 
 
 def test_nothing_was_scored() -> None:

@@ -1,0 +1,297 @@
+"""IRCoCo: an evaluator of prefixes pays every token of a code completion at once, in place of one reward at its end.
+
+    python recipes/ircoco.py --config recipes/ircoco_tiny.yaml           # all of it on one CPU core, in a few minutes
+    python recipes/ircoco.py --config recipes/ircoco_py150.yaml          # lines of Py150, one GPU
+
+1 measure the model on held-out completions                           before.json
+2 fit the evaluator to prefixes and what the model makes of them      evaluator/
+3 train, every token paid what the evaluator gains with it            dense/
+4 train as long on the true metric at the end                         terminal_PRESET/, for each of `terminal`
+5 measure again, and compare                                          summary.json
+
+Without a model.path the task is made up (llmrl/data/programs.py), and a tiny model is fine-tuned on buggy programs.
+Parts that are there already are not done again. `algo.name` is ircoco, or ppo (tokens are paid through a critic then).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from llmrl.config import (
+    MISSING,
+    AlgoConfig,
+    Config,
+    DataConfig,
+    EvalRun,
+    PrefixEvaluatorConfig,
+    Preset,
+    RewardConfig,
+    parse,
+    validate,
+)
+from llmrl.config.ircoco import resolve_evaluator
+from llmrl.errors import UserError, run_main
+
+REWARD = "rewards/ircoco.py:ircoco"
+NUM_SAMPLES = 8
+"""Completions of each held-out task, beside the greedy one."""
+
+
+@dataclass
+class MadeUpConfig:
+    """The made-up task and the model that is fine-tuned for it."""
+
+    num_tasks: int = 400
+    num_held_out: int = 200
+    mistaken_frac: float = 0.5
+    """In the corpus: share of the lines of commonly mistaken words that are wrong ..."""
+    slip_frac: float = 0.04
+    """... and share of all lines that are wrong in some other way."""
+    num_examples: int = 6400
+    max_steps: int = 400
+    """Of 16 examples each."""
+    learning_rate: float = 3e-3
+    hidden_size: int = 96
+
+
+@dataclass
+class IRCoCoRun(Config):
+    """IRCoCo. `rewards` are the recipe's own."""
+
+    held_out: DataConfig | None = None
+    """Tasks to measure on. Read when `model.path` is given."""
+    made_up: MadeUpConfig = field(default_factory=MadeUpConfig)
+    """Read when `model.path` is not given."""
+    evaluator: PrefixEvaluatorConfig = field(default_factory=PrefixEvaluatorConfig)
+    boundary: Literal["token", "line"] = "token"
+    """Where the evaluator is looked at: after every token, or where lines end."""
+    terminal: list[Preset] = field(default_factory=list)
+    """Presets that are trained too, for as many steps, on the true metric at the end of the completion."""
+
+
+def main() -> None:
+    config: IRCoCoRun = parse(config_class=IRCoCoRun)
+    folder = Path(config.train.output_dir)
+    made_up = check(config)
+    config.evaluator = resolve_evaluator(config.evaluator)
+    if made_up:
+        config.model.path = str(folder / "warm_start")
+        config.data.path = str(folder / "tasks.jsonl")
+        config.held_out = dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl"))
+    runs = plan(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if made_up:
+        make_up(config, folder)
+    report = fit_evaluator(config, folder / "evaluator")
+    before = measure(config, config.model.path, folder / "before.json")
+    found = {"before": before} | {name: train(config, args) for name, args in runs.items()}
+    (folder / "summary.json").write_text(
+        json.dumps({"evaluator": report, **found, "seed": config.train.seed}, indent=2) + "\n"
+    )
+    show(found, report)
+
+
+# --- what will be done ------------------------------------------------------------------------------------------------
+
+
+def check(config: IRCoCoRun) -> bool:
+    """Whether task and model are made up.
+
+    Raises:
+        UserError: fields that do not go together.
+    """
+    made_up = config.model.path == MISSING
+    if made_up != (config.data.path == MISSING):
+        raise UserError("give both model.path and data.path, or neither (then a task and a model are made up)")
+    if not made_up and config.held_out is None:
+        raise UserError("held_out is not given: say which tasks are measured on (held_out.path)")
+    if config.rewards:
+        raise UserError(f"rewards is given, but this recipe trains on {REWARD}: leave it out")
+    return made_up
+
+
+def plan(config: IRCoCoRun, folder: Path) -> dict[str, Config]:
+    """The runs: `dense`, and one for each preset in `terminal`.
+
+    Raises:
+        UserError: a run that could not begin, or whose algorithm does not pay single tokens.
+    """
+    from llmrl.algo.presets import resolve
+
+    if not resolve(config.algo).use_token_rewards:
+        raise UserError(
+            f"algo.name {config.algo.name} does not pay single tokens, as IRCoCo does: use ircoco or ppo "
+            "(algo.use_token_rewards true)"
+        )
+    runs = {"dense": run_config(config, folder / "dense", config.algo)}
+    for name in config.terminal:
+        paid_at_end = False if resolve(AlgoConfig(name=name)).use_token_rewards else None
+        algo = AlgoConfig(name=name, use_token_rewards=paid_at_end)
+        runs[f"terminal {name}"] = run_config(config, folder / f"terminal_{name}", algo)
+    for args in runs.values():
+        validate(args)
+    return runs
+
+
+def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
+    reward = {
+        "evaluator": str(Path(config.train.output_dir) / "evaluator"),
+        "boundary": config.boundary,
+        "pay_stop": config.evaluator.prefixes == "samples",
+    }
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    unfinished = (folder / "metrics.jsonl").is_file() and not (folder / "model").is_dir()
+    resume = "last" if unfinished else config.train.resume_from_checkpoint
+    return Config(
+        **given
+        | {
+            "algo": algo,
+            "critic": config.critic if algo.name in ("ppo", "vapo") else None,
+            "rewards": [RewardConfig(fn=REWARD, args=reward)],
+            "train": dataclasses.replace(config.train, output_dir=str(folder), resume_from_checkpoint=resume),
+        }
+    )
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def make_up(config: IRCoCoRun, folder: Path) -> None:
+    """Tasks, held-out tasks, and a model that gets some of them right."""
+    from llmrl.data.programs import completion_rows, corpus, draw_programs, program_tokenizer
+    from llmrl.tiny import build_tiny_model, fine_tune
+
+    options, seed = config.made_up, config.train.seed
+    drawn = draw_programs(options.num_tasks + options.num_held_out, seed=seed)
+    training, held_out = drawn[: options.num_tasks], drawn[options.num_tasks :]
+    for name, programs in (("tasks.jsonl", training), ("held_out_tasks.jsonl", held_out)):
+        rows = completion_rows(programs, seed=seed)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = Path(config.model.path)
+    if place.is_dir():
+        return
+    tokenizer = program_tokenizer()
+    model = build_tiny_model(
+        "qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=3 * options.hidden_size,
+        max_position_embeddings=256,
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    faults = {"mistaken_frac": options.mistaken_frac, "slip_frac": options.slip_frac}
+    print(f"warm start: {options.max_steps} steps on a corpus with faults {faults}", flush=True)
+    fine_tune(
+        model,
+        tokenizer,
+        corpus(training, options.num_examples, seed=seed, **faults),
+        output_dir=folder / "sft",
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        seed=seed,
+    )
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
+    """The evaluator's folder is there afterwards; how well it predicts."""
+    from llmrl.train.prefix_evaluator import REPORT, label_prefixes, train_evaluator
+
+    if not (folder / REPORT).is_file():
+        from llmrl.data.chat import Chat, filter_long
+        from llmrl.data.tasks import load_tasks
+        from llmrl.evaluation import best_device
+        from llmrl.train.models import load_generation_config, load_model, load_tokenizer
+
+        tasks, seed = load_tasks(config.data), config.train.seed
+        if any(task.answer is None for task in tasks):
+            raise UserError("data.answer_column: a task has no answer, the true completion")
+        tokenizer = load_tokenizer(config.model)
+        model: Any = load_model(config.model, tokenizer, seed=seed)
+        model.to(best_device())
+        chat = Chat(
+            tokenizer,
+            prompt_format=config.data.prompt_format,
+            chat_template=config.data.chat_template,
+            generation_config=load_generation_config(config.model),
+        )
+        tasks, _ = filter_long(tasks, chat, config.data.max_prompt_length)
+        limit = config.rollout.max_completion_length
+        print(f"evaluator: {config.evaluator.num_prefixes} prefixes ({config.evaluator.prefixes})", flush=True)
+        prefixes = label_prefixes(model, chat, tasks, config.evaluator, max_completion_length=limit, seed=seed)
+        vocab_size = model.config.get_text_config().vocab_size
+        train_evaluator(prefixes, tokenizer, config.evaluator, folder, vocab_size=vocab_size, seed=seed)
+    report = json.loads((folder / REPORT).read_text())
+    print(
+        f"evaluator: correlation {report['correlation']:.3f}, rmse {report['rmse']:.3f} on held-out prefixes",
+        flush=True,
+    )
+    return report
+
+
+def train(config: IRCoCoRun, args: Config) -> dict[str, float]:
+    """One run; what its model comes to on the held-out tasks."""
+    from llmrl import Trainer
+
+    folder = Path(args.train.output_dir)
+    if not (folder / "model").is_dir():
+        Trainer(args).train()
+    return measure(config, str(folder / "model"), folder / "held_out.json")
+
+
+def measure(config: IRCoCoRun, model: str, file: Path) -> dict[str, float]:
+    """Edit similarity and exact match on the held-out tasks, greedy and sampled; written to `file`, or read from it."""
+    if not file.is_file():
+        greedy = asyncio.run(scores(config, model, num_generations=1, temperature=0.0))
+        sampled = asyncio.run(scores(config, model, num_generations=NUM_SAMPLES, temperature=1.0))
+        found = greedy | {f"sampled_{name}": value for name, value in sampled.items()}
+        file.write_text(json.dumps(found, indent=2) + "\n")
+    return json.loads(file.read_text())
+
+
+async def scores(config: IRCoCoRun, model: str, **sampling: Any) -> dict[str, float]:
+    from llmrl.evaluation import Evaluator
+
+    assert config.held_out is not None
+    options = EvalRun(
+        model=dataclasses.replace(config.model, path=model, lora=None),
+        data=config.held_out,
+        rollout=dataclasses.replace(config.rollout, **sampling),
+        rewards=run_config(config, Path(), config.algo).rewards,
+        verify=config.verify,
+        seed=config.train.seed,
+    )
+    async with Evaluator(options) as evaluator:
+        groups = await evaluator.sample()
+    parts = [r.score.parts for group in groups for r in group.rollouts if r.score and r.score.reward is not None]
+    return {
+        "edit_similarity": fmean(p["ircoco"] or 0.0 for p in parts),
+        "exact_match": fmean(p["ircoco/exact_match"] or 0.0 for p in parts),
+    }
+
+
+def show(found: dict[str, dict[str, float]], report: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Held-out completions (evaluator's correlation {report['correlation']:.2f})")
+    table.add_column("")
+    names = list(found["before"])
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for run, values in found.items():
+        table.add_row(run, *(f"{values[name]:.3f}" for name in names))
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_main(main)
