@@ -176,7 +176,7 @@ def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
     return samples
 
 
-def _samples_of_rollout(rollout, group: int) -> list[Sample]:
+def _samples_of_rollout(rollout: Rollout, group: int) -> list[Sample]:
     total = rollout.num_completion_tokens
     given = rollout.advantage
     advantages = np.full(total, given, np.float32) if np.isscalar(given) else np.asarray(given, np.float32)
