@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.rollout.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.rollout.token_sampling import check_sampling
 from llmrl.rollout.vllm_adapters import AdapterFolders
+from llmrl.rollout.vllm_agreement import SAME_WEIGHTS, Agreement
 from llmrl.rollout.vllm_delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.rollout.vllm_http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.rollout.vllm_launch import ServerProcesses, start_servers
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from llmrl.config import Config
     from llmrl.rollout.engine import Adapter, WeightSource
 
-SAME_WEIGHTS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest gap (nats) between the log-probabilities of two replicas that serve the same weights, by their type."""
 DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
 MAX_ABORTS = 100
 """A request that pushes aborted so often is given up: it would never end."""
@@ -96,7 +93,7 @@ class VllmServerEngine:
         self.delivery = delivery or SharedMemoryDelivery()
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
         self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
-        self.tolerance = SAME_WEIGHTS[dtype]
+        self.agreement = Agreement(SAME_WEIGHTS[dtype])
         self.takes_adapters = takes_adapters
         self._adapters = AdapterFolders()
         self._adapter: Path | None = None
@@ -104,8 +101,6 @@ class VllmServerEngine:
         self.version: int | None = None
         self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
         """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
-        self._proof: tuple[int | None, list[list[int]], np.ndarray] | None = None
-        """What version gives which log-probabilities on which sequences."""
         self._connected = False
         self._temperatures: set[float] = {0.0, 1.0}
         self._closed = False
@@ -190,26 +185,8 @@ class VllmServerEngine:
             if answers:
                 break
             await self.replicas.wait_for_one()
-        rows = [(server, _flat(answer)) for server, answer in answers]
-        before, self._proof = self._proof, (self.version, sequences, rows[0][1])
-        if all(_gap(row, rows[0][1]) <= self.tolerance for _, row in rows):
-            return answers[0][1]
-        self._proof = before
-        raise RunFailed(self._disagreement(rows, sequences))
-
-    def _disagreement(self, rows: list[tuple[VllmServer, np.ndarray]], sequences: list[list[int]]) -> str:
-        """Which replica is the odd one: the one that gives what was served before, else the one far from most."""
-        lines = []
-        for server, row in rows:
-            others = [_gap(row, other) for who, other in rows if who is not server]
-            line = f"{server.name}: {min(others):.3g} to {max(others):.3g} nats from the others"
-            if self._proof is not None and self._proof[1] == sequences and _gap(row, self._proof[2]) <= self.tolerance:
-                line += ", but as before the push: the push did not arrive there"
-            lines.append(line)
-        return (
-            f"the vLLM servers serve different weights (version {self.version}, tolerance {self.tolerance:g}):\n  "
-            + "\n  ".join(lines)
-        )
+        self.agreement.check(self.version, sequences, [(server.name, answer) for server, answer in answers])
+        return answers[0][1]
 
     # --- weights --------------------------------------------------------------------------------------------------
 
@@ -330,14 +307,9 @@ class VllmServerEngine:
             for reason in (await self.delivery.deliver([server], self.label)).values():
                 raise ReplicaLost(reason)
             await server.resume()
-        if self._proof is not None and self._proof[0] == self.version:
-            _, sequences, expected = self._proof
-            gap = _gap(_flat(await server.logprobs(sequences)), expected)
-            if not gap <= self.tolerance:
-                raise RunFailed(
-                    f"after it was given version {self.version} its log-probabilities are {gap:.3g} nats away from "
-                    f"what that version gives (tolerance {self.tolerance:g})"
-                )
+        served = self.agreement.last
+        if served is not None and served.version == self.version:
+            self.agreement.check_one(served, await server.logprobs(served.sequences))
 
     # --- the servers ----------------------------------------------------------------------------------------------
 
@@ -414,15 +386,3 @@ class VllmServerEngine:
         self._adapters.close()
         if self.processes is not None:
             self.processes.close()
-
-
-def _flat(rows: list[list[float]]) -> np.ndarray:
-    return np.asarray([value for row in rows for value in row])
-
-
-def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference; infinite where the shapes differ or a value is not a number."""
-    if a.shape != b.shape:
-        return math.inf
-    gap = float(np.abs(a - b).max(initial=0.0))
-    return gap if math.isfinite(gap) else math.inf

@@ -1,7 +1,9 @@
-"""A vLLM server in a thread: the routes the engine uses, token ids that say who answered, and faults on demand."""
+"""A vLLM server in a thread: the routes the engine uses, token ids that say who answered, and faults on demand; and
+the engine on such servers."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -10,6 +12,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from llmrl.rollout.replicas import ReplicaLost
+from llmrl.rollout.vllm_http import VllmServer
+from llmrl.rollout.vllm_server import VllmServerEngine
+from llmrl.types import Completion, Sampling
 
 ROUTES = (
     "/health", "/v1/models", "/v1/completions", "/weight_info", "/pause", "/resume", "/init_weight_transfer_engine",
@@ -169,3 +176,57 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+# --- an engine on such servers ---
+
+
+class NumberDelivery:
+    """Weights that are one number; `reaches` says which servers a push reaches."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.misses: set[str] = set()
+
+    def stage(self, source: object) -> None:
+        self.number += 1
+
+    async def deliver(self, servers: list[VllmServer], label: str) -> dict[VllmServer, str]:
+        lost = {}
+        for server in servers:
+            try:
+                if server.name in self.misses:
+                    await server.set_label(label)
+                else:
+                    await server.update_weights({"number": self.number}, label=label)
+            except ReplicaLost as error:
+                lost[server] = str(error)
+        return lost
+
+    def close(self) -> None:
+        pass
+
+
+def engine_on(fakes: list[FakeVllm], **options: object) -> tuple[VllmServerEngine, NumberDelivery, list[str]]:
+    """An engine with short limits, what delivers its weights, and what it says."""
+    said: list[str] = []
+    delivery = NumberDelivery()
+    settings: dict = {"health_timeout_s": 2, "return_timeout_s": 20, "start_timeout_s": 5, "request_timeout_s": 20}
+    settings |= {"delivery": delivery, "say": said.append}
+    engine = VllmServerEngine([f.url for f in fakes], **settings | options)
+    engine.replicas.interval_s = 0.05
+    return engine, delivery, said
+
+
+async def draw(engine: VllmServerEngine, count: int) -> list[Completion]:
+    calls = [engine.generate([1, i], Sampling(max_tokens=2, seed=i), session=str(i)) for i in range(count)]
+    return list(await asyncio.wait_for(asyncio.gather(*calls), 30))
+
+
+def assert_each_answered_once(completions: list[Completion], version: int) -> None:
+    assert [c.token_ids for c in completions] == [[i, i] for i in range(len(completions))]
+    assert {c.policy_version for c in completions} == {(version, version)}
+
+
+def nothing() -> list:
+    return []
