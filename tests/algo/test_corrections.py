@@ -16,7 +16,17 @@ from llmrl.algo.presets import contradictions, describe, resolve
 from llmrl.config import AlgoConfig, Config, RolloutConfig
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Counts
-from tests.invariance.cases import grpo, make_config, make_learner, make_samples, tiny_model, train_batch
+from tests.invariance.cases import (
+    grpo,
+    make_config,
+    make_learner,
+    make_ppo_learner,
+    make_samples,
+    scored_groups,
+    tiny_model,
+    train_batch,
+    update_and_look,
+)
 
 MODE, MIN, MAX = (f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
 KAPPA = [0.25, 2.0, 1.0, 4.0, 0.5]
@@ -122,6 +132,47 @@ def test_weights_multiply_the_loss_of_every_algorithm(name: str, mode: str, seed
     assert losses[mode][0] == pytest.approx(expected * losses["none"][0], rel=1e-4, abs=1e-7)
     for corrected, plain in zip(losses[mode][1], losses["none"][1], strict=True):
         torch.testing.assert_close(corrected, expected * plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_a_critics_advantages_are_weighted_and_its_own_error_is_not(mode: str, seed: int) -> None:
+    """A step of PPO: the policy's gradient is that of the mean of -w A log pi, w by its definition."""
+    found: dict[str, Any] = {}
+    for given in ("none", mode):
+        options: dict[str, Any] = {MODE: given, "num_mini_batches": 1}
+        learner, algorithm = make_ppo_learner("separate", algo=options)
+        groups = scored_groups(seed)
+        for turn in [turn for rollout in groups[0].rollouts for turn in rollout.turns]:  # far off, beyond all bounds
+            turn.rollout_logprobs = [logprob - 3.0 for logprob in turn.rollout_logprobs]
+        batch = algorithm.prepare(groups, policy_version=0)
+        found[given] = update_and_look(learner, algorithm, batch)
+    model, total, num_tokens = tiny_model(), torch.zeros(()), 0
+    low, high = {"token_truncate": (0.0, 2.0), "token_mask": (0.5, 5.0)}.get(mode, (0.0, 3.0))
+    for sample in batch.samples:
+        ids, mask = torch.tensor(sample.input_ids), torch.tensor(sample.loss_mask)
+        rows = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        logprobs = rows[range(len(ids) - 1), ids[1:]][mask[1:]]
+        kappa = (logprobs.detach() - torch.tensor(sample.rollout_logprobs)).exp()
+        kappa = kappa.prod().expand(len(kappa)) if mode.startswith("sequence") else kappa
+        weights = kappa * ((kappa >= low) & (kappa <= high)) if mode.endswith("mask") else kappa.clamp(low, high)
+        total = total - (weights * torch.tensor(sample.advantages) * logprobs).sum()
+        num_tokens += len(logprobs)
+    (total / num_tokens).backward()
+    assert any(name.startswith("critic.") for name in found[mode].gradients)
+    for name, gradient in found[mode].gradients.items():
+        if name.startswith("critic."):
+            torch.testing.assert_close(gradient, found["none"].gradients[name], rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(
+                gradient, model.get_parameter(name.removeprefix("model.")).grad, rtol=1e-4, atol=1e-6
+            )
+    key = "loss/sampler_masked_frac" if mode.endswith("mask") else "loss/sampler_truncated_frac"
+    assert 0 < found[mode].metrics[key] < 1
+
+
+def test_a_preference_is_no_estimate_under_the_sampler_so_corrections_are_refused() -> None:
+    config = Config(algo=AlgoConfig(**{"name": "online_dpo", MODE: "token_mask"}))
+    assert f"algo.{MODE} 'token_mask' is given, but algo.name online_dpo does not read it" in contradictions(config)
 
 
 def test_without_old_logprobs_the_policy_itself_is_compared_with_the_sampler(seed: int) -> None:
