@@ -178,6 +178,20 @@ def test_online_from_any_reward_function(options: dict[str, Any], tmp_path: Path
     assert metrics["kl/mismatch/max"] < 1e-4
 
 
+def test_online_while_the_learner_updates(tmp_path: Path) -> None:
+    """Preferences among rollouts one version old; nothing weighs them (an option that would is refused)."""
+    rows = [{"prompt": f"Count to {i}", "answer": str(i)} for i in range(16)]
+    more = {"rollout__num_generations": 4, "rollout__max_completion_length": 12, "rollout__max_staleness": 1}
+    run = Trainer(
+        settings(tmp_path, **more), model="tiny:qwen2", reward=letters, train_dataset=rows, algorithm="online_dpo"
+    )
+    run.train()
+    metrics = numbers(tmp_path)
+    assert [row["rollout/staleness/max"] for row in metrics] == [0, 1, 1, 1]
+    assert all(row["policy/grad_norm"] > 0 for row in metrics)
+    assert audit(tmp_path / "ledger.jsonl")["exact"]
+
+
 def test_online_dpo_learns_and_resumes(tmp_path: Path) -> None:
     rows = [{"prompt": f"Count to {i}", "answer": str(i)} for i in range(16)]
     more = {"rollout__num_generations": 8, "rollout__max_completion_length": 8, "train__learning_rate": 3e-3}
