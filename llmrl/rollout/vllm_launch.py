@@ -115,16 +115,40 @@ def start_servers(config: Config, *, say: Callable[[str], None]) -> ServerProces
     """The servers of a training run, started beside it; they need a while before they answer.
 
     Raises:
-        UserError: the model lies in no folder and on no hub, or GPUs or ports are missing.
+        UserError: a model that lies in no folder and on no hub, or that vLLM cannot serve here; or GPUs or ports are
+            missing.
     """
     if not Path(config.model.path).is_dir() and (":" in config.model.path or "(" in config.model.path):
         raise UserError(
             f"vLLM servers load the model themselves, and cannot load {config.model.path}: save it in a folder "
             "(model.save_pretrained, tokenizer.save_pretrained) and give that as model.path"
         )
+    check_model(config)
     options = config.rollout.server or VllmServerConfig()
     folder = Path(config.train.output_dir) / "servers"
     return ServerProcesses(plan(config, own=True), folder, max_restarts=options.max_restarts, say=say).start()
+
+
+def check_model(config: Config) -> None:
+    """Before servers start: whether vLLM has attention for the model's heads on this machine.
+
+    Raises:
+        UserError: it has none, or there is no such model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from llmrl.rollout.vllm_start import check_head_dim, undisturbed, vllm_environment
+
+    model, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        served = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
+    with undisturbed({**vllm_environment(device)}):
+        check_head_dim(served, on_cpu=device == "cpu")
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:

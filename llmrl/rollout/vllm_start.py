@@ -76,6 +76,9 @@ def engine_arguments(
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes or CPU_CACHE_BYTES
         arguments["block_size"] = CPU_BLOCK_SIZE
+        # A prompt computed in parts gives no token before the last one, and vLLM then steps the request's generator
+        # back. Torch's generators for CPUs cannot: its core would die ("CPU Generator does not use offset").
+        arguments["enable_chunked_prefill"] = False
     else:
         share = options.gpu_memory_utilization
         arguments["gpu_memory_utilization"] = SHARE_BESIDE_TRAINER if share is None else share
@@ -111,10 +114,7 @@ async def start(arguments: dict[str, Any], config: PretrainedConfig, device: tor
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
-            raise UserError(
-                f"rollout.engine vllm: vLLM cannot be imported ({error}). On a GPU: pip install 'llmrl[vllm]'; without "
-                "one see the README, section vLLM on a CPU"
-            ) from error
+            raise not_installed(error) from error
         check_head_dim(config, on_cpu=device.type == "cpu")
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -122,11 +122,18 @@ async def start(arguments: dict[str, Any], config: PretrainedConfig, device: tor
             raise UserError(f"vLLM did not start: {error}") from error
 
 
+def not_installed(error: ImportError) -> UserError:
+    return UserError(
+        f"vLLM cannot be imported ({error}). On a GPU: pip install 'llmrl[vllm]'; without one see the README, section "
+        "vLLM on a CPU"
+    )
+
+
 def check_head_dim(config: PretrainedConfig, *, on_cpu: bool) -> None:
     """Refuse heads of a width that vLLM would get wrong, or has no attention for on a CPU.
 
     Raises:
-        UserError: with the width and what to do.
+        UserError: with the width and what to do; or vLLM is needed to tell, and is not installed.
     """
     text = config.get_text_config()
     derived = text.hidden_size // text.num_attention_heads
@@ -138,8 +145,10 @@ def check_head_dim(config: PretrainedConfig, *, on_cpu: bool) -> None:
         )
     if not on_cpu:
         return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    except ImportError as error:
+        raise not_installed(error) from error
     if width not in (known := CPUAttentionBackend.get_supported_head_sizes()):
         raise UserError(
             f"vLLM on a CPU has no attention for heads of width {width}, only {known}: use rollout.engine hf for this "

@@ -55,7 +55,16 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
     wanted: dict[str, tuple[int, ...]] | None = None
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Learn what the architecture's checkpoint holds."""
+        """Learn what the architecture's checkpoint holds.
+
+        Raises:
+            ValueError: this vLLM would die over the first seeded request whose prompt is computed in parts.
+        """
+        if self.device.type == "cpu" and self.vllm_config.scheduler_config.enable_chunked_prefill:
+            raise ValueError(
+                f"{REFUSED}: on a CPU vLLM dies over a request with a seed whose prompt it computes in parts; start it "
+                "with --no-enable-chunked-prefill"
+            )
         self.wanted = checkpoint_shapes(self.model_config.hf_config)
 
     def start_weight_update(self) -> None:

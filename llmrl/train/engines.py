@@ -48,11 +48,6 @@ def _vllm_engine(config: Config, model: PreTrainedModel, policy: Policy, device:
     from llmrl.train.adapters import active_config
 
     options = config.rollout.vllm or VllmConfig()
-    if config.rollout.max_staleness > 0 and options.on_update == "keep" and str(device) == "cpu":
-        raise UserError(
-            "rollout.max_staleness above 0 with rollout.vllm.on_update keep: on a CPU vLLM's core dies when it goes on "
-            "with seeded requests under new weights; set rollout.vllm.on_update wait"
-        )
     own_code = config.model.trust_remote_code
     apart = serves_adapters_apart(config, policy, device)
     return VllmEngine(

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +222,25 @@ def test_weights_with_nan_are_named(engine):
     assert served == pytest.approx(good.sequence_logprobs([prompt_of(40)])[0], abs=1e-4)
 
 
+def test_prompts_that_fill_more_than_one_step_are_drawn_by_their_seeds(engine):
+    """vLLM would compute some of them in parts, and its core would die."""
+    push(engine, policy_of(SEED), 11)
+    requests = [(prompt_of(240, salt=i), Sampling(max_tokens=8, seed=SEED + i)) for i in range(16)]
+    together = asyncio.run(draw(engine, requests))
+    for i in range(0, 16, 5):
+        [alone] = asyncio.run(draw(engine, requests[i : i + 1]))
+        assert alone.token_ids == together[i].token_ids
+
+
+def test_a_vllm_that_computes_prompts_in_parts_gets_no_weights_on_a_cpu(engine):
+    from llmrl.rollout.vllm_weights import NoInit, SharedMemoryReceiver
+
+    in_parts = SimpleNamespace(scheduler_config=SimpleNamespace(enable_chunked_prefill=True))
+    receiver = SimpleNamespace(device=torch.device("cpu"), vllm_config=in_parts)
+    with pytest.raises(ValueError, match="old ones are still served: .* start it with --no-enable-chunked-prefill"):
+        SharedMemoryReceiver.init_transfer_engine(receiver, NoInit())
+
+
 def test_heads_that_vllm_has_no_attention_for_are_refused_before_it_starts():
     with pytest.raises(UserError, match="no attention for heads of width 16"):
         VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY).config)
@@ -250,6 +270,30 @@ def test_a_request_goes_on_under_new_weights_and_knows_which_token_is_whose(engi
     expected = torch.cat([under[20][:count], under[21][count:]])
     assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
     assert (under[20] - under[21]).abs().max() > 0.1
+
+
+def test_many_requests_go_on_together_although_they_fill_more_than_one_step(engine):
+    old, new = policy_of(SEED), policy_of(SEED + 1)
+    push(engine, old, 22)
+    requests = [(prompt_of(150, salt=i), Sampling(max_tokens=100, seed=SEED + i)) for i in range(16)]
+
+    async def run() -> list[Completion]:
+        running = asyncio.create_task(draw(engine, requests))
+        await engine.generate(prompt_of(3), Sampling(max_tokens=20, seed=SEED), session="short")
+        await engine.load_weights(new.weights, version=23)
+        return await running
+
+    completions = asyncio.run(run())
+    assert {c.policy_version for c in completions} >= {(22, 23)}
+    for (prompt, _), completion in zip(requests, completions, strict=True):
+        under = {
+            version: forward_logprobs(policy, prompt, completion.token_ids, 1.0)
+            for version, policy in ((22, old), (23, new))
+        }
+        counts = [count for _, count in completion.version_spans]
+        assert sum(counts) == 100
+        parts = [under[version].split(counts)[i] for i, (version, _) in enumerate(completion.version_spans)]
+        assert (torch.tensor(completion.logprobs) - torch.cat(parts)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("on_update", ["wait", "abort"])

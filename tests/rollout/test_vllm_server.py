@@ -74,6 +74,7 @@ def by_hand(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (port,) = free_ports(1, first=0)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--no-enable-chunked-prefill"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--logprobs-mode", "processed_logprobs"]
     command += ["--weight-transfer-config", '{"backend": "llmrl_shared_memory"}']
     command += ["--worker-extension-cls", "llmrl.rollout.vllm_weights.WeightReceiver"]
