@@ -327,6 +327,17 @@ def test_with_dynamic_sampling_and_evaluation(tmp_path: Path) -> None:
     assert metrics["kl/mismatch/ess"] > 0.5
 
 
+def test_with_a_critic(tmp_path: Path) -> None:
+    """PPO: the critic learns from stale rollouts too, and the policy's loss is weighted."""
+    more = {"rollout__max_staleness": 1, "algo__name": "ppo"}
+    Trainer(settings(tmp_path, **more), model="tiny:qwen2", reward=letters, train_dataset=ROWS).train()
+    metrics = numbers(tmp_path)
+    assert [row["rollout/staleness/max"] for row in metrics] == [0, 1, 1, 1]
+    assert all(row["loss/sampler_weight"] > 0 and row["value/grad_norm"] > 0 for row in metrics)
+    assert any(row["loss/sampler_weight"] != metrics[0]["loss/sampler_weight"] for row in metrics)
+    assert audit(tmp_path / "ledger.jsonl")["exact"]
+
+
 @pytest.mark.slow
 def test_overlap_takes_as_long_as_the_longer_of_the_two(tmp_path: Path) -> None:
     """20 steps of a scripted engine and a learner that sleeps: the sum of both without, the larger one with overlap."""
