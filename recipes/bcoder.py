@@ -11,6 +11,10 @@
 Without a model.path the tasks are made up (llmrl/data/programs.py), and a tiny model is fine-tuned on buggy programs.
 Parts that are there already are not done again. In its steps: `llmrl eval --save_samples`, `llmrl train` twice (with
 `--algo.name bcoder --bcoder.stage value`, then `policy`), `llmrl eval --rerank bcoder`.
+
+The whole is one process. To train on several, take the steps apart; only the stages use more than one:
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo.py --algo.name bcoder --bcoder.stage ...
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +76,11 @@ class BCoderRun(Config):
 
 def main() -> None:
     config: BCoderRun = parse(config_class=BCoderRun)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "recipes/bcoder.py runs in one process: start it with python. To train on several, start a stage alone: "
+            "accelerate launch recipes/grpo.py --algo.name bcoder --bcoder.stage ..."
+        )
     if (config.model.path == MISSING) != (config.data.path == MISSING):
         raise UserError("give both model.path and data.path, or neither (then a task and a model are made up)")
     if config.model.path != MISSING and config.held_out is None:
