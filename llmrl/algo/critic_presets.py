@@ -19,6 +19,7 @@ PPO: dict[str, Any] = {
     "gamma": 1.0,
     "lam": 0.95,
     "warmup_steps": 0,
+    "warmup_iterations": 4,
     "warmup_explained_variance": 0.5,
 }
 """The row the others are told by their difference from. `lam_critic` is `lam` when unset."""
@@ -35,6 +36,7 @@ READ_WITH: dict[str, tuple[str, Callable[[CriticConfig], bool]]] = {
     "train_trunk": ("critic.kind shared", lambda c: c.kind == "shared"),
     "vf_coef": ("critic.kind shared and train_trunk", lambda c: c.kind == "shared" and bool(c.train_trunk)),
     "lam": ("critic.length_alpha unset", lambda c: c.length_alpha is None),
+    "warmup_iterations": ("critic.warmup_steps above 0", lambda c: bool(c.warmup_steps)),
     "warmup_explained_variance": ("critic.warmup_steps above 0", lambda c: bool(c.warmup_steps)),
 }
 """For options that not every choice reads: what they are read with, in words and as a condition."""
@@ -98,9 +100,10 @@ def critic_contradictions(config: Config) -> list[str]:
     for name in ("gamma", "lam", "lam_critic"):
         value = getattr(c, name)
         check(value is None or 0 <= value <= 1, f"critic.{name} is {value}: must lie between 0 and 1")
-    for name in ("learning_rate", "value_clip", "vf_coef", "warmup_steps"):
+    for name in ("learning_rate", "value_clip", "vf_coef", "warmup_steps", "warmup_iterations"):
         value = getattr(c, name)
         check(value is None or value >= 0, f"critic.{name} is {value}: must not be negative")
+    check(c.warmup_iterations != 0, "critic.warmup_iterations is 0: must be at least 1")
     check(c.length_alpha is None or c.length_alpha > 0, f"critic.length_alpha is {c.length_alpha}: must be above 0")
     target = c.warmup_explained_variance
     check(target is None or target <= 1, f"critic.warmup_explained_variance is {target}: a critic explains 1 at most")

@@ -30,7 +30,7 @@ REWARDS, OLD_VALUES, RETURNS, LM_WEIGHTS = "token_rewards", "old_values", "retur
 language-model loss."""
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 """Of the advantages before whitening, in the metrics."""
-SETTLED_OVER = 3
+SETTLED_OVER = 8
 """Batches whose mean explained variance ends value pre-training."""
 
 
@@ -107,7 +107,8 @@ class PPO(GRPO):
                 total = total + self.config.positive_lm_coef * nll
                 metrics["loss/positive_lm"] = nll.detach()
         old_values, returns = _extra(batch, OLD_VALUES), _extra(batch, RETURNS)
-        errors, clipped = values.value_loss(outputs.values, old_values, returns, clip=self.critic.value_clip)
+        clip = 0.0 if self.policy_frozen else self.critic.value_clip
+        errors, clipped = values.value_loss(outputs.values, old_values, returns, clip=clip)
         value_loss = errors.sum() / counts.num_tokens
         coefficient = 1.0 if self.critic.vf_coef is None else self.critic.vf_coef
         metrics |= {"value/loss": value_loss.detach(), "value/clip_frac": clipped.sum() / counts.num_tokens}

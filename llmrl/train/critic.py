@@ -24,14 +24,14 @@ from llmrl.train.attention import last_hidden_states
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.config import Config
     from llmrl.types import MicroBatch
 
 
 class ValueHead(nn.Module):
-    """Linear map of a hidden state to a value, in float32 under any precision; it starts at 0 everywhere."""
+    """Linear map of a hidden state to a value, in float32 under any precision; at first 0 everywhere."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -115,6 +115,8 @@ def build_critic(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     if c.lora is not None:
         add_lora(base, c.lora, seed=config.train.seed + 1)
     critic = Critic(base.get_decoder(), hidden_size=base.config.get_text_config().hidden_size)
+    if c.path is not None and _is_reward_model(base.config):
+        _take_score(critic.head, config)
     return critic.to(model.device)
 
 
@@ -140,6 +142,31 @@ def check_layout(critic: Critic | None, what: str, alone: MicroBatch, together: 
             f"the critic's {type(critic.trunk).__name__}: the {what} changes its hidden states by {gap:.2g} of the "
             f"largest (rounding explains {tolerance:g}); {fix}"
         )
+
+
+def _is_reward_model(config: PretrainedConfig) -> bool:
+    """Whether a model was saved as a sequence classifier with one label."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ()) and config.num_labels == 1
+
+
+def _take_score(head: ValueHead, config: Config) -> None:
+    """Start the value head as the last layer of the reward model at `critic.path`."""
+    from transformers import AutoModelForSequenceClassification
+
+    assert config.critic is not None and config.critic.path is not None
+    model = AutoModelForSequenceClassification.from_pretrained(
+        config.critic.path, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code
+    )
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.weight.shape != (1, len(head.weight)):
+        raise UserError(
+            f"critic.path {config.critic.path!r} is a reward model, but has no linear layer `score` from hidden states "
+            "to one number: save it in the form of transformers' decoder classifiers, as recipes/reward_model.py does"
+        )
+    with torch.no_grad():
+        head.weight.copy_(score.weight[0])
+        if score.bias is not None:
+            head.bias.copy_(score.bias[0])
 
 
 def _other_model(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrl.algo.algorithm import Algorithm
-    from llmrl.config import Config
+    from llmrl.config import Config, TrainConfig
     from llmrl.train.policy import Policy, ReferenceHead
     from llmrl.train.prefixes import Tree
 
@@ -47,6 +47,7 @@ class Learner:
         algo = resolve(config.algo)
         self.num_iterations, self.num_mini_batches = algo.num_iterations or 1, algo.num_mini_batches or 1
         self.steps_per_batch = self.num_iterations * self.num_mini_batches
+        self.critic_config: Any = config.critic
         critic = policy.bare.critic
         own = set() if critic is None else {id(p) for p in critic.parameters()}
         self.parameters = [p for p in policy.bare.parameters() if p.requires_grad]
@@ -64,10 +65,10 @@ class Learner:
             fused=True,
         )
         policy.module, self.optimizer = accelerator.prepare(policy.bare, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer.optimizer, _schedule(config, total=config.train.max_steps * self.steps_per_batch)
-        )
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.num_updates = 0
+        self.num_scheduled = 0
+        self.num_frozen_batches = 0
         self.num_skipped = 0
 
     def update(self, batch: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
@@ -86,8 +87,11 @@ class Learner:
         if algorithm.needs.refine:
             algorithm.refine(batch)
         self.policy.module.train()
-        reports = []
-        for _ in range(self.num_iterations):
+        reports, num_iterations = [], self.num_iterations
+        if algorithm.policy_frozen:
+            num_iterations = self.critic_config.warmup_iterations
+            self.num_frozen_batches += 1
+        for _ in range(num_iterations):
             for mini_batch in self._mini_batches(batch):
                 reports.append(self._step(mini_batch, batch, algorithm, to_reweight))
         keys = dict.fromkeys(key for report in reports for key in report)
@@ -95,7 +99,7 @@ class Learner:
         # Later steps measure the update, not the mismatch.
         means |= {key: value for key, value in reports[0].items() if key.startswith("kl/mismatch")}
         return means | {
-            "policy/lr": self.scheduler.get_last_lr()[0],
+            "policy/lr": self.optimizer.param_groups[0]["lr"],
             "policy/skipped_updates": self.num_skipped,
             "train/computed_frac": sum(not s.probe for s in computed) / max(1, len(batch.samples)),
         }
@@ -157,8 +161,8 @@ class Learner:
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
             report = {key: value for key, value in report.items() if not key.startswith(("kl/", "policy/entropy"))}
         if all(math.isfinite(value) for value in (*norms.values(), report["loss/total"])):
+            self._set_rates(policy_frozen=algorithm.policy_frozen)
             self.optimizer.step()
-            self.scheduler.step()
         else:
             self._skip(report, samples)
         self.optimizer.zero_grad()
@@ -166,6 +170,20 @@ class Learner:
         if algorithm.needs.ref_sync is not None and self.num_updates % algorithm.needs.ref_sync[0] == 0:
             self.policy.move_reference(algorithm.needs.ref_sync[1])
         return report
+
+    def _set_rates(self, *, policy_frozen: bool) -> None:
+        """Learning rates of the optimizer step at hand: `learning_rate_factor` of the steps and batches that train the
+        policy. Value pre-training, which comes before them, has its own: the critic's falls linearly to 0.
+        """
+        if policy_frozen:
+            total = self.critic_config.warmup_steps * self.critic_config.warmup_iterations * self.num_mini_batches
+            factors = [0.0, 1 - self.num_updates / total]
+        else:
+            total = (self.config.max_steps - self.num_frozen_batches) * self.steps_per_batch
+            factors = [learning_rate_factor(self.config, self.num_scheduled, total=total)] * 2
+            self.num_scheduled += 1
+        for group, rate, factor in zip(self.optimizer.param_groups, self.learning_rates, factors, strict=False):
+            group["lr"] = rate * factor
 
     def _reference_head(self, micro_batch: MicroBatch) -> ReferenceHead:
         with self.accelerator.autocast():  # rounded as in the policy's own forward pass
@@ -373,16 +391,17 @@ class Learner:
         """Everything of the learner that the next step depends on, but the weights."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "num_updates": self.num_updates,
+            "num_scheduled": self.num_scheduled,
+            "num_frozen_batches": self.num_frozen_batches,
             "num_skipped": self.num_skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
+        self.num_updates, self.num_scheduled = state["num_updates"], state["num_scheduled"]
+        self.num_frozen_batches, self.num_skipped = state["num_frozen_batches"], state["num_skipped"]
 
 
 def _count(samples: list[Sample], batch: TrainBatch) -> Counts:
@@ -402,19 +421,14 @@ def _with_gradient(samples: list[Sample], algorithm: Algorithm) -> list[Sample]:
     return [s for s in samples if algorithm.needs.every_sample or np.any(s.advantages)]
 
 
-def _schedule(config: Config, *, total: int) -> Callable[[int], float]:
-    """Factor on the learning rate before optimizer step n (from 0): linear warm-up, then the named shape."""
-    warmup, kind = config.train.warmup_steps, config.train.lr_scheduler_type
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, total - warmup)
-        if kind == "linear":
-            return max(0.0, 1 - done)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if kind == "cosine" else 1.0
-
-    return factor
+def learning_rate_factor(config: TrainConfig, step: int, *, total: int) -> float:
+    """Factor on the learning rate of optimizer step n (from 0) of `total`: linear warm-up, then the named shape."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, 1 - done)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if config.lr_scheduler_type == "cosine" else 1.0
 
 
 def _split(

@@ -402,10 +402,7 @@ def test_gradient_norm_is_clipped_and_the_unclipped_norm_reported(seed: int) -> 
 def test_learning_rate_of_each_step(kind: str, expected: list[float], seed: int) -> None:
     train = {"lr_scheduler_type": kind, "warmup_steps": 2, "max_steps": 6, "learning_rate": 0.2}
     learner, algorithm = make_learner(tiny_model(), make_config(train=train))
-    used = []
-    for _ in range(6):
-        used.append(learner.optimizer.param_groups[0]["lr"])
-        learner.update(train_batch(make_samples(seed)), algorithm)
+    used = [learner.update(train_batch(make_samples(seed)), algorithm)["policy/lr"] for _ in range(6)]
     assert used == pytest.approx([0.2 * factor for factor in expected])
 
 
