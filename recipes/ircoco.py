@@ -204,7 +204,7 @@ def make_up(config: IRCoCoRun, folder: Path) -> None:
 
 def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
     """The evaluator's folder is there afterwards; how well it predicts."""
-    from llmrl.train.prefix_evaluator import REPORT, label_prefixes, train_evaluator
+    from llmrl.train.prefix_evaluator import REPORT, label_files, label_samples, train_evaluator
 
     if not (folder / REPORT).is_file():
         from llmrl.data.chat import Chat, filter_long
@@ -216,7 +216,7 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
         if any(task.answer is None for task in tasks):
             raise UserError("data.answer_column: a task has no answer, the true completion")
         tokenizer = load_tokenizer(config.model)
-        model: Any = load_model(config.model, tokenizer, seed=seed)
+        model: Any = load_model(dataclasses.replace(config.model, lora=None), tokenizer, seed=seed)
         model.to(best_device())
         chat = Chat(
             tokenizer,
@@ -225,14 +225,17 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
             generation_config=load_generation_config(config.model),
         )
         tasks, _ = filter_long(tasks, chat, config.data.max_prompt_length)
-        limit = config.rollout.max_completion_length
-        print(f"evaluator: {config.evaluator.num_prefixes} prefixes ({config.evaluator.prefixes})", flush=True)
-        prefixes = label_prefixes(model, chat, tasks, config.evaluator, max_completion_length=limit, seed=seed)
-        vocab_size = model.config.get_text_config().vocab_size
-        train_evaluator(prefixes, tokenizer, config.evaluator, folder, vocab_size=vocab_size, seed=seed)
+        options = config.evaluator
+        print(f"evaluator: {options.num_examples} examples from {options.prefixes}", flush=True)
+        if options.prefixes == "files":
+            examples = label_files(model, chat, tasks, options, seed=seed)
+        else:
+            limit = config.rollout.max_completion_length
+            examples = label_samples(model, chat, tasks, options, max_completion_length=limit, seed=seed)
+        train_evaluator(examples, tokenizer, options, folder, policy=model, seed=seed)
     report = json.loads((folder / REPORT).read_text())
     print(
-        f"evaluator: correlation {report['correlation']:.3f}, rmse {report['rmse']:.3f} on held-out prefixes",
+        f"evaluator: correlation {report['correlation']:.3f}, rmse {report['rmse']:.3f} on held-out examples",
         flush=True,
     )
     return report

@@ -8,30 +8,37 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 
-READ_WITH_FILES: dict[str, Any] = {"num_next_tokens": 10, "min_prefix_length": 10, "max_prefix_length": 256}
-"""Options that `prefixes files` alone reads, and their defaults."""
+FILES = {"num_next_tokens": 10, "min_prefix_length": 10, "max_prefix_length": 256}
+RANDOM = {"hidden_size": 256, "num_layers": 4, "num_heads": 4}
+"""Options that only `prefixes files` and `start random` read, and their defaults (the paper's)."""
 
 
 @dataclass
 class PrefixEvaluatorConfig:
-    """A regressor from a prefix to how well the model will complete it. Sizes are the paper's."""
+    """A regressor from a prefix to how well the model will complete it."""
 
     prefixes: Literal["files", "samples"] = "files"
-    """`files` (the paper): prompts with their answers, cut anywhere; how well the model's next tokens match the true
-    ones. `samples`: prompts with the beginning of a completion by the model, which it then finishes greedily; how well
-    the whole completion matches the answer. So the evaluator also sees what follows a mistake."""
+    """`files` (the paper): prompts with their answers, cut anywhere; how well the model's greedy next tokens match the
+    true ones. `samples`: beginnings of completions that the model drew; how well the whole matches the answer. So the
+    evaluator also sees mistakes, and where completions end."""
     quality: Literal["edit_similarity", "bleu"] = "edit_similarity"
     """What it predicts, from 0 to 1: edit similarity of the texts, or smoothed BLEU of the tokens."""
-    num_prefixes: int = 20_000
+    num_examples: int = 20_000
+    """Prefixes of files, or completions with all their prefixes."""
     num_next_tokens: int | None = None
     """files: tokens that are compared (default 10)."""
     min_prefix_length: int | None = None
     """files: tokens (default 10)."""
     max_prefix_length: int | None = None
     """files: tokens (default 256)."""
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
+    start: Literal["random", "policy"] = "random"
+    """Its weights before it is fitted: random ones (the paper), or the model's own, with a new output."""
+    hidden_size: int | None = None
+    """random: default 256."""
+    num_layers: int | None = None
+    """random: default 4."""
+    num_heads: int | None = None
+    """random: default 4."""
     num_epochs: float = 5.0
     batch_size: int = 32
     learning_rate: float = 3e-4
@@ -45,30 +52,29 @@ def resolve_evaluator(config: PrefixEvaluatorConfig) -> PrefixEvaluatorConfig:
     Raises:
         UserError: with all findings, each with its fix.
     """
-    files = config.prefixes == "files"
-    given = [name for name in READ_WITH_FILES if getattr(config, name) is not None]
-    findings = [f"evaluator.{name} is only read with evaluator.prefixes files: leave it out" for name in given] * (
-        not files
-    )
-    row = {name: value for name, value in READ_WITH_FILES.items() if files and name not in given}
+    findings, row = [], {}
+    for option, choice, defaults in (("prefixes", "files", FILES), ("start", "random", RANDOM)):
+        given = [name for name in defaults if getattr(config, name) is not None]
+        if getattr(config, option) == choice:
+            row |= {name: value for name, value in defaults.items() if name not in given}
+        else:
+            findings += [
+                f"evaluator.{name} is only read with evaluator.{option} {choice}: leave it out" for name in given
+            ]
     c: Any = dataclasses.replace(config, **row)
-    positive = [
-        field.name for field in dataclasses.fields(c) if field.name not in ("prefixes", "quality", "weight_decay")
-    ]
-    findings += [
-        f"evaluator.{name} is {value}: must be above 0"
-        for name in positive
-        if (value := getattr(c, name)) is not None and value <= 0
-    ]
+    numbers = {
+        name: value for name, value in vars(c).items() if isinstance(value, (int, float)) and name != "weight_decay"
+    }
+    findings += [f"evaluator.{name} is {value}: must be above 0" for name, value in numbers.items() if value <= 0]
     pairs = [
         (c.weight_decay < 0, f"evaluator.weight_decay is {c.weight_decay}: must not be negative"),
-        (c.num_prefixes < 20, f"evaluator.num_prefixes is {c.num_prefixes}: a tenth is held out, so at least 20"),
+        (c.num_examples < 20, f"evaluator.num_examples is {c.num_examples}: a tenth is held out, so at least 20"),
         (
-            c.num_heads > 0 and c.hidden_size % (2 * c.num_heads) != 0,
+            c.start == "random" and c.num_heads > 0 and c.hidden_size % (2 * c.num_heads) != 0,
             f"evaluator.hidden_size {c.hidden_size} is no multiple of twice evaluator.num_heads {c.num_heads}",
         ),
         (
-            files and c.max_prefix_length < c.min_prefix_length,
+            c.prefixes == "files" and c.max_prefix_length < c.min_prefix_length,
             f"evaluator.max_prefix_length {c.max_prefix_length} is below min_prefix_length {c.min_prefix_length}",
         ),
     ]

@@ -1,4 +1,4 @@
-"""IRCoCo's evaluator, made: tasks and a model in, labelled prefixes, and a sequence classifier fitted to them out.
+"""IRCoCo's evaluator, made: tasks and a model in, prefixes with their quality, and a classifier fitted to them out.
 
 References:
     Li et al. 2024, arXiv:2401.16637, section 3.2.
@@ -6,16 +6,15 @@ References:
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model
@@ -36,84 +35,60 @@ REPORT = "evaluator.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
-    """Token ids, and how well the model completed them (0 to 1)."""
+class Example:
+    """Token ids, and a quality (0 to 1) that is to be predicted after each of them from the `num_context`-th on."""
 
     ids: list[int]
+    num_context: int
     quality: float
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def label_prefixes(
-    model: PreTrainedModel,
-    chat: Chat,
-    tasks: list[Task],
-    options: PrefixEvaluatorConfig,
-    *,
-    max_completion_length: int,
-    seed: int,
-) -> list[Prefix]:
-    """`options.num_prefixes` prefixes of random tasks with the quality of what the model makes of them.
+def label_files(model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, seed: int) -> list[Example]:
+    """Prompts with their answers, cut anywhere; how well the model's greedy next tokens match the true ones.
 
     Args:
-        model: the policy before training; it continues greedily.
+        model: the policy before training.
         chat: renders the tasks' prompts.
         tasks: with the true completion as their answer.
-        options: without gaps (`resolve_evaluator`).
-        max_completion_length: samples: tokens of a completion.
-        seed: of the tasks, cuts and samples.
+        options: a `PrefixEvaluatorConfig` without gaps (`resolve_evaluator`).
+        seed: of tasks and cuts.
 
     Raises:
         UserError: no task is long enough to be cut.
     """
-    cut = _cut_files if options.prefixes == "files" else _cut_samples
-    limit = options.num_next_tokens or max_completion_length
-    cuts = cut(model, chat, tasks, options, limit=limit, draw=random.Random(seed))
-    continued = generate(model, chat, [prefix for prefix, _, _ in cuts], max_new_tokens=limit)
-    prefixes = []
-    for (prefix, written, true), more in zip(cuts, continued, strict=True):
-        ended = bool(written) and written[-1] in chat.stop_token_ids
-        whole = written if ended else (written + more)[:limit]
-        prefixes.append(Prefix(prefix, quality(whole, true, chat, options)))
-    return prefixes
-
-
-Cut = tuple[list[int], list[int], list[int]]
-"""A prefix; what of it the model wrote, and is judged; the true tokens to compare with."""
-
-
-def _cut_files(
-    model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, limit: int, draw: random.Random
-) -> list[Cut]:
-    """Prompts with their answers, cut at a random place; nothing of them was written by the model."""
+    draw, limit = random.Random(seed), options.num_next_tokens
     files = [chat.render(task.messages) + chat.encode(str(task.answer)) for task in tasks]
     files = [file for file in files if len(file) > options.min_prefix_length]
     if not files:
-        raise UserError(
-            f"every prompt with its answer is shorter than evaluator.min_prefix_length {options.min_prefix_length}"
-        )
-    cuts = []
-    for file in draw.choices(files, k=options.num_prefixes):
-        place = draw.randint(options.min_prefix_length, min(options.max_prefix_length, len(file) - 1))
-        cuts.append((file[:place], [], file[place : place + limit]))
-    return cuts
+        shortest = options.min_prefix_length
+        raise UserError(f"every prompt with its answer is shorter than evaluator.min_prefix_length {shortest}")
+    chosen = draw.choices(files, k=options.num_examples)
+    ends = [draw.randint(options.min_prefix_length, min(options.max_prefix_length, len(file) - 1)) for file in chosen]
+    prefixes = [file[:end] for file, end in zip(chosen, ends, strict=True)]
+    made = generate(model, chat, prefixes, max_new_tokens=limit)
+    return [
+        Example(prefix, len(prefix), quality(tokens, file[len(prefix) :][:limit], chat, options))
+        for prefix, tokens, file in zip(prefixes, made, chosen, strict=True)
+    ]
 
 
-def _cut_samples(
-    model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, limit: int, draw: random.Random
-) -> list[Cut]:
-    """Prompts with the beginning, or the whole, of a completion that the model drew at temperature 1."""
-    chosen = draw.choices(tasks, k=options.num_prefixes)
+def label_samples(
+    model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, max_completion_length: int, seed: int
+) -> list[Example]:
+    """Completions that the model drew at temperature 1, and how well they match the answer: predicted after the prompt
+    and after each of their tokens. Arguments as in `label_files`.
+    """
+    draw = random.Random(seed)
+    chosen = draw.choices(tasks, k=options.num_examples)
     prompts = [chat.render(task.messages) for task in chosen]
-    seed = draw.getrandbits(32)
-    samples = generate(model, chat, prompts, max_new_tokens=limit, seed=seed)
-    cuts = []
-    for task, prompt, sample in zip(chosen, prompts, samples, strict=True):
-        written = sample[: draw.randint(0, len(sample))]
-        cuts.append((prompt + written, written, chat.encode(str(task.answer))))
-    return cuts
+    drawn = generate(model, chat, prompts, max_new_tokens=max_completion_length, seed=draw.getrandbits(32))
+    return [
+        Example(prompt + tokens, len(prompt), quality(tokens, chat.encode(str(task.answer)), chat, options))
+        for prompt, tokens, task in zip(prompts, drawn, chosen, strict=True)
+    ]
 
 
 def quality(written: list[int], true: list[int], chat: Chat, options: PrefixEvaluatorConfig) -> float:
@@ -158,54 +133,44 @@ def generate(
 
 
 def train_evaluator(
-    prefixes: list[Prefix],
+    examples: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     options: PrefixEvaluatorConfig,
     folder: Path,
     *,
-    vocab_size: int,
+    policy: PreTrainedModel,
     seed: int,
 ) -> dict[str, float]:
-    """Fit a new classifier to the prefixes by mean squared error and save it in `folder`, with what it came to.
+    """Fit a classifier to the examples by mean squared error and save it in `folder`, with what it came to.
 
     Returns:
         On the tenth that was held out: correlation and root mean squared error of prediction and quality, mean and
         deviation of the quality. Also in `evaluator.json`.
     """
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    num_held_out = max(1, int(HELD_OUT_FRAC * len(prefixes)))
-    held_out, training = prefixes[:num_held_out], prefixes[num_held_out:]
+    num_held_out = max(1, int(HELD_OUT_FRAC * len(examples)))
+    held_out, training = examples[:num_held_out], examples[num_held_out:]
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = build_tiny_model(
-        "qwen2",
-        vocab_size=vocab_size,
-        hidden_size=options.hidden_size,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        num_kv_heads=options.num_heads,
-        intermediate_size=4 * options.hidden_size,
-        pad_token_id=pad,
-    ).config
-    settings.num_labels = 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(settings)
+        model = new_classifier(policy, options, pad_token_id=pad)
 
         class Regression(Trainer):
-            """Reads the value at the last token: transformers would look before it where that is what pads, too."""
-
             def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
-                ids, last = inputs["input_ids"], inputs["last"]
-                hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
-                found = model.score(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0]
-                return nn.functional.mse_loss(found, inputs["labels"])
+                """Squared error, a mean over all places that are predicted; transformers would look at one alone."""
+                hidden = getattr(model, model.base_model_prefix)(inputs["input_ids"], use_cache=False).last_hidden_state
+                errors = model.score(hidden)[..., 0] - inputs["labels"][:, None]
+                return errors[inputs["places"]].square().mean()
 
-        def collate(rows: list[Prefix]) -> dict[str, torch.Tensor]:
+        def collate(rows: list[Example]) -> dict[str, torch.Tensor]:
             ids = pad_right([row.ids for row in rows], pad)
-            last = torch.tensor([len(row.ids) - 1 for row in rows])
+            first, last = (
+                torch.tensor(x)[:, None] for x in ([r.num_context for r in rows], [len(r.ids) for r in rows])
+            )
+            after = torch.arange(1, ids.shape[1] + 1)[None]
             labels = torch.tensor([row.quality for row in rows], dtype=torch.float32)
-            return {"input_ids": ids, "last": last, "labels": labels}
+            return {"input_ids": ids, "places": (first <= after) & (after <= last), "labels": labels}
 
         Regression(
             model=model,
@@ -236,14 +201,38 @@ def train_evaluator(
     return report
 
 
-def measure(folder: Path, prefixes: list[Prefix]) -> dict[str, float]:
-    """How well the evaluator in `folder` predicts the quality of these prefixes."""
-    predicted = np.array([values[-1] for values in PrefixEvaluator(str(folder)).values([p.ids for p in prefixes])])
-    true = np.array([p.quality for p in prefixes])
+def new_classifier(policy: PreTrainedModel, options: Any, *, pad_token_id: int) -> PreTrainedModel:
+    """A causal model with one output that knows the tokens of `policy`: with its weights, or random ones."""
+    from transformers import AutoModelForSequenceClassification
+
+    if options.start == "policy":
+        settings = copy.deepcopy(policy.config)
+    else:
+        settings = build_tiny_model(
+            "qwen2",
+            vocab_size=policy.config.get_text_config().vocab_size,
+            hidden_size=options.hidden_size,
+            num_layers=options.num_layers,
+            num_heads=options.num_heads,
+            num_kv_heads=options.num_heads,
+            intermediate_size=4 * options.hidden_size,
+        ).config
+    settings.num_labels, settings.pad_token_id = 1, pad_token_id
+    model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+    if options.start == "policy":
+        model.base_model.load_state_dict(policy.base_model.state_dict())
+    return model
+
+
+def measure(folder: Path, examples: list[Example]) -> dict[str, float]:
+    """How well the evaluator in `folder` predicts the quality of these examples, over all places of all of them."""
+    found = PrefixEvaluator(str(folder)).values([example.ids for example in examples])
+    predicted = np.concatenate([v[e.num_context - 1 :] for v, e in zip(found, examples, strict=True)])
+    true = np.concatenate([np.full(len(e.ids) - e.num_context + 1, e.quality) for e in examples])
     constant = not (predicted.std() and true.std())
     return {
         "correlation": float("nan") if constant else float(np.corrcoef(predicted, true)[0, 1]),
         "rmse": float(np.sqrt(np.mean((predicted - true) ** 2))),
-        "quality_mean": fmean(true.tolist()),
-        "quality_std": pstdev(true.tolist()),
+        "quality_mean": float(true.mean()),
+        "quality_std": float(true.std()),
     }

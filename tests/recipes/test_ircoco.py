@@ -27,7 +27,7 @@ def test_all_parts_and_a_continuation(more: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     little = ["--train.output_dir", str(run), "--track.console", "quiet", "--rollout.num_prompts", "4"]
     little += ["--made_up.num_tasks", "16", "--made_up.num_held_out", "4", "--made_up.num_examples", "64"]
-    little += ["--made_up.max_steps", "4", "--evaluator.num_prefixes", "40", "--evaluator.num_epochs", "1"]
+    little += ["--made_up.max_steps", "4", "--evaluator.num_examples", "40", "--evaluator.num_epochs", "1"]
     for _ in range(2):  # the second time everything is there
         found = start(*little, "--train.max_steps", "2", "--terminal", "[grpo]", *more)
         assert found.returncode == 0, found.stdout + found.stderr

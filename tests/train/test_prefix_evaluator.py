@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llmrl.config.ircoco import resolve_evaluator
 from llmrl.data.chat import Chat
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, char_tokenizer
-from llmrl.train.prefix_evaluator import Prefix, generate, label_prefixes, train_evaluator
+from llmrl.train.prefix_evaluator import Example, generate, label_files, label_samples, train_evaluator
 from llmrl.types import Task
 from llmrl.verify.prefix_evaluator import PrefixEvaluator
 from llmrl.verify.text_metrics import edit_similarity, sentence_bleu
@@ -55,7 +56,7 @@ def greedy(model: Any, ids: list[int], limit: int) -> list[int]:
 
 
 def options(**given: Any) -> PrefixEvaluatorConfig:
-    return resolve_evaluator(PrefixEvaluatorConfig(num_prefixes=40, **given))
+    return resolve_evaluator(PrefixEvaluatorConfig(num_examples=40, **given))
 
 
 def test_greedy_continuations_of_unlike_length(model: Any, chat: Chat) -> None:
@@ -71,53 +72,50 @@ def test_labels_of_files(model: Any, chat: Chat) -> None:
     files = [chat.encode(str(task.messages[0].get("content")) + task.answer) for task in TASKS]
     for quality in ("edit_similarity", "bleu"):
         given = options(quality=quality, num_next_tokens=3, min_prefix_length=2, max_prefix_length=6)
-        prefixes = label_prefixes(model, chat, TASKS, given, max_completion_length=9, seed=0)
-        assert len(prefixes) == 40 and {len(p.ids) for p in prefixes} == {2, 3, 4, 5, 6}
-        for prefix in prefixes:
-            (file,) = [file for file in files if file[: len(prefix.ids)] == prefix.ids and len(file) > len(prefix.ids)]
-            true, made = file[len(prefix.ids) :][:3], greedy(model, prefix.ids, 3)
+        examples = label_files(model, chat, TASKS, given, seed=0)
+        assert len(examples) == 40 and {len(e.ids) for e in examples} == {2, 3, 4, 5, 6}
+        for example in examples:
+            end = len(example.ids)
+            (file,) = [file for file in files if file[:end] == example.ids and len(file) > end]
+            true, made = file[end:][:3], greedy(model, example.ids, 3)
             by_text = edit_similarity(chat.decode(made), chat.decode(true))
             by_token = sentence_bleu([token for token in made if token != STOP], true)
-            assert prefix.quality == (by_text if quality == "edit_similarity" else by_token)
+            assert example.quality == (by_text if quality == "edit_similarity" else by_token)
+            assert example.num_context == end, "the one place that is fitted is behind the prefix"
 
 
 def test_labels_of_samples(model: Any, chat: Chat) -> None:
-    prefixes = label_prefixes(model, chat, TASKS, options(prefixes="samples"), max_completion_length=6, seed=0)
+    examples = label_samples(model, chat, TASKS, options(prefixes="samples"), max_completion_length=6, seed=0)
     prompts = {tuple(chat.render(task.messages)): task.answer for task in TASKS}
     written = set()
-    for prefix in prefixes:
-        ((prompt, answer),) = [(p, a) for p, a in prompts.items() if tuple(prefix.ids[: len(p)]) == p]
-        begun = prefix.ids[len(prompt) :]
-        whole = begun if STOP in begun else begun + greedy(model, prefix.ids, 6 - len(begun))
-        assert prefix.quality == pytest.approx(edit_similarity(chat.decode(whole), answer))
-        written.add(tuple(begun))
+    for example in examples:
+        ((prompt, answer),) = [(p, a) for p, a in prompts.items() if tuple(example.ids[: len(p)]) == p]
+        assert example.num_context == len(prompt)
+        completion = example.ids[len(prompt) :]
+        assert example.quality == pytest.approx(edit_similarity(chat.decode(completion), answer))
+        written.add(tuple(completion))
     assert len(written) > 10
-    assert any(STOP in begun for begun in written) and any(STOP not in begun for begun in written)
+    assert any(STOP in completion for completion in written) and any(STOP not in completion for completion in written)
 
 
 def test_files_too_short_to_be_cut(model: Any, chat: Chat) -> None:
     with pytest.raises(UserError, match="shorter than evaluator.min_prefix_length 10"):
-        label_prefixes(model, chat, TASKS, options(), max_completion_length=6, seed=0)
+        label_files(model, chat, TASKS, options(), seed=0)
 
 
-def test_it_learns_and_is_an_ordinary_classifier(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["random", "policy"])
+def test_it_learns_and_is_an_ordinary_classifier(start: str, model: Any, tmp_path: Path) -> None:
+    """What is to be learned: the share of the letter b (1) among the tokens so far, where the sequence ends."""
     from transformers import AutoModelForSequenceClassification
 
-    draw = torch.Generator().manual_seed(0)
-    rows = [
-        torch.randint(0, 4, (int(torch.randint(2, 9, (1,), generator=draw)),), generator=draw).tolist()
-        for _ in range(600)
-    ]
-    prefixes = [Prefix(ids, ids.count(1) / len(ids)) for ids in rows]
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "num_epochs": 12,
-        "learning_rate": 5e-3,
-    }
+    draw = random.Random(0)
+    rows = [draw.choices(range(4), k=draw.randint(2, 8)) for _ in range(600)]
+    examples = [Example(ids, len(ids), ids.count(1) / len(ids)) for ids in rows]
+    given: dict[str, Any] = {"start": start, "num_epochs": 12, "learning_rate": 5e-3}
+    if start == "random":
+        given |= {"hidden_size": 32, "num_layers": 1, "num_heads": 2}
     state = torch.get_rng_state()
-    report = train_evaluator(prefixes, TOKENIZER, options(**sizes), tmp_path, vocab_size=len(TOKENIZER), seed=0)
+    report = train_evaluator(examples, TOKENIZER, options(**given), tmp_path, policy=model, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert report["correlation"] > 0.9 and report["rmse"] < report["quality_std"]
     assert json.loads((tmp_path / "evaluator.json").read_text()) == report
@@ -129,13 +127,30 @@ def test_it_learns_and_is_an_ordinary_classifier(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_places_that_are_fitted(model: Any, tmp_path: Path) -> None:
+    """Two qualities behind the same prompt: after it, their mean is the best guess; after what they differ in, each."""
+    examples = [Example([1, 2, 3, 4], 2, 0.0), Example([1, 2, 5, 6], 2, 1.0)] * 100
+    given: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_epochs": 12,
+        "learning_rate": 5e-3,
+    }
+    report = train_evaluator(examples, TOKENIZER, options(**given), tmp_path, policy=model, seed=0)
+    first, second = PrefixEvaluator(str(tmp_path), device="cpu").values([[1, 2, 3, 4], [1, 2, 5, 6]])
+    assert [*first[1:], *second[1:]] == pytest.approx([0.5, 0, 0, 0.5, 1, 1], abs=0.05)
+    assert report["rmse"] == pytest.approx((0.25 / 3) ** 0.5, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"prefixes": "samples", "num_next_tokens": 5}, "num_next_tokens is only read with evaluator.prefixes files"),
         ({"min_prefix_length": 20, "max_prefix_length": 10}, "max_prefix_length 10 is below min_prefix_length 20"),
-        ({"num_prefixes": 5}, "a tenth is held out"),
+        ({"num_examples": 5}, "a tenth is held out"),
         ({"hidden_size": 30}, "no multiple of twice evaluator.num_heads 4"),
+        ({"start": "policy", "num_layers": 2}, "num_layers is only read with evaluator.start random"),
         ({"num_heads": 0}, "evaluator.num_heads is 0: must be above 0"),
         ({"learning_rate": -1.0}, "evaluator.learning_rate is -1.0"),
         ({"weight_decay": -1.0}, "must not be negative"),
