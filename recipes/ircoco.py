@@ -39,7 +39,7 @@ from llmrl.config.ircoco import resolve_evaluator
 from llmrl.errors import UserError, run_main
 
 REWARD = "rewards/ircoco.py:ircoco"
-NUM_SAMPLES = 8
+NUM_SAMPLES = 4
 """Completions of each held-out task, beside the greedy one."""
 
 
@@ -48,10 +48,10 @@ class MadeUpConfig:
     """The made-up task and the model that is fine-tuned for it."""
 
     num_tasks: int = 400
-    num_held_out: int = 200
+    num_held_out: int = 150
     mistaken_frac: float = 0.5
     """In the corpus: share of the lines of commonly mistaken words that are wrong ..."""
-    slip_frac: float = 0.04
+    slip_frac: float = 0.0
     """... and share of all lines that are wrong in some other way."""
     num_examples: int = 6400
     max_steps: int = 400
@@ -72,7 +72,8 @@ class IRCoCoRun(Config):
     boundary: Literal["token", "line"] = "token"
     """Where the evaluator is looked at: after every token, or where lines end."""
     terminal: list[Preset] = field(default_factory=list)
-    """Presets that are trained too, for as many steps, on the true metric at the end of the completion."""
+    """Presets that are trained too, for as many steps, on the true metric at the end of the completion. What else is
+    given under `algo` is theirs too."""
 
 
 def main() -> None:
@@ -132,7 +133,7 @@ def plan(config: IRCoCoRun, folder: Path) -> dict[str, Config]:
     runs = {"dense": run_config(config, folder / "dense", config.algo)}
     for name in config.terminal:
         paid_at_end = False if resolve(AlgoConfig(name=name)).use_token_rewards else None
-        algo = AlgoConfig(name=name, use_token_rewards=paid_at_end)
+        algo = dataclasses.replace(config.algo, name=name, use_token_rewards=paid_at_end, gamma=None)
         runs[f"terminal {name}"] = run_config(config, folder / f"terminal_{name}", algo)
     for args in runs.values():
         validate(args)

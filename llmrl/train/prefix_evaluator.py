@@ -159,15 +159,15 @@ def train_evaluator(
         class Regression(Trainer):
             def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
                 """Squared error, a mean over all places that are predicted; transformers would look at one alone."""
-                hidden = getattr(model, model.base_model_prefix)(inputs["input_ids"], use_cache=False).last_hidden_state
-                errors = model.score(hidden)[..., 0] - inputs["labels"][:, None]
+                bare: Any = self.model  # on a machine with several GPUs `model` is a wrapper
+                hidden = bare.base_model(inputs["input_ids"], use_cache=False).last_hidden_state
+                errors = bare.score(hidden)[..., 0] - inputs["labels"][:, None]
                 return errors[inputs["places"]].square().mean()
 
         def collate(rows: list[Example]) -> dict[str, torch.Tensor]:
             ids = pad_right([row.ids for row in rows], pad)
-            first, last = (
-                torch.tensor(x)[:, None] for x in ([r.num_context for r in rows], [len(r.ids) for r in rows])
-            )
+            first = torch.tensor([row.num_context for row in rows])[:, None]
+            last = torch.tensor([len(row.ids) for row in rows])[:, None]
             after = torch.arange(1, ids.shape[1] + 1)[None]
             labels = torch.tensor([row.quality for row in rows], dtype=torch.float32)
             return {"input_ids": ids, "places": (first <= after) & (after <= last), "labels": labels}

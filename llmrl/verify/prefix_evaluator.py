@@ -94,9 +94,8 @@ class PrefixEvaluator:
         import torch
 
         ids = pad_right(sequences, self.tokenizer.pad_token_id, device=self.model.device)
-        trunk = getattr(self.model, self.model.base_model_prefix)
         with torch.inference_mode():  # what pads a row at its end changes nothing before it
-            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             return self.model.score(hidden)[..., 0].double().cpu().numpy()
 
     async def __call__(self, sequences: Sequence[list[int]]) -> list[Float[np.ndarray, " L"]]:
