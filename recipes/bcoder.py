@@ -102,41 +102,15 @@ def main() -> None:
 
 def make_up(config: BCoderRun, folder: Path) -> None:
     """Tasks, held-out tasks and a model that gets some of them right; `config` then points to them."""
-    from llmrl.data.programs import corpus, draw_programs, program_tokenizer, task_row
-    from llmrl.tiny import build_tiny_model, fine_tune
+    from llmrl.data.programs import draw_programs, fine_tune_on_corpus, task_row
 
-    options, seed = config.made_up, config.train.seed
-    drawn = draw_programs(options.num_tasks + options.num_held_out, seed=seed)
-    training, held_out = drawn[: options.num_tasks], drawn[options.num_tasks :]
-    for name, programs in (("tasks.jsonl", training), ("held_out_tasks.jsonl", held_out)):
+    options, seed = vars(config.made_up).copy(), config.train.seed
+    num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
+    drawn = draw_programs(num_tasks + num_held_out, seed=seed)
+    for name, programs in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
         (folder / name).write_text("".join(json.dumps(task_row(program)) + "\n" for program in programs))
     place = folder / "warm_start"
-    if not place.is_dir():
-        tokenizer = program_tokenizer()
-        model = build_tiny_model(
-            "qwen2",
-            vocab_size=len(tokenizer),
-            hidden_size=options.hidden_size,
-            intermediate_size=3 * options.hidden_size,
-            max_position_embeddings=256,
-            seed=seed,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        faults = {"mistaken_frac": options.mistaken_frac, "slip_frac": options.slip_frac}
-        examples = corpus(training, options.num_examples, seed=seed, **faults)
-        print(f"warm start: {options.max_steps} steps on a corpus with faults {faults}", flush=True)
-        fine_tune(
-            model,
-            tokenizer,
-            examples,
-            output_dir=folder / "sft",
-            max_steps=options.max_steps,
-            learning_rate=options.learning_rate,
-            seed=seed,
-        )
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+    fine_tune_on_corpus(drawn[:num_tasks], place, **options, seed=seed)
     config.model.path = str(place)
     config.data.path = str(folder / "tasks.jsonl")
     config.held_out = dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl"))

@@ -11,6 +11,10 @@
 
 Without a model.path the task is made up (llmrl/data/programs.py), and a tiny model is fine-tuned on buggy programs.
 Parts that are there already are not done again. `algo.name` is ircoco, or ppo (tokens are paid through a critic then).
+
+The whole is one process. To train on several, with an evaluator that is there (config.yaml in dense/ has the rewards):
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo.py --config runs/ircoco/dense/config.yaml
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -107,6 +112,11 @@ def check(config: IRCoCoRun) -> bool:
     Raises:
         UserError: fields that do not go together.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "recipes/ircoco.py runs in one process: start it with python. To train on several, with an evaluator that "
+            "is there: accelerate launch recipes/grpo.py --config OUTPUT_DIR/dense/config.yaml"
+        )
     made_up = config.model.path == MISSING
     if made_up != (config.data.path == MISSING):
         raise UserError("give both model.path and data.path, or neither (then a task and a model are made up)")
@@ -165,42 +175,15 @@ def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
 
 def make_up(config: IRCoCoRun, folder: Path) -> None:
     """Tasks, held-out tasks, and a model that gets some of them right."""
-    from llmrl.data.programs import completion_rows, corpus, draw_programs, program_tokenizer
-    from llmrl.tiny import build_tiny_model, fine_tune
+    from llmrl.data.programs import completion_rows, draw_programs, fine_tune_on_corpus
 
-    options, seed = config.made_up, config.train.seed
-    drawn = draw_programs(options.num_tasks + options.num_held_out, seed=seed)
-    training, held_out = drawn[: options.num_tasks], drawn[options.num_tasks :]
-    for name, programs in (("tasks.jsonl", training), ("held_out_tasks.jsonl", held_out)):
+    options, seed = vars(config.made_up).copy(), config.train.seed
+    num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
+    drawn = draw_programs(num_tasks + num_held_out, seed=seed)
+    for name, programs in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
         rows = completion_rows(programs, seed=seed)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    place = Path(config.model.path)
-    if place.is_dir():
-        return
-    tokenizer = program_tokenizer()
-    model = build_tiny_model(
-        "qwen2",
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        intermediate_size=3 * options.hidden_size,
-        max_position_embeddings=256,
-        seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    faults = {"mistaken_frac": options.mistaken_frac, "slip_frac": options.slip_frac}
-    print(f"warm start: {options.max_steps} steps on a corpus with faults {faults}", flush=True)
-    fine_tune(
-        model,
-        tokenizer,
-        corpus(training, options.num_examples, seed=seed, **faults),
-        output_dir=folder / "sft",
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        seed=seed,
-    )
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    fine_tune_on_corpus(drawn[:num_tasks], Path(config.model.path), **options, seed=seed)
 
 
 def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:

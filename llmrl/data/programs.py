@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 HEADER = "def f(x):\n"
@@ -161,3 +162,52 @@ def program_tokenizer() -> Any:
     from llmrl.tiny import char_tokenizer
 
     return char_tokenizer(ALPHABET, [*FRAGMENTS, *LIST_OPS, *END_OPS, ", "])
+
+
+def fine_tune_on_corpus(
+    programs: list[Program],
+    folder: Path,
+    *,
+    num_examples: int,
+    max_steps: int,
+    learning_rate: float,
+    hidden_size: int,
+    mistaken_frac: float,
+    slip_frac: float,
+    seed: int,
+) -> None:
+    """Build a tiny model, fine-tune it on a corpus of these programs, and save it with its tokenizer in `folder`.
+
+    Args:
+        programs: those of the corpus.
+        folder: where it goes; what is there already is not done again.
+        num_examples: of the corpus.
+        max_steps: of 16 examples each.
+        learning_rate: at its peak.
+        hidden_size: of the model.
+        mistaken_frac: as `slip_frac`, see `Program.lines`.
+        slip_frac: share of lines that are wrong in some other way.
+        seed: of model, corpus and order.
+    """
+    from llmrl.tiny import build_tiny_model, fine_tune
+
+    if folder.is_dir():
+        return
+    tokenizer = program_tokenizer()
+    model = build_tiny_model(
+        "qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        max_position_embeddings=256,
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    faults = {"mistaken_frac": mistaken_frac, "slip_frac": slip_frac}
+    print(f"warm start: {max_steps} steps on a corpus with faults {faults}", flush=True)
+    examples = corpus(programs, num_examples, seed=seed, **faults)
+    place = folder.with_name("sft")
+    fine_tune(model, tokenizer, examples, output_dir=place, max_steps=max_steps, learning_rate=learning_rate, seed=seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = {"edit_similarity", "exact_match", "sampled_edit_similarity", "sampled_exact_match"}
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "recipes/ircoco.py", "--config", "recipes/ircoco_tiny.yaml", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    given = os.environ | environment
+    return subprocess.run(command, cwd=REPOSITORY, env=given, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.slow
@@ -61,3 +63,9 @@ def test_what_cannot_be_is_said_first(arguments: list[str], said: str, tmp_path:
     assert found.returncode == 2, found.stdout + found.stderr
     assert said in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_it_is_one_process(tmp_path: Path) -> None:
+    found = start("--train.output_dir", str(tmp_path / "run"), WORLD_SIZE="2")
+    assert found.returncode == 2 and "runs in one process" in found.stderr
