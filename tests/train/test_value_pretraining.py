@@ -75,16 +75,16 @@ def is_sure(completion: str) -> float:
 
 @pytest.mark.slow
 def test_before_the_first_policy_step_the_critic_explains_the_rewards(tmp_path: Path, seed: int) -> None:
-    """The first of 14 tokens decides; 12 batches of 32 rollouts have to be enough to know it from the others."""
+    """The first of 15 tokens decides; 7 batches of 32 rollouts have to be enough for the critic to see that."""
     options = {
         "algo.name": "vapo",
-        "critic.learning_rate": 1e-3,
-        "critic.warmup_steps": 12,
+        "critic.learning_rate": 2e-3,
+        "critic.warmup_steps": 7,
         "data.prompt_format": "text",
         "rollout.max_completion_length": 16,
         "rollout.num_prompts": 8,
         "rollout.num_generations": 4,
-        "train.max_steps": 13,
+        "train.max_steps": 8,
         "train.output_dir": str(tmp_path / "run"),
         "train.save_steps": 0,
         "train.seed": seed,
@@ -93,7 +93,6 @@ def test_before_the_first_policy_step_the_critic_explains_the_rewards(tmp_path: 
     rows = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(10) for b in range(10)]
     Trainer(options, model=answering_model(tmp_path, seed), reward=is_sure, train_dataset=rows).train()
     steps = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    changes = [step["sync/change"] for step in steps]
-    first = next(number for number, change in enumerate(changes) if change)
-    assert first >= 8 and steps[first]["value/warmup_steps"] == first
-    assert steps[first]["value/explained_variance"] > 0.5, [step["value/explained_variance"] for step in steps]
+    assert [bool(step["sync/change"]) for step in steps] == [False] * 7 + [True], "the last step moves the policy"
+    variances = [step["value/explained_variance"] for step in steps]
+    assert variances[-1] > 0.5, variances
