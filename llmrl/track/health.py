@@ -11,8 +11,8 @@ LEAST_SAMPLE_SIZE = 0.5
 """Effective sample size, as a share of the tokens, below which most of a batch teaches nothing."""
 LEAST_CORRELATION = 0.1
 """Of an evaluator with the metric that it stands for."""
-LEAST_DRIFT = 0.02
-"""Rise of an evaluator's mean, and fall of its metric's, since the first step, that count as drifting apart."""
+LEAST_FALL = 0.02
+"""Of a metric's mean since the first step; with an evaluator that has not fallen they drift apart."""
 
 
 class Health:
@@ -88,7 +88,7 @@ class Health:
                 "completions, stop earlier, or pay the metric itself (algo.use_token_rewards false)"
             )
             found[f"{evaluator}/drift"] = (
-                rise > LEAST_DRIFT and change < -LEAST_DRIFT,
+                rise >= 0 and change < -LEAST_FALL,
                 f"{evaluator} has risen by {rise:.3f} since the first step while {name} has fallen by {-change:.3f}. "
                 + advice,
             )

@@ -94,7 +94,7 @@ def test_an_evaluator_that_rises_while_its_metric_falls() -> None:
     def means(evaluator: float, metric: float) -> dict[str, float]:
         return FINE | AGREE | {f"{EVALUATOR}/mean": evaluator, "reward/ircoco/mean": metric}
 
-    harmless = [(0.9, 0.9), (0.1, 0.1), (0.1, 0.9), (0.9, 0.49), (0.51, 0.1)]
+    harmless = [(0.9, 0.9), (0.1, 0.1), (0.1, 0.9), (0.9, 0.481), (0.499, 0.1)]
     health = Health(on_policy=True)
     for evaluator, metric in [(0.5, 0.5)] + [pair for pair in harmless for _ in range(3 * PATIENCE)]:
         assert health.observe(means(evaluator, metric)) == []
