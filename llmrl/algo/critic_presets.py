@@ -42,6 +42,10 @@ READ_WITH: dict[str, tuple[str, Callable[[CriticConfig], bool]]] = {
 """For options that not every choice reads: what they are read with, in words and as a condition."""
 
 
+SHORT_LAMBDA = 0.5
+"""A lambda of the longest answers below this is told."""
+
+
 def resolve_critic(config: Config) -> CriticConfig | None:
     """The critic of this run with no gap left, or None where the algorithm has none.
 
@@ -78,13 +82,20 @@ def _resolve(config: Config) -> tuple[CriticConfig | None, list[str]]:
 
 
 def describe_critic(config: Config) -> list[str]:
-    """A line for the user: what the critic of this run is, if it has one."""
+    """Lines for the user: what the critic of this run is, if it has one, and a caution about its lambda."""
     c = resolve_critic(config)
     if c is None:
         return []
     options = {k: v for k, v in dataclasses.asdict(c).items() if v is not None and k not in ("kind", "lora")}
     how = " through adapters" if c.lora is not None else ""
-    return [f"critic {c.kind}{how}: {', '.join(f'{k} {v}' for k, v in options.items())}"]
+    lines = [f"critic {c.kind}{how}: {', '.join(f'{k} {v}' for k, v in options.items())}"]
+    longest = config.rollout.max_completion_length
+    if c.length_alpha is not None and (lam := max(0.0, 1 - 1 / (c.length_alpha * longest))) < SHORT_LAMBDA:
+        lines.append(
+            f"caution: critic.length_alpha {c.length_alpha:g} is meant for long answers: with at most {longest} tokens "
+            f"lambda is at most {lam:.2f}, and advantages hang on the critic alone; raise it, or give critic.lam"
+        )
+    return lines
 
 
 def critic_contradictions(config: Config) -> list[str]:

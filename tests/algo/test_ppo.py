@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.algo.critic_presets import CRITIC_PRESETS, READ_WITH, critic_contradictions, resolve_critic
+from llmrl.algo.critic_presets import (
+    CRITIC_PRESETS,
+    READ_WITH,
+    critic_contradictions,
+    describe_critic,
+    resolve_critic,
+)
 from llmrl.algo.ppo import LM_WEIGHTS, OLD_VALUES, PPO, RETURNS, REWARDS, SETTLED_OVER, token_rewards
 from llmrl.algo.presets import FAMILIES
 from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RewardConfig, validate
@@ -312,6 +318,17 @@ def test_vapo() -> None:
     critic = algorithm.critic
     assert (critic.length_alpha, critic.lam, critic.lam_critic, critic.warmup_steps) == (0.05, None, 1.0, 50)
     assert ppo(name="vapo", critic={"lam": 0.9}).critic.length_alpha is None, "what is given wins"
+
+
+def test_a_lambda_by_length_that_is_small_for_every_answer_is_told() -> None:
+    """alpha 0.05: at most 32 tokens give lambda 1 - 1 / 1.6, 40 tokens 0.5."""
+    config = make_config(name="vapo")
+    config.rollout.max_completion_length = 32
+    _, caution = describe_critic(config)
+    assert "with at most 32 tokens lambda is at most 0.38" in caution
+    config.rollout.max_completion_length = 40
+    assert len(describe_critic(config)) == 1
+    assert len(describe_critic(make_config(name="ppo"))) == 1
 
 
 def test_an_adapter_critic_takes_the_policys_shape() -> None:
