@@ -158,6 +158,8 @@ class ValueRefinement(Refinement):
         old_values = values.pad([stream(samples, OLD_VALUES) for samples in rollouts])
         lengths = torch.tensor([sum(s.num_tokens for s in samples) for samples in rollouts])
         lam = critic.lam if critic.lam is not None else values.length_adaptive_lambda(lengths, critic.length_alpha)
+        if critic.length_alpha is not None:
+            self.batch.metrics["value/lambda"] = lam.mean().item()
         lam_critic = lam if critic.lam_critic is None else critic.lam_critic
         if self.algorithm.policy_frozen:
             lam_critic = 1.0

@@ -9,6 +9,8 @@ PATIENCE = 5
 """Steps in a row before a symptom is called a fault."""
 LEAST_SAMPLE_SIZE = 0.5
 """Effective sample size, as a share of the tokens, below which most of a batch teaches nothing."""
+LEAST_LAMBDA = 0.5
+"""Below it the length-adaptive lambda makes advantages of the next few values rather than of the outcome."""
 LEAST_CORRELATION = 0.1
 """Of an evaluator with the metric that it stands for."""
 LEAST_FALL = 0.02
@@ -59,6 +61,12 @@ class Health:
                 f"the policy is far from what sampled: of the rollouts' tokens only a share of "
                 f"{metrics.get('kl/mismatch/ess', 1.0):.2g} counts (kl/mismatch/ess). Lower rollout.max_staleness or "
                 "the learning rate, or mask what is off (algo.vllm_importance_sampling_mode token_mask)",
+            ),
+            "lambda": (
+                metrics.get("value/lambda", 1.0) < LEAST_LAMBDA,
+                f"lambda by length is {metrics.get('value/lambda', 1.0):.2g} on average: advantages are hardly more "
+                "than differences of the critic's values. For completions as short as these set critic.lam 0.95, or a "
+                "higher critic.length_alpha",
             ),
         }
         symptoms |= self._drift(metrics)

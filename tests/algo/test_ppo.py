@@ -135,6 +135,8 @@ def test_lambda_by_length() -> None:
     batch = refined(ppo(critic={"length_alpha": 0.5}), [rollout(4), rollout(2, index=1)], [[0.0] * 4, [0.0] * 2])
     assert batch.samples[0].advantages.tolist() == [0.125, 0.25, 0.5, 1.0]
     assert batch.samples[1].advantages.tolist() == [0.0, 1.0]
+    assert batch.metrics["value/lambda"] == 0.25
+    assert "value/lambda" not in refined(ppo(), [rollout(2)], [[0.0] * 2]).metrics
 
 
 def test_kl_in_the_reward() -> None:

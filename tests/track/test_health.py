@@ -22,6 +22,7 @@ ILL = {
     "unscored": ({"reward/unscored_frac": 0.021}, "could not be scored"),
     "entropy": ({"policy/entropy": 0.039}, "entropy has fallen"),
     "off_policy": ({"kl/mismatch/ess": 0.49}, "far from what sampled"),
+    "lambda": ({"value/lambda": 0.49}, "lambda by length"),
 }
 NEARLY = {
     "advantage/zero_variance_frac": 0.999,
@@ -30,6 +31,7 @@ NEARLY = {
     "policy/entropy": 0.041,
     "kl/mismatch/max": 0.05,
     "kl/mismatch/ess": 0.5,
+    "value/lambda": 0.5,
 }
 
 
