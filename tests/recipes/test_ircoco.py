@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llmrl.config import parse
 from llmrl.track.files import read_jsonl
+from llmrl.verify.spec import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = {"edit_similarity", "exact_match", "sampled_edit_similarity", "sampled_exact_match"}
@@ -63,6 +65,23 @@ def test_what_cannot_be_is_said_first(arguments: list[str], said: str, tmp_path:
     assert found.returncode == 2, found.stdout + found.stderr
     assert said in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_runs_that_are_planned(tmp_path: Path) -> None:
+    recipe = load_file(REPOSITORY / "recipes" / "ircoco.py")
+    arguments = ["--config", str(REPOSITORY / "recipes" / "ircoco_py150.yaml"), "--terminal", "[ircoco, grpo]"]
+    config = parse([*arguments, "--train.output_dir", str(tmp_path)], config_class=recipe.IRCoCoRun)
+    assert not recipe.check(config)
+    dense, terminal, grpo = recipe.plan(config, tmp_path).values()
+    assert [run.algo.use_token_rewards for run in (dense, terminal, grpo)] == [None, False, None]
+    assert {str(run.rewards) for run in (dense, terminal, grpo)} == {str(dense.rewards)}
+    assert dense.rewards[0].args == {"evaluator": str(tmp_path / "evaluator"), "boundary": "token", "pay_stop": False}
+    assert dense.train.resume_from_checkpoint is None
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "metrics.jsonl").write_text("")
+    again, *others = recipe.plan(config, tmp_path).values()
+    assert again.train.resume_from_checkpoint == "last", "a run that was stopped goes on"
+    assert all(run.train.resume_from_checkpoint is None for run in others)
 
 
 @pytest.mark.slow
