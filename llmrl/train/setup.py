@@ -92,8 +92,9 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         rubric.check(tasks[0])
         check_stored(config, tasks)
 
-    from llmrl.train.critic import build_critic
-    from llmrl.train.models import add_lora, load_generation_config, load_model, load_tokenizer
+    from llmrl.track.health import Health
+    from llmrl.train.learner import Learner
+    from llmrl.train.models import load_generation_config, load_tokenizer
 
     quieten_libraries()
     accelerator = make_accelerator(config)
@@ -105,7 +106,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     tokenizer = given["processing_class"]
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
-    chat = collector = None
+    chat, collector = None, None
     if offline is not None:
         notes, sampler, collector = offline.encode(tokenizer, generation), offline.sampler(), offline.collector()
         eval_tasks = [row.task for row in offline.eval_rows]
@@ -118,31 +119,33 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
     for note in notes + described + describe_critic(config):
         console.say(note)
     accelerator.wait_for_everyone()
-    model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    model.to(accelerator.device)
-    critic = build_critic(config, model, tokenizer) if config.critic is not None else None
-    adapters = given["peft_config"] or config.model.lora
-    if adapters is not None:
-        model = add_lora(model, adapters, seed=config.train.seed)
-    algorithm = make_algorithm(config, rubric)
-    keep_reference = algorithm.needs.reference and not precomputes_reference(config)
-    policy = make_policy(config, model.to(accelerator.device), critic, keep_reference=keep_reference)
-    return _assemble(
-        config,
-        accelerator,
-        console,
-        tokenizer,
-        chat,
-        sampler,
-        tasks,
-        eval_tasks,
-        rubric,
-        policy,
-        algorithm,
-        resume,
-        collector,
+    policy, algorithm = _policy(config, given, loaded, tokenizer, accelerator, rubric)
+    learner = Learner(config, policy, accelerator)
+    engine, sync = NoEngine(), NoSync()
+    if chat is not None:
+        engine, sync = _engine(config, policy, accelerator, console)
+        collector = make_collector(config, engine, chat, rubric)
+    assert collector is not None
+    record, ledger = _files(config, accelerator, resume=resume)
+    console.say(_summary(config, policy, learner, accelerator))
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        console=console,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        tasks={task.id: task for task in tasks},
+        eval_tasks=eval_tasks,
+        rubric=rubric,
+        policy=policy,
+        learner=learner,
+        engine=engine,
+        sync=sync,
+        collector=collector,
+        algorithm=algorithm,
+        health=Health(on_policy=learner.steps_per_batch == 1 and config.bcoder is None),
+        record=record,
+        ledger=ledger,
     )
 
 
@@ -366,65 +369,59 @@ def _console(config: Config, accelerator: Accelerator) -> Console:
     return Console(config.track.console, enabled=accelerator.is_main_process)
 
 
-def _assemble(
-    config,
-    accelerator,
-    console,
-    tokenizer,
-    chat,
-    sampler,
-    tasks,
-    eval_tasks,
-    rubric,
-    policy,
-    algorithm,
-    resume,
-    collector,
-) -> Parts:
-    from llmrl.track.health import Health
-    from llmrl.track.record import Record, tracker_config
+def _policy(
+    config: Config,
+    given: dict[str, Any],
+    loaded: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    rubric: Rubric,
+) -> tuple[Policy, Algorithm]:
+    """The model, whole or with adapters, its critic and reference, and what trains it."""
+    from llmrl.train.critic import build_critic
+    from llmrl.train.models import add_lora, load_model
+
+    model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    critic = build_critic(config, model, tokenizer) if config.critic is not None else None
+    adapters = given["peft_config"] or config.model.lora
+    wrapped = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
+    algorithm = make_algorithm(config, rubric)
+    keep_reference = algorithm.needs.reference and not precomputes_reference(config)
+    return make_policy(config, wrapped.to(accelerator.device), critic, keep_reference=keep_reference), algorithm
+
+
+def _engine(config: Config, policy: Policy, accelerator: Accelerator, console: Console) -> tuple[Engine, WeightSync]:
     from llmrl.train.engines import engine_precision, make_engine
-    from llmrl.train.learner import Learner
-    from llmrl.train.ledger import Ledger
     from llmrl.train.sync import WeightSync
 
-    learner = Learner(config, policy, accelerator)
     causal_lm = policy.bare.causal_lm
-    if collector is None:
-        engine = make_engine(config, causal_lm, policy, accelerator, console.say)
-        vocab_size = causal_lm.config.get_text_config().vocab_size
-        sync = WeightSync(policy, engine, vocab_size=vocab_size, **engine_precision(config))
-        collector = make_collector(config, engine, chat, rubric)
-    else:
-        engine, sync = NoEngine(), NoSync()
+    engine = make_engine(config, causal_lm, policy, accelerator, console.say)
+    vocab_size = causal_lm.config.get_text_config().vocab_size
+    return engine, WeightSync(policy, engine, vocab_size=vocab_size, **engine_precision(config))
+
+
+def _files(config: Config, accelerator: Accelerator, *, resume: bool) -> tuple[Record | None, Ledger | None]:
+    """The run's files, on the main process; and its trackers."""
+    from llmrl.track.record import Record, tracker_config
+    from llmrl.train.ledger import Ledger
+
     record = ledger = None
     if accelerator.is_main_process:
         record = Record(config, accelerator, resume=resume)
         ledger = Ledger(Path(config.train.output_dir) / "ledger.jsonl")
     if config.track.report_to:
         accelerator.init_trackers(config.track.project, tracker_config(config))
+    return record, ledger
+
+
+def _summary(config: Config, policy: Policy, learner: Learner, accelerator: Accelerator) -> str:
+    """A line for the user: what is trained, on what, and where the run is."""
     trained = sum(p.numel() for p in learner.parameters)
     total = sum(p.numel() for p in policy.bare.parameters())
-    console.say(
-        f"{type(causal_lm).__name__}: {trained:,} of {total:,} parameters trained, {accelerator.num_processes} "
-        f"process(es) on {accelerator.device.type}, run directory {config.train.output_dir}"
-    )
-    return Parts(
-        config=config,
-        accelerator=accelerator,
-        console=console,
-        tokenizer=tokenizer,
-        sampler=sampler,
-        tasks={task.id: task for task in tasks},
-        eval_tasks=eval_tasks,
-        rubric=rubric,
-        policy=policy,
-        learner=learner,
-        engine=engine,
-        sync=sync,
-        collector=collector,
-        algorithm=algorithm,
-        health=Health(on_policy=learner.steps_per_batch == 1 and config.bcoder is None),
-        record=record,
-        ledger=ledger,
+    return (
+        f"{type(policy.bare.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, run directory {config.train.output_dir}"
     )

