@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -302,9 +304,11 @@ def test_a_server_outlives_the_thread_that_started_it(box: LocalSandbox) -> None
 
 def test_a_dead_server_is_replaced(box: LocalSandbox) -> None:
     call(box, "def f(): return 1")
-    for pid in pids(box):
-        os.killpg(pid, signal.SIGKILL)
-        wait_until_gone([pid])
+    for server in [server for group in box._idle.values() for server in group]:
+        os.killpg(server._process.pid, signal.SIGKILL)
+        server._control.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):  # what is inside bubblewrap dies a moment after it
+            assert server._control.recv(1, socket.MSG_PEEK) == b""
     assert call(box, "def f(): return 2") == 2
 
 
