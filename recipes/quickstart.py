@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from llmrl.config import Config, DataConfig, parse, validate
-from llmrl.errors import run_main
+from llmrl.errors import UserError, run_main
 
 THINK, END_THINK, BOX = "<think>", "</think>", "\\boxed{"
 ALPHABET = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
@@ -56,38 +56,52 @@ class WarmStartConfig:
 class QuickstartConfig(Config):
     """The quickstart: a run, and its warm start."""
 
+    digits: int = 2
+    """Of each number. With 3, answers without a scratchpad are hardly ever right."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
-def pairs(*, held_out: bool) -> list[tuple[int, int]]:
-    """All pairs of numbers below 100 on one side of the split."""
-    return [(a, b) for a in range(100) for b in range(100) if ((7919 * a + 104729 * b) % 17 == 0) == held_out]
+def pairs(*, held_out: bool, digits: int = 2) -> list[tuple[int, int]]:
+    """Pairs of numbers on one side of the split: all below 100, and of longer ones 8,000 drawn at random."""
+    if digits == 2:
+        everything = ((a, b) for a in range(100) for b in range(100))
+        return [pair for pair in everything if is_held_out(*pair) == held_out]
+    draw, found = random.Random(7), []
+    while len(found) < 8000:
+        pair = draw.randrange(10**digits), draw.randrange(10**digits)
+        if is_held_out(*pair) == held_out:
+            found.append(pair)
+    return found
 
 
-def prompt(a: int, b: int) -> str:
-    return f"Compute {a:02d}+{b:02d}\n"
+def is_held_out(a: int, b: int) -> bool:
+    return (7919 * a + 104729 * b) % 17 == 0
 
 
-def completion(a: int, b: int, *, scratchpad: bool) -> str:
+def prompt(a: int, b: int, digits: int = 2) -> str:
+    return f"Compute {a:0{digits}d}+{b:0{digits}d}\n"
+
+
+def completion(a: int, b: int, *, scratchpad: bool, digits: int = 2) -> str:
     """A correct answer; the scratchpad adds digit by digit from the right, with the carry."""
     work, carry = [], 0
-    for x, y in zip(reversed(f"{a:02d}"), reversed(f"{b:02d}"), strict=True):
+    for x, y in zip(reversed(f"{a:0{digits}d}"), reversed(f"{b:0{digits}d}"), strict=True):
         total = int(x) + int(y) + carry
         work.append(f"{x}+{y}+{carry}={total}")
         carry = total // 10
     return f"{THINK}{','.join(work) if scratchpad else ''}{END_THINK}{BOX}{a + b}}}"
 
 
-def rows(chosen: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    return [{"prompt": prompt(a, b), "answer": str(a + b)} for a, b in chosen]
+def rows(chosen: list[tuple[int, int]], digits: int = 2) -> list[dict[str, Any]]:
+    return [{"prompt": prompt(a, b, digits), "answer": str(a + b)} for a, b in chosen]
 
 
-def held_out_rows() -> list[dict[str, Any]]:
+def held_out_rows(digits: int = 2) -> list[dict[str, Any]]:
     """The prompts of the table: the same for every seed."""
-    return rows(random.Random(0).sample(pairs(held_out=True), NUM_HELD_OUT))
+    return rows(random.Random(0).sample(pairs(held_out=True, digits=digits), NUM_HELD_OUT), digits)
 
 
 # --- warm start -------------------------------------------------------------------------------------------------------
@@ -116,9 +130,10 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     )
     draw = random.Random(seed)
     examples = []
-    for a, b in draw.choices(pairs(held_out=False), k=16 * 750):
+    for a, b in draw.choices(pairs(held_out=False, digits=config.digits), k=16 * 750):
         shown = draw.random() < options.scratchpad_frac
-        examples.append({"prompt": prompt(a, b), "completion": completion(a, b, scratchpad=shown)})
+        answer = completion(a, b, scratchpad=shown, digits=config.digits)
+        examples.append({"prompt": prompt(a, b, config.digits), "completion": answer})
     gate = make_gate(config, tokenizer)
     trainer = SFTTrainer(
         model=model,
@@ -172,7 +187,7 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
     options = config.warm_start
     chat = Chat(tokenizer, prompt_format="text")
     reward, fixed = resolve(config.rewards[0].fn), config.rewards[0].args
-    questions = held_out_rows()[:64]
+    questions = held_out_rows(config.digits)[:64]
 
     async def measure(model: Any, step: int) -> tuple[float, float]:
         """(accuracy, accuracy of the answers that show their work)."""
@@ -223,8 +238,9 @@ async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     from llmrl import Trainer
     from llmrl.data.tasks import tasks_from_rows
 
-    trainer = Trainer(config, train_dataset=rows(pairs(held_out=False)))
-    held_out = tasks_from_rows(held_out_rows(), DataConfig(), "additions")
+    tasks = rows(pairs(held_out=False, digits=config.digits), config.digits)
+    trainer = Trainer(config, train_dataset=tasks)
+    held_out = tasks_from_rows(held_out_rows(config.digits), DataConfig(), "additions")
 
     async def measure() -> dict[str, Any]:
         greedy, groups = await trainer.evaluate(held_out)
@@ -257,6 +273,10 @@ async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     config = parse(config_class=QuickstartConfig)
+    if not 2 <= config.digits <= 9:
+        raise UserError(
+            f"digits is {config.digits}: must be 2 to 9 (one digit gives too few additions to hold any out)"
+        )
     folder = Path(config.train.output_dir)
     prepare_folder(folder, config)
     begin = time.perf_counter()
