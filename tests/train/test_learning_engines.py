@@ -46,6 +46,7 @@ def test_the_engine_makes_no_difference_to_what_is_learned(tmp_path: Path) -> No
         print(engine, " ".join(f"{reward:.2f}" for reward in curve))
     ends = {engine: fmean(curve[-4:]) for engine, curve in curves.items()}
     assert min(ends.values()) > fmean(curves["hf"][:3]) + 0.15, ends
+    # Different random numbers: over seeds 0 to 2 the ends of 256 rollouts lay up to 0.09 apart, after a rise of 0.4.
     assert max(ends.values()) - min(ends.values()) < 0.15, ends
     apart = fmean(abs(a - b) for a, b in zip(curves["vllm"], curves["vllm_server"], strict=True))
     assert apart < 0.02, "the same seeds draw the same tokens from vLLM here and on a server"
