@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmrl.config import Config, load_config
     from llmrl.errors import LlmrlError, RunFailed, UserError
-    from llmrl.train.trainer import Trainer
+    from llmrl.run.trainer import Trainer
     from llmrl.types import Rollout, RolloutGroup, Score, Task
     from llmrl.verify.rubric import Part, Rubric
 
@@ -23,7 +23,7 @@ _HOME = {
     "LlmrlError": "errors",
     "RunFailed": "errors",
     "UserError": "errors",
-    "Trainer": "train.trainer",
+    "Trainer": "run.trainer",
     "Rollout": "types",
     "RolloutGroup": "types",
     "Score": "types",

@@ -55,7 +55,7 @@ def train(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]
     config = load_config(argv, prog="llmrl train RECIPE.yaml")
-    from llmrl.train.trainer import Trainer
+    from llmrl.run.trainer import Trainer
 
     Trainer(config).train()
     return 0
@@ -69,15 +69,15 @@ def verify(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """`llmrl eval`: see `llmrl.evaluation`."""
-    from llmrl.evaluation import run as run_eval
+    """`llmrl eval`: see `llmrl.run.evaluation`."""
+    from llmrl.run.evaluation import run as run_eval
 
     return run_eval(argv)
 
 
 def serve(argv: list[str]) -> int:
-    """`llmrl serve`: see `llmrl.rollout.serve`."""
-    from llmrl.rollout.serve import run as run_serve
+    """`llmrl serve`: see `llmrl.engines.vllm.serve`."""
+    from llmrl.engines.vllm.serve import run as run_serve
 
     if argv and not argv[0].startswith("-"):
         argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]

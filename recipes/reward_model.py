@@ -87,7 +87,7 @@ def main() -> None:
 
 def pairs(config: RewardModelConfig) -> list[dict[str, Any]]:
     """Rows of prompt, chosen, rejected: the dataset's, or those that the hierarchy finds among recorded rollouts."""
-    from llmrl.algo.hierarchical import HierarchicalPreference
+    from llmrl.algo.preference.hierarchy import HierarchicalPreference
     from llmrl.data.preferences import load_preferences, preferences_from_rollouts
     from llmrl.track.files import read_jsonl
 
@@ -109,7 +109,7 @@ def load(config: RewardModelConfig) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from llmrl.train.models import TINY, load_model, load_tokenizer
+    from llmrl.model.load import TINY, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     if not config.model.path.startswith(TINY):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Message, Score
-from llmrl.verify import boxes as bx
-from llmrl.verify.answers import completion_text, extract_tag
+from llmrl.verify.checks import boxes as bx
+from llmrl.verify.checks.answers import completion_text, extract_tag
 
 Measure = Literal["iou", "map", "map50", "od_length"]
 Space = Literal["original", "input", "thousand"]

@@ -9,12 +9,11 @@ import asyncio
 import traceback
 from typing import Any
 
+from llmrl.endpoint import EndpointError, shared_endpoint
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, Score, Status
-from llmrl.verify.answers import gold_answers
-from llmrl.verify.judge_correct import KNOWN_SEPARATOR
-from llmrl.verify.judge_http import EndpointError, shared_endpoint
-from llmrl.verify.rubric_graph import (
+from llmrl.verify.checks.answers import gold_answers
+from llmrl.verify.citations.rubrics import (
     Evaluation,
     RubricFor,
     RubricNorm,
@@ -25,7 +24,8 @@ from llmrl.verify.rubric_graph import (
     mix_rewards,
     record_dicts,
 )
-from llmrl.verify.rubric_judge import load_judge
+from llmrl.verify.citations.support import load_judge
+from llmrl.verify.judge.correct import KNOWN_SEPARATOR
 
 SERVER_TIMEOUT_S = 660.0
 """Longer than the server's own limit (600 s), so that a slow verdict is not asked for twice."""
@@ -69,7 +69,7 @@ async def citation_rubric(
         metadata: CaRR rows hold the rubrics and the clean question here, under `remote_env_info`.
         entities: known names of the placeholders, for `judge="lexical"`.
         rollout: a truncated one gets 0 and asks nothing.
-        judge: see `llmrl.verify.judge.get_judge`; or `lexical` (no model).
+        judge: see `llmrl.verify.judge.judge.get_judge`; or `lexical` (no model).
         server_url: a running `scripts/serve_rubric`, used in place of `judge`.
         alpha: share of the rubric reward.
         rubric_norm: see `mix_rewards`. One rollout has nothing to be normalised by: `score_group` gives the paper's

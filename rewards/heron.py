@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmrl.algo.hierarchical import HierarchicalPreference
+from llmrl.algo.preference.hierarchy import HierarchicalPreference
 from llmrl.types import Rollout
 from llmrl.verify.reward import group_reward
 

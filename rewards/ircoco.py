@@ -15,7 +15,8 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Score, Turn
-from llmrl.verify.prefix_evaluator import (
+from llmrl.verify.checks.text import code_exact_match, edit_similarity
+from llmrl.verify.models.prefix_evaluator import (
     Boundary,
     PrefixEvaluator,
     get_prefix_evaluator,
@@ -23,7 +24,6 @@ from llmrl.verify.prefix_evaluator import (
     telescoping_rewards,
 )
 from llmrl.verify.reward import group_reward
-from llmrl.verify.text_metrics import code_exact_match, edit_similarity
 
 
 @group_reward
@@ -49,7 +49,7 @@ async def ircoco(
         boundary: `token`, or `line`: the evaluator is looked at where lines end, and their tokens share what is gained.
         pay_stop: the stop token is paid too, by an evaluator that has learned from completions that have ended
             (`evaluator.prefixes samples` in the recipe). Otherwise it gets 0, as in the paper.
-        options: further arguments of `llmrl.verify.prefix_evaluator.get_prefix_evaluator` (device, dtype ...).
+        options: further arguments of `llmrl.verify.models.prefix_evaluator.get_prefix_evaluator` (device, dtype ...).
 
     Raises:
         UserError: the evaluator cannot be loaded, or does not fit the policy's tokens.

@@ -15,9 +15,9 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Score
-from llmrl.verify.answers import after_thinking, gold_answers
-from llmrl.verify.judge import OfflineJudge, Question, get_judge
-from llmrl.verify.judge_correct import judge_correct
+from llmrl.verify.checks.answers import after_thinking, gold_answers
+from llmrl.verify.judge.correct import judge_correct
+from llmrl.verify.judge.judge import OfflineJudge, Question, get_judge
 
 GRADE = Question(
     name="grade",
@@ -45,7 +45,7 @@ async def judge(
         prompt: the last user message of the prompt (text or content parts), or the prompt's messages.
         question: what was asked, where that is not the prompt.
         criteria: what to grade by.
-        judge: see `llmrl.verify.judge.get_judge`.
+        judge: see `llmrl.verify.judge.judge.get_judge`.
 
     Raises:
         UserError: neither answer nor criteria, no question, or no judge.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrl.types import Score
-from llmrl.verify.math import extract_answer, gold_answers, judge
+from llmrl.verify.checks.math import extract_answer, gold_answers, judge
 
 POOL = True
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Score
-from llmrl.verify import answers as qa
+from llmrl.verify.checks import answers as qa
 
 Measure = Literal["em", "f1", "substring", "search_r1", "deepresearcher"]
 _MEASURES = {"em": qa.exact_match, "f1": qa.f1, "substring": qa.substring_match}

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmrl.types import Message, Rollout, Score
+from llmrl.verify.models.classifier import ask, get_reward_model
 from llmrl.verify.reward import group_reward
-from llmrl.verify.reward_model import ask, get_reward_model
 
 
 @group_reward
@@ -28,7 +28,7 @@ async def reward_model(
         rollouts: the group; groups that arrive together share forward passes.
         model: folder or hub id of a sequence classifier with one output; or a function from conversations to numbers.
         base_url: of a server that answers `/classify` as vLLM does; then `model` is the name it serves.
-        options: further arguments of `llmrl.verify.reward_model.get_reward_model` (device, dtype, max_length ...).
+        options: further arguments of `llmrl.verify.models.classifier.get_reward_model` (device, dtype, max_length ...).
 
     Raises:
         UserError: the model cannot be loaded, or has several outputs.

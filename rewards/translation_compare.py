@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmrl.types import Score
-from llmrl.verify.judge import OfflineJudge
-from llmrl.verify.translation import Row, config_from, translation_score
+from llmrl.verify.judge.judge import OfflineJudge
+from llmrl.verify.translation.compare import Row, config_from, translation_score
 
 
 async def translation_compare(
@@ -30,7 +30,7 @@ async def translation_compare(
     judge: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> Score:
-    """Reward of one translation; see `llmrl.verify.translation.translation_score` for its terms.
+    """Reward of one translation; see `llmrl.verify.translation.compare.translation_score` for its terms.
 
     Args:
         completion: the policy's output.
@@ -39,7 +39,7 @@ async def translation_compare(
         target_language: ISO 639-1 code.
         exemplar: the translation to compare with (mode compare).
         reference: a human translation (metrics chrf, bleu, ter).
-        judge: see `llmrl.verify.judge.get_judge` (modes compare and grade).
+        judge: see `llmrl.verify.judge.judge.get_judge` (modes compare and grade).
         options: fields of TranslationConfig.
     """
     row = Row(

@@ -9,11 +9,11 @@ from collections import Counter
 from typing import Any
 
 from llmrl.errors import UserError
+from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
 from llmrl.types import Message, Score
-from llmrl.verify.answers import completion_text
-from llmrl.verify.code import Outcome, TestResult, UnusableRow, reward_of, run_tests
-from llmrl.verify.code_rows import Row, extract_program, read_row
-from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
+from llmrl.verify.checks.answers import completion_text
+from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
+from llmrl.verify.code.rows import Row, extract_program, read_row
 
 POOL = True
 """Judging takes seconds for some programs: it runs in the pool's worker processes, each with a box of its own."""

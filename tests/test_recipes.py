@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llmrl.config import load_config
+from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
-from llmrl.train.ledger import audit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"
@@ -127,7 +127,7 @@ def test_online_dpo_a_reward_model_of_its_rollouts_and_that_as_a_reward(tmp_path
     )  # fmt: skip
     report = json.loads(said.strip().splitlines()[-1])
     assert report["pairs"] > 4
-    from llmrl.verify.reward_model import get_reward_model
+    from llmrl.verify.models.classifier import get_reward_model
 
     model = get_reward_model(str(folder), device="cpu", max_length=64)
     found = asyncio.run(model([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]))

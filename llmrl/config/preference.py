@@ -35,7 +35,7 @@ class PreferenceConfig:
     """`dataset`: rows with prompt, chosen, rejected (or prompt, completion, label), no engine and no rewards.
     `rollouts`: the policy's own completions, compared by the rewards."""
     loss_type: list[PairLoss] | None = None
-    """One or several losses of `llmrl/algo/preference_losses.py`, added up."""
+    """One or several losses of `llmrl/algo/ops/preference_losses.py`, added up."""
     loss_weights: list[float] | None = None
     """One for each loss; default 1."""
     beta: float | None = None

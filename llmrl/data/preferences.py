@@ -25,7 +25,7 @@ from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Task, Turn
 
 if TYPE_CHECKING:
-    from llmrl.algo.hierarchical import HierarchicalPreference
+    from llmrl.algo.preference.hierarchy import HierarchicalPreference
     from llmrl.config import DataConfig
     from llmrl.data.chat import Chat
 

@@ -18,7 +18,7 @@ from llmrl.types import Completion, Rollout, RolloutGroup, Sampling, Status, Tas
 if TYPE_CHECKING:
     from llmrl.config import RolloutConfig
     from llmrl.data.chat import Chat
-    from llmrl.rollout.engine import Engine
+    from llmrl.engines.base import Engine
     from llmrl.verify.rubric import Rubric
 
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmrl.algo.refine import INFLUENCE, INFLUENCE_WEIGHTS
-from llmrl.algo.token_hidden_reward import influence, influence_matrix, prediction_errors
+from llmrl.algo.ops.token_hidden_reward import influence, influence_matrix, prediction_errors
+from llmrl.algo.policy_gradient.refine import INFLUENCE, INFLUENCE_WEIGHTS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from llmrl.algo.algorithm import Algorithm
-    from llmrl.train.policy import Policy
+    from llmrl.algo.base import Algorithm
+    from llmrl.model.policy import Policy
     from llmrl.types import ForwardOutputs, MicroBatch, Sample, TrainBatch
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.algo.corrections import finish_metrics, mismatch_metrics
-from llmrl.algo.pairs import count_pairs
+from llmrl.algo.ops.corrections import finish_metrics, mismatch_metrics
+from llmrl.algo.policy_gradient.refine import INFLUENCE, INFLUENCE_WEIGHTS
+from llmrl.algo.preference.pairs import count_pairs
 from llmrl.algo.presets import resolve
-from llmrl.algo.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.errors import RunFailed
+from llmrl.model.policy import evaluating
 from llmrl.train.influence import Reweighting, group_influence, groups_to_score
 from llmrl.train.packing import build_micro_batch, fits, plan_micro_batches
-from llmrl.train.policy import evaluating
 from llmrl.train.prefixes import share_prefixes, single_trees
 from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from llmrl.algo.algorithm import Algorithm
+    from llmrl.algo.base import Algorithm
     from llmrl.config import Config, TrainConfig
-    from llmrl.train.policy import Policy, ReferenceHead
+    from llmrl.model.policy import Policy, ReferenceHead
     from llmrl.train.prefixes import Tree
 
 

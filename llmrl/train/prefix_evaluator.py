@@ -18,9 +18,9 @@ import torch
 
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model
-from llmrl.verify.prefix_evaluator import PrefixEvaluator
-from llmrl.verify.reward_model import pad_right
-from llmrl.verify.text_metrics import edit_similarity, sentence_bleu
+from llmrl.verify.checks.text import edit_similarity, sentence_bleu
+from llmrl.verify.models.classifier import pad_right
+from llmrl.verify.models.prefix_evaluator import PrefixEvaluator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

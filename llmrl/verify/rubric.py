@@ -197,7 +197,7 @@ class Rubric:
         means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
         self.metrics = {}
         # Loaded only where a reward asks a judge: it needs the extra `judge`.
-        judges = sys.modules.get("llmrl.verify.judge")
+        judges = sys.modules.get("llmrl.verify.judge.judge")
         return means | (judges.judge_metrics() if judges is not None else {})
 
     async def close(self) -> None:

@@ -98,8 +98,8 @@ def worker(side: str, name: str, model_folder: str, seed: str, out: str) -> None
     import datasets  # noqa: F401
     import trl.trainer.dpo_trainer  # noqa: F401
 
-    import llmrl.algo.dpo
-    import llmrl.train.trainer  # noqa: F401
+    import llmrl.algo.preference.dpo
+    import llmrl.run.trainer  # noqa: F401
 
     case, meter = CASES[name], Meter()
     found: dict[str, Any] = {}

@@ -95,8 +95,8 @@ async def greedy_accuracy(work: Any, model_folder: str, weights: dict[str, Any])
 
     from benchmarks.workloads import quickstart
     from llmrl.data.chat import Chat
-    from llmrl.rollout.hf_engine import HFEngine
-    from llmrl.train.policy import Policy
+    from llmrl.engines.hf.engine import HFEngine
+    from llmrl.model.policy import Policy
     from llmrl.types import Sampling
     from llmrl.verify.reward import resolve
 

@@ -22,13 +22,13 @@ def preload() -> None:
     import math_verify  # noqa: F401
     import trl.trainer.grpo_trainer  # noqa: F401
 
-    import llmrl.algo.grpo
+    import llmrl.algo.policy_gradient.algorithm
+    import llmrl.engines.hf.engine
     import llmrl.rollout.collector
-    import llmrl.rollout.hf_engine
+    import llmrl.run.ledger
+    import llmrl.run.sync
+    import llmrl.run.trainer
     import llmrl.train.learner
-    import llmrl.train.ledger
-    import llmrl.train.sync
-    import llmrl.train.trainer
     import llmrl.verify.rubric  # noqa: F401
 
 

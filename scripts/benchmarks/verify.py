@@ -18,15 +18,15 @@ from typing import Any
 
 from benchmarks.common import Meter, compare, measure
 from llmrl.config import RolloutConfig
+from llmrl.engines.base import FakeEngine
 from llmrl.rollout.collector import Collector
-from llmrl.rollout.engine import FakeEngine
+from llmrl.sandbox import Limits
+from llmrl.sandbox.local import LocalSandbox
 from llmrl.types import Message, RolloutGroup, Sampling, Task
-from llmrl.verify.code import run_tests
-from llmrl.verify.code_rows import read_row
+from llmrl.verify.code.check import run_tests
+from llmrl.verify.code.rows import read_row
 from llmrl.verify.pool import Pool, available_cores
 from llmrl.verify.rubric import Rubric
-from llmrl.verify.sandbox import Limits
-from llmrl.verify.sandbox.local import LocalSandbox
 
 NUM_PROGRAMS = 60
 NUM_QUESTIONS = 60

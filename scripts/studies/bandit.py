@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.algo.advantages import group_advantages, leave_one_out, pass_at_k_advantages
-from llmrl.algo.losses import cispo_loss, clipped_surrogate, importance_ratio, sapo_loss
-from llmrl.algo.token_hidden_reward import influence, influence_matrix, prediction_errors, thr_weights
+from llmrl.algo.ops.advantages import group_advantages, leave_one_out, pass_at_k_advantages
+from llmrl.algo.ops.losses import cispo_loss, clipped_surrogate, importance_ratio, sapo_loss
+from llmrl.algo.ops.token_hidden_reward import influence, influence_matrix, prediction_errors, thr_weights
 from studies.tables import cell, markdown
 
 CONTEXTS, ARMS, GROUP, STEPS, UPDATES = 256, 16, 16, 15, 4

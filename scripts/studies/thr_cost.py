@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from llmrl.algo.grpo import GRPO
+from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.config import AlgoConfig, Config, TrainConfig
+from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
 from llmrl.train.learner import Learner
-from llmrl.train.policy import Policy
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
 VOCABULARY, PROMPT, COMPLETION, GROUPS, SIZE, REPETITIONS = 32_000, 64, 96, 4, 8, 8

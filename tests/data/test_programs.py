@@ -16,7 +16,7 @@ from llmrl.data.programs import (
     program_tokenizer,
     task_row,
 )
-from llmrl.verify.code_rows import read_row
+from llmrl.verify.code.rows import read_row
 
 
 def test_a_program_by_hand() -> None:

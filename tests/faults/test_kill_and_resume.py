@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
-from llmrl.train.ledger import audit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_KILLS = int(os.environ.get("LLMRL_TEST_KILLS", "4"))

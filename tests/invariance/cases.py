@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmrl.algo.algorithm import Algorithm
+from llmrl.algo.base import Algorithm
 from llmrl.algo.critic_presets import resolve_critic
 from llmrl.algo.presets import resolve
 from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutConfig, TrainConfig
+from llmrl.model.critic import build_critic
+from llmrl.model.load import add_lora
+from llmrl.model.policy import Policy
+from llmrl.run.build import make_algorithm
 from llmrl.tiny import build_tiny_model
-from llmrl.train.critic import build_critic
 from llmrl.train.learner import Learner
-from llmrl.train.models import add_lora
-from llmrl.train.policy import Policy
-from llmrl.train.setup import make_algorithm
 from llmrl.types import Rollout, RolloutGroup, Sample, Score, Task, TrainBatch, Turn
 
 VOCABULARY = 61

@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from llmrl.config import LoraConfig
+from llmrl.model.policy import Policy
+from llmrl.run.build import make_algorithm
 from llmrl.train.learner import Learner
-from llmrl.train.policy import Policy
-from llmrl.train.setup import make_algorithm
-from tests.algo.test_token_hidden_reward import make_groups
+from tests.algo.ops.test_token_hidden_reward import make_groups
 from tests.invariance.cases import make_config, make_ppo_learner, scored_groups, tiny_model, trained_parameters
 
 CASES: dict[str, dict[str, Any]] = {

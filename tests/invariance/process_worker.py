@@ -70,7 +70,7 @@ def run_cases(seed: int, accelerator: Accelerator) -> dict[str, list[dict[str, A
 
 def main() -> int:
     if sys.argv[1] == "--refused":
-        from llmrl.train.setup import make_accelerator
+        from llmrl.run.build import make_accelerator
 
         try:
             make_accelerator(make_config(sys.argv[2]))

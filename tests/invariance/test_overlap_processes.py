@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmrl.run.checkpoint import list_checkpoints
+from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
-from llmrl.train.checkpoint import list_checkpoints
-from llmrl.train.ledger import audit
 from tests.invariance.launch import launch
 
 WORKER = "overlap_worker.py"

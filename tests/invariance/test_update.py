@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmrl.algo.algorithm import Needs
+from llmrl.algo.base import Needs
 from llmrl.errors import RunFailed
+from llmrl.model.policy import Policy
 from llmrl.train.learner import Learner
 from llmrl.train.packing import build_micro_batch
-from llmrl.train.policy import Policy
 from llmrl.types import ForwardOutputs, MicroBatch, Sample
 from tests.invariance.cases import (
     MAX_COMPLETION_LENGTH,

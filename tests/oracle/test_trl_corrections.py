@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from llmrl.algo.corrections import correction_weights, mismatch_metrics
+from llmrl.algo.ops.corrections import correction_weights, mismatch_metrics
 from llmrl.types import Counts, Sample
 from tests.oracle.test_trl_grpo import (
     BATCH,

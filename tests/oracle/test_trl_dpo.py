@@ -16,17 +16,17 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from llmrl.algo.dpo import DPO
-from llmrl.algo.kto import KTO
-from llmrl.algo.pairs import count_pairs
+from llmrl.algo.preference.dpo import DPO
+from llmrl.algo.preference.kto import KTO
+from llmrl.algo.preference.pairs import count_pairs
 from llmrl.algo.preference_presets import resolve_preference
 from llmrl.config import AlgoConfig, Config, PreferenceConfig
+from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.train.packing import build_micro_batch
-from llmrl.train.policy import Policy
 from llmrl.train.prefixes import Tree
 from llmrl.types import Counts, MicroBatch, RolloutGroup, Sample
-from tests.algo.preference_cases import dataset_group
+from tests.algo.preference.preference_cases import dataset_group
 
 pytestmark = pytest.mark.slow
 
@@ -265,7 +265,7 @@ def logps(seed: int) -> tuple[Tensor, Tensor]:
 def test_simpo(smoothing: float, seed: int) -> None:
     from trl.experimental.cpo import CPOTrainer
 
-    from llmrl.algo.preference_losses import simpo_loss
+    from llmrl.algo.ops.preference_losses import simpo_loss
 
     made = SimpleNamespace(
         alpha=0.0, beta=2.0, simpo_gamma=0.6, loss_type="simpo", label_smoothing=smoothing,
@@ -280,7 +280,7 @@ def test_simpo(smoothing: float, seed: int) -> None:
 def test_orpo(seed: int) -> None:
     from trl.experimental.orpo import ORPOTrainer
 
-    from llmrl.algo.preference_losses import odds_ratio_loss
+    from llmrl.algo.ops.preference_losses import odds_ratio_loss
 
     made = SimpleNamespace(beta=1.0, accelerator=SimpleNamespace(device="cpu"))
     chosen, rejected = (x.requires_grad_() for x in logps(seed))

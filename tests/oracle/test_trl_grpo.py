@@ -15,10 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmrl.algo.advantages import group_advantages
+from llmrl.algo.ops.advantages import group_advantages
+from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.train.packing import build_micro_batch
-from llmrl.train.policy import Policy
 from llmrl.types import Counts, Sample
 from tests.invariance.cases import grpo
 

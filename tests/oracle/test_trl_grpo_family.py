@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from llmrl.algo.advantages import group_advantages, multi_reward_advantages
+from llmrl.algo.ops.advantages import group_advantages, multi_reward_advantages
 from llmrl.train.packing import build_micro_batch
 from tests.invariance.cases import grpo
 from tests.oracle.test_trl_grpo import (
@@ -120,7 +120,7 @@ def test_off_policy_sequence_mask(theirs: GRPOTrainer, seed: int) -> None:
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
 def test_high_entropy_mask(theirs: GRPOTrainer, fraction: float, seed: int) -> None:
-    from llmrl.algo.masks import high_entropy_mask
+    from llmrl.algo.ops.masks import high_entropy_mask
 
     frozen = freeze(seed, theirs, old=False, ref=False)
     mask = frozen.trl["completion_mask"]

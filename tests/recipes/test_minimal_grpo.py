@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmrl.algo.advantages import group_advantages
-from llmrl.algo.losses import clipped_surrogate, token_ratio
+from llmrl.algo.ops.advantages import group_advantages
+from llmrl.algo.ops.losses import clipped_surrogate, token_ratio
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "minimal_grpo.py"
 

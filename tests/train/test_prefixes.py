@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
 from llmrl.train.packing import build_micro_batch, plan_micro_batches
-from llmrl.train.policy import Policy
 from llmrl.train.prefixes import Cost, Tree, causal_length, share_prefixes, single_trees, tree_mask
 from llmrl.types import MicroBatch, Sample
 from tests.invariance.cases import make_config, make_learner

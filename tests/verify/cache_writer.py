@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrl.verify.judge_cache import Ledger, ReplyCache, Spent
+from llmrl.verify.judge.cache import Ledger, ReplyCache, Spent
 
 
 def write_and_read(folder: str, worker: int) -> None:

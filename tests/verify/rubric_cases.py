@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llmrl.verify.judge_verdict import Question, Verdict, check_values
+from llmrl.verify.judge.verdict import Question, Verdict, check_values
 
 
 def call(identifier: str, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Task, Turn
-from llmrl.verify import answers as qa
+from llmrl.verify.checks import answers as qa
 from rewards.qa_match import EXAMPLES, qa_match
 from tests.verify.texts import HUGE, assert_linear, repeated, texts
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrl.errors import UserError
-from llmrl.verify import boxes as bx
-from llmrl.verify.boxes import Box, Detection
+from llmrl.verify.checks import boxes as bx
+from llmrl.verify.checks.boxes import Box, Detection
 from rewards.box_iou import EXAMPLES, box_iou
 from tests.verify.texts import HUGE, assert_linear, repeated, texts
 

@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
+from llmrl import endpoint as judge_http
+from llmrl.endpoint import EndpointError
 from llmrl.errors import UserError
 from llmrl.types import Rollout, RolloutGroup, Score, Status, Task, Turn
-from llmrl.verify import judge_http
-from llmrl.verify.judge_http import EndpointError
-from llmrl.verify.judge_verdict import Question, Verdict
+from llmrl.verify.citations.support import LexicalJudge
+from llmrl.verify.judge.verdict import Question, Verdict
 from llmrl.verify.rubric import Part, Rubric
-from llmrl.verify.rubric_judge import LexicalJudge
 from rewards.citation_rubric import EXAMPLES, citation_rubric, evaluate_remotely, score_group
 from tests.verify.rubric_cases import RIGHT, ScriptedJudge
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from llmrl.verify import citations as ct
-from llmrl.verify.rubric_graph import evaluate
-from llmrl.verify.rubric_judge import LexicalJudge
+from llmrl.verify.citations import pages as ct
+from llmrl.verify.citations.rubrics import evaluate
+from llmrl.verify.citations.support import LexicalJudge
 from tests.verify.rubric_cases import PAGE, call, tool
 from tests.verify.texts import HUGE, assert_linear, repeated, texts
 

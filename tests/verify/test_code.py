@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from llmrl.errors import UserError
+from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
 from llmrl.types import Score
-from llmrl.verify.code import TestResult as Result
-from llmrl.verify.code import reward_of, run_tests, same_output, same_value
-from llmrl.verify.code_rows import AssertTests, CallTests, StdinTests, extract_program, read_row
-from llmrl.verify.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
+from llmrl.verify.code.check import TestResult as Result
+from llmrl.verify.code.check import reward_of, run_tests, same_output, same_value
+from llmrl.verify.code.rows import AssertTests, CallTests, StdinTests, extract_program, read_row
 
 pytestmark = pytest.mark.slow
 

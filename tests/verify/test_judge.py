@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from llmrl import endpoint as judge_http
+from llmrl.endpoint import Endpoint
 from llmrl.errors import RunFailed, UserError
-from llmrl.verify import judge as judge_module
-from llmrl.verify import judge_http
-from llmrl.verify.judge import (
+from llmrl.verify.judge import judge as judge_module
+from llmrl.verify.judge.cache import Ledger, Spent
+from llmrl.verify.judge.judge import (
     Canary,
     EndpointError,
     Judge,
@@ -28,9 +30,7 @@ from llmrl.verify.judge import (
     both_orders,
     get_judge,
 )
-from llmrl.verify.judge_cache import Ledger, Spent
-from llmrl.verify.judge_http import Endpoint
-from llmrl.verify.judge_verdict import json_schema
+from llmrl.verify.judge.verdict import json_schema
 from llmrl.verify.rubric import Rubric
 from rewards import judge as judge_reward
 from rewards import translation_compare

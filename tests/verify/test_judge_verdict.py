@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrl.verify.judge import Question
-from llmrl.verify.judge_verdict import clean_text, read_verdict, render
+from llmrl.verify.judge.judge import Question
+from llmrl.verify.judge.verdict import clean_text, read_verdict, render
 from tests.verify.texts import assert_linear
 
 QUESTION = Question(name="correct", instructions="Is it right?", fields={"reason": str, "correct": bool})

@@ -17,7 +17,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from llmrl.types import Score
-from llmrl.verify.math import (
+from llmrl.verify.checks.math import (
     _parse,
     _surely_differ,
     extract_answer,

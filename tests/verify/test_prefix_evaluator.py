@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.types import Message, Rollout, RolloutGroup, Task, Turn
-from llmrl.verify.prefix_evaluator import PrefixEvaluator, get_prefix_evaluator, segment_ends, telescoping_rewards
+from llmrl.verify.models.prefix_evaluator import (
+    PrefixEvaluator,
+    get_prefix_evaluator,
+    segment_ends,
+    telescoping_rewards,
+)
 from llmrl.verify.rubric import Part, Rubric
 
 NEWLINE = ord("\n")

@@ -15,7 +15,7 @@ import torch
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.types import Message, RolloutGroup
-from llmrl.verify.reward_model import RewardModel, get_reward_model
+from llmrl.verify.models.classifier import RewardModel, get_reward_model
 from llmrl.verify.rows import row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrl.verify.text_metrics import code_exact_match, edit_similarity, sentence_bleu, without_placeholders
+from llmrl.verify.checks.text import code_exact_match, edit_similarity, sentence_bleu, without_placeholders
 
 WORDS = st.text("ab c=", max_size=12)
 TOKENS = st.lists(st.integers(0, 4), max_size=12)

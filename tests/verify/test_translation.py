@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrl import endpoint as judge_http
 from llmrl.errors import UserError
-from llmrl.verify import judge_http
-from llmrl.verify.judge import EndpointError, OfflineJudge
-from llmrl.verify.language import base_language, is_language
-from llmrl.verify.translation import COMPARE, FORMAT, GRADE, THOUGHT, copied_share, parse_output
-from llmrl.verify.translation_metrics import metric_scores, metric_value, surface_metrics
+from llmrl.verify.judge.judge import EndpointError, OfflineJudge
+from llmrl.verify.translation.compare import COMPARE, FORMAT, GRADE, THOUGHT, copied_share, parse_output
+from llmrl.verify.translation.language import base_language, is_language
+from llmrl.verify.translation.metrics import metric_scores, metric_value, surface_metrics
 from rewards.translation_compare import translation_compare
 from tests.verify.texts import assert_linear
 
@@ -181,7 +181,7 @@ def test_language_codes() -> None:
 
 
 def test_without_py3langid_only_languages_of_one_script_need_it(monkeypatch: Any) -> None:
-    from llmrl.verify import language
+    from llmrl.verify.translation import language
 
     monkeypatch.setitem(sys.modules, "py3langid", None)
     language._identifier.cache_clear()

@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from llmrl.config import RewardConfig, VerifyConfig
-from llmrl.verify.answers import NORMALIZERS
+from llmrl.verify.checks.answers import NORMALIZERS
 from llmrl.verify.command import run
-from llmrl.verify.judge import JudgeConfig, OfflineJudge, get_judge
+from llmrl.verify.judge.judge import JudgeConfig, OfflineJudge, get_judge
 from llmrl.verify.rubric import Rubric
-from llmrl.verify.translation import config_from
+from llmrl.verify.translation.compare import config_from
 from rewards import citation_rubric
 
 ROOT = Path(__file__).resolve().parents[2]

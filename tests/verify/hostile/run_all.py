@@ -13,11 +13,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llmrl.verify.code import run_tests
-from llmrl.verify.code_rows import read_row
-from llmrl.verify.sandbox import Limits
-from llmrl.verify.sandbox.local import LocalSandbox
-from llmrl.verify.sandbox.server import Server
+from llmrl.verify.code.check import run_tests
+from llmrl.verify.code.rows import read_row
+from llmrl.sandbox import Limits
+from llmrl.sandbox.local import LocalSandbox
+from llmrl.sandbox.server import Server
 
 HERE = Path(__file__).parent
 CHECKS = ["solve([3, 1, 2]) == 39", "solve([10, 20]) == 9002", "solve([]) == 'none'", "solve([5, -5]) == 2"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from llmrl.verify.sandbox import SandboxUnavailable, open_sandbox
+from llmrl.sandbox import SandboxUnavailable, open_sandbox
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def python_of_nobody() -> str | None:
             continue
         try:
             tried = subprocess.run(
-                [candidate, "-c", "import sys, llmrl.verify.sandbox; sys.exit(sys.version_info < (3, 11))"],
+                [candidate, "-c", "import sys, llmrl.sandbox; sys.exit(sys.version_info < (3, 11))"],
                 user=NOBODY, group=NOBODY, extra_groups=[], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True,
             )  # fmt: skip
         except OSError:

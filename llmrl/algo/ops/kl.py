@@ -1,0 +1,72 @@
+"""Per-token estimators of the Kullback-Leibler divergence between the policy and another model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +- this before exp, so that one token cannot overflow a batch."""
+
+
+def k1(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """k1 = d = logprobs - ref_logprobs: mean = KL(policy || reference) on-policy.
+
+    Subtracted from the reward it gives the exact reverse-KL gradient. As a loss its gradient is zero on average.
+
+    References:
+        Schulman 2020, "Approximating KL divergence".
+    """
+    return (logprobs - ref_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def k2(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """k2 = d^2 / 2: biased as a value; as a loss its gradient d * grad logprobs is the reverse KL's, exact on-policy.
+
+    References:
+        Schulman 2020, "Approximating KL divergence".
+    """
+    return k1(logprobs, ref_logprobs).square() / 2
+
+
+def k3(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """k3 = exp(-d) - 1 + d with d = logprobs - ref_logprobs: never negative, mean = KL(policy || reference) on-policy.
+
+    As a loss its gradient is (1 - exp(-d)) * grad logprobs, which agrees with the reverse KL's to first order in d.
+    Multiplied by the ratio (differentiated) the gradient is ratio * d * grad logprobs: exact, off-policy too.
+
+    References:
+        Schulman 2020, "Approximating KL divergence" (k3); Shao et al. 2024, arXiv:2402.03300, equation 4;
+        DeepSeek-AI 2025, arXiv:2512.02556 (times the ratio).
+    """
+    difference = k1(logprobs, ref_logprobs)
+    return (-difference).exp() - 1 + difference
+
+
+def absolute(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """|d|: pulls with the same force however far the policy is (verl's `abs`)."""
+    return k1(logprobs, ref_logprobs).abs()
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
+"""Those that look at the drawn token. The divergence of whole distributions is in `model/logprob_head.py`."""
+
+
+def adapted_beta(beta: float, measured: float, *, target: float, horizon: int, num_rollouts: int) -> float:
+    """The KL coefficient after a step: beta * (1 + clip(KL / target - 1, -0.2, 0.2) * num_rollouts / horizon).
+
+    References:
+        Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+    error = min(max(measured / target - 1, -0.2), 0.2)
+    return beta * (1 + error * num_rollouts / horizon)
+
+
+def penalty(
+    kind: Literal["k1", "k2", "k3", "abs"], logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]
+) -> Float[Tensor, " M"]:
+    """The estimator that `kl_estimator` names."""
+    return ESTIMATORS[kind](logprobs, ref_logprobs)

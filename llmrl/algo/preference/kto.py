@@ -1,0 +1,126 @@
+"""KTO: single completions with a label, desirable or not, against a reference point of the whole batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmrl.algo.base import Needs, Stateless, samples_of
+from llmrl.algo.ops import preference_losses as losses
+from llmrl.algo.preference.dpo import ref_sync
+from llmrl.types import Sample, TrainBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmrl.config import PreferenceConfig
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
+
+
+class KTO(Stateless):
+    """Kahneman-Tversky Optimization, and APO-zero for completions without a partner.
+
+    The reference point is an estimate over all completions of the batch, on all processes, under the policy that takes
+    it: one value, the same for every micro-batch and mini-batch. (TRL's is one of each micro-batch.)
+
+    Args:
+        config: what is chosen, without gaps.
+        max_completion_length: of the batch's record; not read here.
+
+    References:
+        Ethayarajh et al. 2024, arXiv:2402.01306; D'Oosterlinck et al. 2024, arXiv:2408.06266.
+    """
+
+    def __init__(self, config: PreferenceConfig, *, max_completion_length: int = 0) -> None:
+        self.config: Any = config
+        self.max_completion_length = max_completion_length
+        self.name: str = self.config.loss_type[0]
+        self.kl = 0.0
+        estimates = self.name == "kto"
+        self.needs = Needs(ref_logprobs=True, every_sample=True, refine=estimates, ref_sync=ref_sync(config))
+
+    def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
+        """Stage 4: labels (advantage 1 or -1), and for `kto` each completion behind another group's prompt too."""
+        threshold = self.config.desirable_above
+        threshold = 0.5 if threshold is None else threshold  # a dataset's labels are rewards of 1 and 0
+        for group in groups:
+            for rollout in group.rollouts:
+                reward = None if rollout.score is None else rollout.score.reward
+                rollout.advantage = 0.0 if reward is None else 1.0 if reward > threshold else -1.0
+        samples = samples_of(groups)
+        desirable = sum(bool(s.advantages[0] > 0) for s in samples)
+        probes = mismatched(samples) if self.name == "kto" else []
+        return TrainBatch(
+            samples=samples + probes,
+            num_groups=len(groups),
+            max_completion_length=self.max_completion_length,
+            policy_version=policy_version,
+            metrics={"preference/desirable_frac": desirable / max(1, len(samples))},
+            groups=groups,
+            sampled=self.config.source == "rollouts",
+        )
+
+    def refine(self, batch: TrainBatch) -> None:
+        """Set the reference point from the mismatched completions, and leave these out of the batch."""
+        probes = [s for s in batch.samples if s.probe]
+        batch.samples = [s for s in batch.samples if not s.probe]
+        ratios = []
+        for s in probes:
+            assert s.old_logprobs is not None and s.ref_logprobs is not None
+            ratios.append(float((s.old_logprobs - s.ref_logprobs).sum(dtype=np.float64)))
+        self.kl = losses.kto_reference_point(torch.tensor(ratios)).item()
+
+    def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 5: this micro-batch's share of the weighted mean over all completions."""
+        c = self.config
+        assert batch.ref_logprobs is not None
+        of_tokens = outputs.logprobs - batch.ref_logprobs
+        ratios = of_tokens.new_zeros(len(batch.samples)).index_add(0, batch.sequence_ids, of_tokens)
+        labels = [bool(sample.advantages[0] > 0) for sample in batch.samples]
+        desirable = torch.tensor(labels, dtype=torch.bool, device=ratios.device)
+        if self.name == "kto":
+            each = losses.kto_loss(ratios, desirable, beta=c.beta, kl=self.kl)
+        else:
+            each = losses.apo_zero_unpaired_loss(ratios, desirable, beta=c.beta)
+        each = each * torch.where(desirable, c.desirable_weight, c.undesirable_weight)
+        rewards = c.beta * ratios.detach()
+        total = counts.num_sequences
+        metrics = {
+            "preference/accuracy": ((rewards > c.beta * self.kl) == desirable).sum() / total,
+            "preference/signed_reward": (rewards * torch.where(desirable, 1.0, -1.0)).sum() / total,
+            "preference/kl": torch.full_like(each, self.kl).sum() / total,
+        }
+        return each.sum() / total, metrics
+
+
+def mismatched(samples: list[Sample]) -> list[Sample]:
+    """Each group's prompts with the completions of the group before it: the first group's get the last group's.
+
+    With one rollout per group this is TRL's rotation by one, over the whole batch. A single group has no other prompt
+    to offer, and gives none.
+    """
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    ordered = list(groups.values())
+    if len(ordered) < 2:
+        return []
+    found = []
+    for here, before in zip(ordered, ordered[-1:] + ordered[:-1], strict=True):
+        for i, sample in enumerate(here):
+            other = before[i % len(before)]
+            start, begin = (int(np.argmax(s.loss_mask)) for s in (sample, other))
+            found.append(
+                Sample(
+                    input_ids=np.concatenate([sample.input_ids[:start], other.input_ids[begin:]]),
+                    loss_mask=np.concatenate([sample.loss_mask[:start], other.loss_mask[begin:]]),
+                    advantages=np.zeros(other.num_tokens, np.float32),
+                    rollout_logprobs=np.zeros(other.num_tokens, np.float32),
+                    group=sample.group,
+                    index=sample.index,
+                    probe=True,
+                )
+            )
+    return found

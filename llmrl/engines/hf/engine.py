@@ -1,0 +1,371 @@
+"""The `hf` engine: samples from a transformers checkpoint in the caller's process, with continuous batching.
+
+Prompt token ids and a `Sampling` in, a `Completion` out as soon as that row is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmrl.engines.hf.fast import FastDecoder
+from llmrl.engines.hf.generic import GenericDecoder
+from llmrl.engines.hf.rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
+from llmrl.engines.hf.weights import unsupported_reason
+from llmrl.engines.sampling import SamplingRows, check_sampling, check_tokens, sample_tokens
+from llmrl.errors import RunFailed, UserError
+from llmrl.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from llmrl.engines.base import Adapter, WeightSource
+
+SELF_CHECK_PARAMETERS = 50_000_000
+"""Up to this size the fast decoder is compared with transformers when an engine is built."""
+
+
+class Decoder(Protocol):
+    """What the engine needs of a decoder; rows are numbered 0..N-1 without gaps, new ones at the end."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]: ...
+    def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N V"]: ...
+    def remove(self, finished: list[int], target: list[int], source: list[int]) -> None: ...
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+    def load(self, name: str, tensor: Tensor) -> None: ...
+    def finish_load(self) -> None: ...
+    def drop_prefixes(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class HFEngine:
+    """An `Engine` over a transformers model of this process, with its own copy of the weights.
+
+    Up to `max_num_seqs` rows decode together; a finished row's place goes to the next waiting request, in the order of
+    submission. Work happens in one asyncio task that runs while there are requests and yields to the event loop between
+    steps. The same submissions in the same order give the same bits.
+
+    Weights that arrive while requests run are used from the next step on: those requests keep the keys and values
+    computed so far, and their `policy_version` spans both. Requests admitted later see the new weights alone.
+
+    Args:
+        config: of the model.
+        weights: the first weights, served as version 0.
+        max_num_seqs: rows decoded together.
+        dtype: the weights are held and used in.
+        device: to run on.
+        attn_implementation: of the generic decoder.
+        decoder: `fast` is this project's decoder for the Llama family; `generic` runs transformers' own model; `auto`
+            takes the fast one where every feature of the configuration is known to it, otherwise the generic one.
+            Either is first compared with a plain forward pass of transformers on a short sequence; the fast one only
+            below 50 million parameters, because its comparison needs a second model.
+        max_model_len: longest prompt + completion that will be asked for; default the model's limit. It allows the fast
+            decoder where a sliding window is longer than this.
+
+    Raises:
+        UserError: `decoder="fast"` for a configuration that it does not know.
+        RunFailed: `weights` do not fit the configuration.
+    """
+
+    takes_adapters = False
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        weights: WeightSource,
+        max_num_seqs: int = 128,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
+        decoder: Literal["auto", "fast", "generic"] = "auto",
+        max_model_len: int | None = None,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs is {max_num_seqs}: must be at least 1")
+        text_config = config.get_text_config()
+        limits = [n for n in (max_model_len, getattr(text_config, "max_position_embeddings", None)) if n is not None]
+        self.max_model_len = min(limits) if limits else None
+        self.vocab_size = text_config.vocab_size
+        self.max_num_seqs = max_num_seqs
+        self.device = device
+        self.version = 0
+        self._attn_implementation = attn_implementation
+        self._decoder: Decoder = self._build_decoder(config, dtype, decoder)
+        self._rows: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._state = RowState(device)
+        self._settings = SamplingRows.build([], device)
+        self._task: asyncio.Task[None] | None = None
+        self._broken: str | None = None
+        self._load(weights)
+        self._self_check(config, dtype, weights, decoder)
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
+        """Draw one completion; see `Engine.generate`. Cancelling the call frees its row.
+
+        Raises:
+            UserError: an empty prompt, a token outside the vocabulary, an impossible setting, or prompt + max_tokens
+                beyond the model's positions.
+            RunFailed: logits that are not finite, or an engine that is closed or broken.
+        """
+        self._check_open()
+        self._check_request(prompt_ids, sampling)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Request(tuple(prompt_ids), sampling, session, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="hf engine")
+        return await future
+
+    async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
+        self._check_open()
+        for sequence in sequences:
+            check_tokens(sequence, self.vocab_size)
+        with torch.inference_mode():
+            return self._decoder.logprobs(sequences)
+
+    async def load_weights(self, source: WeightSource, *, version: int) -> None:
+        """Serve the weights of `source` from now on, as policy `version`.
+
+        `source` is gone through twice: names and shapes are checked before any weight changes.
+
+        Raises:
+            RunFailed: names are missing, unexpected or wrongly shaped; the old weights are still served.
+        """
+        self._check_open()
+        self._load(source)
+        self.version = version
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Refuse: this engine is given merged weights."""
+        raise RunFailed("the hf engine takes merged weights: use load_weights")
+
+    async def sleep(self) -> None:
+        """Nothing to give back: its weights are few beside the learner's."""
+
+    async def close(self) -> None:
+        """Release the model. Requests that still wait fail with RunFailed. Safe to call twice."""
+        if self._broken is None:
+            self._broken = "the engine is closed"
+        task, self._task = self._task, None
+        self._fail(RunFailed("the engine was closed before this request was finished"))
+        if task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop():
+            task.cancel()
+            await asyncio.wait([task])
+        self._decoder = None  # type: ignore[assignment]
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise RunFailed(f"no request can be served: {self._broken}")
+
+    def _check_request(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        check_sampling(sampling)
+        check_tokens(prompt_ids, self.vocab_size)
+        total = len(prompt_ids) + sampling.max_tokens
+        if self.max_model_len is not None and total > self.max_model_len:
+            raise UserError(
+                f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the "
+                f"model holds {self.max_model_len} positions: shorten the prompt or lower max_completion_length"
+            )
+
+    # --- the step loop --------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Step until nothing is left to do; what goes wrong reaches every caller."""
+        try:
+            waiting = -1
+            while waiting != len(self._waiting):  # callers that are ready now submit before the first batch is made
+                waiting = len(self._waiting)
+                await asyncio.sleep(0)
+            while self._waiting or self._rows:
+                self._step()
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self._fail(RunFailed("the engine's task was cancelled: its event loop was shut down"))
+            raise
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Drop all requests and tell their callers."""
+        requests = [*self._rows, *self._waiting]
+        self._rows, self._waiting = [], deque()
+        if self._decoder is not None:
+            self._decoder.reset()
+        for request in requests:
+            if not request.future.done() and not request.future.get_loop().is_closed():
+                request.future.set_exception(error)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Admit what fits, then one token for every row."""
+        self._drop_cancelled()
+        while self._waiting and len(self._rows) < self.max_num_seqs:
+            self._admit()
+        if self._rows:
+            self._accept(self._decoder.step(self._state.last[: len(self._rows)]), first=0)
+
+    def _drop_cancelled(self) -> None:
+        if any(request.future.done() for request in self._waiting):
+            self._waiting = deque(request for request in self._waiting if not request.future.done())
+        cancelled = [row for row, request in enumerate(self._rows) if request.future.done()]
+        if cancelled:
+            self._remove(cancelled)
+
+    def _admit(self) -> None:
+        """Give free rows to waiting requests and sample their first token."""
+        first = len(self._rows)
+        count = min(self.max_num_seqs - first, len(self._waiting))
+        requests = [self._waiting.popleft() for _ in range(count)]
+        for request in requests:
+            request.oldest_version = self.version
+        self._rows += requests
+        self._state.append(first, [request.sampling for request in requests])
+        logits = self._decoder.admit([request.prompt for request in requests])
+        self._settings = SamplingRows.build([request.sampling for request in requests], self.device)
+        self._accept(logits, first=first)
+        self._settings = self._settings_of_rows()
+
+    def _accept(self, logits: Float[Tensor, "n V"], *, first: int) -> None:
+        """Sample the next token of rows first, first + 1, ... and hand over those that are finished."""
+        rows = slice(first, len(self._rows))
+        sampled = sample_tokens(logits, self._state.next_uniforms(rows), self._settings)
+        states = self._state.record(rows, *sampled)
+        if not any(states):
+            return
+        finished = [first + i for i, state in enumerate(states) if state != RUNNING]
+        results = self._state.results(finished)
+        for row, (token_ids, logprobs) in zip(finished, results, strict=True):
+            request, state = self._rows[row], states[row - first]
+            if state == BAD_LOGITS:
+                raise RunFailed(
+                    f"the model gave NaN or infinite logits for token {len(token_ids)} of the completion of session "
+                    f"{request.session!r} (prompt of {len(request.prompt)} tokens, weights of version {self.version}): "
+                    "the weights are broken, usually by a diverged update; lower the learning rate or train in float32"
+                )
+            if not request.future.done():
+                finish = "stop" if state == STOP else "length"
+                versions = (request.oldest_version, self.version)
+                request.future.set_result(
+                    Completion(token_ids=token_ids, logprobs=logprobs, finish=finish, policy_version=versions)
+                )
+        self._remove(finished)
+
+    def _remove(self, finished: list[int]) -> None:
+        """Free rows; rows from the end take the numbers that became free, so that none is missing."""
+        remaining = len(self._rows) - len(finished)
+        gone = set(finished)
+        target = [row for row in finished if row < remaining]
+        source = [row for row in range(remaining, len(self._rows)) if row not in gone]
+        self._decoder.remove(finished, target, source)
+        if target:
+            self._state.move(target, source)
+        for new, old in zip(target, source, strict=True):
+            self._rows[new] = self._rows[old]
+        del self._rows[remaining:]
+        self._settings = self._settings_of_rows()
+
+    def _settings_of_rows(self) -> SamplingRows:
+        return SamplingRows.build([request.sampling for request in self._rows], self.device)
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def _build_decoder(self, config: PretrainedConfig, dtype: torch.dtype, decoder: str) -> Decoder:
+        reason = unsupported_reason(config, self.max_model_len)
+        if decoder == "fast" and reason is not None:
+            raise UserError(f'the fast decoder does not know this model: {reason}. Use decoder="auto" or "generic"')
+        if decoder == "generic" or reason is not None:
+            return self._build_generic(config, dtype)
+        return FastDecoder(config, dtype=dtype, device=self.device)
+
+    def _build_generic(self, config: PretrainedConfig, dtype: torch.dtype) -> GenericDecoder:
+        return GenericDecoder(config, dtype=dtype, device=self.device, attn_implementation=self._attn_implementation)
+
+    @torch.inference_mode()
+    def _load(self, source: WeightSource) -> None:
+        """Replace all weights, or none."""
+        _check_names_and_shapes({name: tuple(t.shape) for name, t in source()}, self._decoder.shapes)
+        loaded = set()
+        try:
+            _copy_into(self._decoder, source(), loaded)
+        finally:
+            if loaded != set(self._decoder.shapes):
+                self._broken = "loading weights stopped half-way, so the engine holds parts of two policies"
+        if self._broken is not None:
+            raise RunFailed(f"{self._broken}: the source gave other parameters the second time it was gone through")
+        self._decoder.drop_prefixes()
+
+    @torch.inference_mode()
+    def _self_check(self, config: PretrainedConfig, dtype: torch.dtype, weights: WeightSource, wanted: str) -> None:
+        """Compare prompts, steps and whole sequences with a plain forward pass of transformers' model."""
+        if self.max_model_len is not None and self.max_model_len < 4:
+            return
+        reference = cast("GenericDecoder", self._decoder)  # the other kind gets another one below
+        if isinstance(self._decoder, FastDecoder):
+            if sum(torch.Size(shape).numel() for shape in self._decoder.shapes.values()) > SELF_CHECK_PARAMETERS:
+                return
+            reference = self._build_generic(config, dtype)
+            _copy_into(reference, weights(), set())
+        gap = _largest_gap(self._decoder, reference, self.vocab_size, self.max_model_len or 12)
+        tolerance = 1e-3 if dtype == torch.float32 else 0.5
+        if gap <= tolerance:
+            return
+        finding = f"log-probabilities differ from transformers' plain forward pass by {gap:.3g} (at most {tolerance})"
+        if reference is self._decoder:
+            raise RunFailed(f"the hf engine cannot serve {config.model_type!r}: with a cache its {finding}")
+        if wanted == "fast":
+            raise RunFailed(f'the fast decoder\'s {finding}: use decoder="generic", and report this model')
+        warnings.warn(f"the fast decoder's {finding}; the slower generic decoder is used instead", stacklevel=3)
+        self._decoder = reference
+
+
+def _check_names_and_shapes(given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise RunFailed listing every name that is missing, unexpected or wrongly shaped."""
+    wrong = [f"missing: {name} {wanted[name]}" for name in wanted if name not in given]
+    wrong += [f"unexpected: {name} {given[name]}" for name in given if name not in wanted]
+    wrong += [
+        f"wrong shape: {name} {given[name]}, expected {wanted[name]}"
+        for name in wanted
+        if name in given and given[name] != wanted[name]
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:20] + ([f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []))
+        raise RunFailed(f"weights refused, the old ones are still served:\n  {shown}")
+
+
+def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loaded: set[str]) -> None:
+    """Load parameters into a decoder, noting each name in `loaded`."""
+    for name, tensor in parameters:
+        decoder.load(name, tensor.detach())
+        loaded.add(name)
+    decoder.finish_load()
+
+
+def _largest_gap(decoder: Decoder, reference: GenericDecoder, vocab_size: int, max_length: int) -> float:
+    """Largest difference of log-probabilities over two random sequences, read whole and token by token."""
+    length = min(12, max_length)
+    sequences = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).tolist()
+    wanted = torch.tensor([reference.plain_logprobs(sequence) for sequence in sequences])
+    gap = float((torch.tensor(decoder.logprobs(sequences)) - wanted).abs().max())
+    prompts = [length // 2, length // 2 - 1]  # of unequal length, so that masks are tried too
+    logits = decoder.admit([tuple(sequence[:cut]) for sequence, cut in zip(sequences, prompts, strict=True)])
+    for offset in range(length - prompts[0]):
+        logprobs = logits.float().log_softmax(-1).cpu()
+        tokens = [sequence[cut + offset] for sequence, cut in zip(sequences, prompts, strict=True)]
+        for row, (cut, token) in enumerate(zip(prompts, tokens, strict=True)):
+            gap = max(gap, abs(float(logprobs[row, token] - wanted[row, cut + offset - 1])))
+        logits = decoder.step(torch.tensor(tokens, device=logits.device))
+    decoder.reset()
+    return gap

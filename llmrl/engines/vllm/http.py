@@ -1,0 +1,348 @@
+"""One vLLM server over HTTP: token ids in, token ids and log-probabilities out; pause, weights, adapters, resume.
+
+Only routes of vLLM itself are used (0.32: `vllm/entrypoints`), so any `vllm serve` with the right flags will do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost
+from llmrl.errors import RunFailed, UserError
+from llmrl.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    import httpx
+
+GENERATE = "/inference/v1/generate"
+COMPLETIONS = "/v1/completions"
+WEIGHT_ROUTES = (
+    "/pause",
+    "/resume",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/weight_info",
+)
+ADAPTER_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/weight_info")
+CONNECT_TIMEOUT_S = 10.0
+PROBE_TEMPERATURE = 0.5
+HELD_UP_S = 2.0
+"""A limit overrun by this much says that our own event loop stood still, not that the server did not answer."""
+
+
+class VllmServer:
+    """A client of one server; the replica that `Replicas` balances over.
+
+    Args:
+        url: such as http://127.0.0.1:8000 (a trailing /v1 is dropped).
+        api_key: sent as a bearer token, where the server wants one.
+        health_timeout_s: a server that takes longer to answer /health or /weight_info counts as lost.
+        request_timeout_s: ... and one that takes longer for anything else.
+
+    Attributes:
+        version: the policy version it serves, as far as this process knows.
+        adapter: the adapter requests ask for, by its name there; None asks for the model itself.
+        label: what the server should call the weights it serves, RUN/VERSION; None while nobody can know.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str | None = None, health_timeout_s: float = 30.0, request_timeout_s: float = 1800.0
+    ) -> None:
+        self.name = url.rstrip("/").removesuffix("/v1")
+        self.health_timeout_s, self.request_timeout_s = health_timeout_s, request_timeout_s
+        self.version = 0
+        self.run = ""
+        self.label: str | None = None
+        self.adapter: str | None = None
+        self.ready_to_receive = False
+        self.routes: frozenset[str] = frozenset()
+        self.model = ""
+        self.max_model_len: int | None = None
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client: httpx.AsyncClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- what it is -----------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Learn which model and which routes the server has.
+
+        Raises:
+            ReplicaLost: nothing answers there.
+            UserError: what answers is not a vLLM server.
+        """
+        paths = (await self._json("GET", "/openapi.json", timeout=self.health_timeout_s)).get("paths", {})
+        self.routes = frozenset(paths)
+        if COMPLETIONS not in self.routes:
+            raise UserError(f"{self.name} has no {COMPLETIONS}: that is no vLLM server that generates text")
+        models = (await self._json("GET", "/v1/models", timeout=self.health_timeout_s))["data"]
+        base = next(model for model in models if not model.get("parent"))
+        self.model, self.max_model_len = base["id"], base.get("max_model_len")
+        self.label = self.adapter = None
+        self.ready_to_receive = False
+
+    def require(self, routes: tuple[str, ...], fix: str) -> None:
+        """Refuse a server that cannot do what is needed, and say how it has to be started.
+
+        Raises:
+            UserError: some of `routes` are missing.
+        """
+        missing = [route for route in routes if route not in self.routes]
+        if missing:
+            raise UserError(
+                f"the vLLM server {self.name} has no {', '.join(missing)}: start it {fix}; `llmrl serve RECIPE.yaml "
+                "--print_command` shows the whole command"
+            )
+
+    async def check(self) -> None:
+        """Raise ReplicaLost unless the server is healthy and serves what it was last given, or a newer version of it.
+
+        Newer: another process of this run pushes, and this one has not been told yet.
+        """
+        await self.check_alive()
+        if self.label is None:
+            return
+        serves = await self.served_label()
+        run, _, version = serves.rpartition("/")
+        if self.label is not None and (run != self.run or int(version) < self.version):
+            raise ReplicaLost(f"serves weights {serves!r} instead of {self.label!r}: it was restarted")
+
+    async def check_alive(self) -> None:
+        """Raise ReplicaFailed unless the server says that it is healthy."""
+        await self._send("GET", "/health", timeout=self.health_timeout_s)
+
+    async def served_label(self) -> str:
+        """What the server calls the weights it serves; `default` until some were pushed."""
+        answer = await self._json("GET", "/weight_info", timeout=self.health_timeout_s)
+        return str(answer["weight_version"])
+
+    async def world_size(self) -> int:
+        """Workers of the server, on all its GPUs."""
+        return (await self._json("GET", "/get_world_size", timeout=self.health_timeout_s))["world_size"]
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
+        """Draw one completion.
+
+        Every sampling parameter is said, because a server fills what is left out from the model's generation_config.
+        The versions are vLLM's own record where it has the token route (`--enable-scale-out`); otherwise those served
+        when the request was sent and when it returned, which span at least the true ones.
+        """
+        settings: dict[str, Any] = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": sampling.seed,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+        }
+        sent_to, model, adapter = self.version, self.adapter or self.model, self.adapter
+        if GENERATE in self.routes:
+            body = {"token_ids": prompt_ids, "model": model, "sampling_params": settings | {"detokenize": False}}
+            choice = (await self._json("POST", GENERATE, body))["choices"][0]
+            logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"] or []]
+        else:
+            body = {"prompt": prompt_ids, "model": model, "return_token_ids": True} | settings
+            choice = (await self._json("POST", COMPLETIONS, body))["choices"][0]
+            logprobs = choice["logprobs"]["token_logprobs"]
+        if len(logprobs) != len(choice["token_ids"]):
+            raise RunFailed(f"{self.name} returned {len(choice['token_ids'])} tokens and {len(logprobs)} log-probs")
+        if adapter is not None:  # named by the request, so it is served by it to its end
+            spans = [(sent_to, len(logprobs))]
+        else:
+            spans = self._version_spans(choice.get("weight_versions") or [])
+        versions = [version for version, _ in spans] or [sent_to, self.version]
+        return Completion(
+            token_ids=choice["token_ids"],
+            logprobs=logprobs,
+            finish=choice["finish_reason"],
+            policy_version=(min(versions), max(versions)),
+            version_spans=spans,
+        )
+
+    def _version_spans(self, recorded: list[dict[str, Any]]) -> list[tuple[int, int]]:
+        """(version, number of tokens), from the labels under which vLLM recorded them."""
+        spans = []
+        for span in recorded:
+            run, _, version = span["version"].rpartition("/")
+            if run != self.run:
+                raise ReplicaLost(f"generated with weights {span['version']!r}, not with those of {self.run!r}")
+            spans.append((int(version), span["end"] - span["start"]))
+        return spans
+
+    async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities (temperature 1) of each token after the first."""
+
+        async def one(sequence: list[int]) -> list[float]:
+            body = {
+                "prompt": sequence,
+                "model": self.adapter or self.model,
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprobs": 0,
+            }
+            entries = (await self._json("POST", COMPLETIONS, body))["choices"][0]["prompt_logprobs"]
+            return [entry[str(token)]["logprob"] for token, entry in zip(sequence[1:], entries[1:], strict=True)]
+
+        return list(await asyncio.gather(*(one(sequence) for sequence in sequences)))
+
+    async def applies_temperature_to_logprobs(self) -> bool:
+        """Whether reported log-probabilities are those of the distribution sampled from.
+
+        The most probable token's log-probability is the same at two temperatures only where they are not.
+        """
+
+        async def top(temperature: float) -> float:
+            body = {"prompt": [0], "model": self.model, "max_tokens": 1, "seed": 0, "logprobs": 1}
+            body |= {"temperature": temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+            choice = (await self._json("POST", COMPLETIONS, body))["choices"][0]
+            return max(choice["logprobs"]["top_logprobs"][0].values())
+
+        return abs(await top(1.0) - await top(PROBE_TEMPERATURE)) > 1e-4
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    async def pause(self, mode: str) -> None:
+        """Stop generating; `mode` says what becomes of running requests (wait, abort, keep). Caches are dropped."""
+        await self._send("POST", "/pause", params={"mode": mode})
+
+    async def resume(self) -> None:
+        await self._send("POST", "/resume")
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._send("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    async def update_weights(self, update_info: dict[str, Any], *, label: str) -> None:
+        """One whole update of a paused server; afterwards it calls its weights `label`."""
+        self.label = None
+        await self._send("POST", "/start_weight_update")
+        try:
+            await self._send("POST", "/update_weights", {"update_info": update_info})
+        except ReplicaFailed:
+            with contextlib.suppress(ReplicaFailed):  # a refused update is closed too, or no other could be started
+                await self._send("POST", "/finish_weight_update")
+            raise
+        await self._send("POST", "/finish_weight_update", {"weight_version": label})
+        self.is_now(label)
+
+    async def set_label(self, label: str) -> None:
+        """Have the server call what it serves `label`."""
+        self.label = None
+        await self._send("POST", "/update_weight_version", {"new_version": label})
+        self.is_now(label)
+
+    def is_now(self, label: str) -> None:
+        """Take note that the server serves `label`."""
+        self.label = label
+        self.run, _, version = label.rpartition("/")
+        self.version = int(version)
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Serve the adapter in folder `path` as model `name`."""
+        await self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        self.adapter = name
+
+    async def unload_adapters(self, names: list[str]) -> None:
+        """Forget adapters; one that the server does not have is no error."""
+        for name in names:
+            with contextlib.suppress(RunFailed):
+                await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    # --- HTTP -----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close connections. Safe to call twice."""
+        client, self._client = self._client, None
+        if client is not None and self._loop is asyncio.get_running_loop():
+            await client.aclose()
+
+    def _http(self) -> httpx.AsyncClient:
+        """Connections belong to an event loop; a new loop gets new ones."""
+        import httpx
+
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            timeout = httpx.Timeout(self.request_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
+            self._client = httpx.AsyncClient(
+                base_url=self.name, headers=self._headers, limits=limits, timeout=timeout, trust_env=False
+            )
+            self._loop = loop
+        return self._client
+
+    async def _json(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> dict[str, Any]:
+        response = await self._send(method, path, body, timeout=timeout)
+        try:
+            return response.json()
+        except ValueError:
+            raise ReplicaFailed(f"{method} {path} answered what is no JSON: {response.text[:200]!r}") from None
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float | None = None,
+        params: Any = None,
+        again: bool = False,
+    ) -> httpx.Response:
+        """One request, within its limit; `again`: it was tried before.
+
+        Raises:
+            ReplicaLost: no connection, no answer in time, or a proxy's answer for a server that is not there.
+            ReplicaFailed: an answer of 500 or above.
+            UserError: the server refuses the key.
+            RunFailed: another answer of 400 or above: every server would refuse this request.
+        """
+        import httpx
+
+        limit = timeout or self.request_timeout_s
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(limit):
+                response = await self._http().request(method, path, json=body, params=params, timeout=limit)
+        except (TimeoutError, httpx.TimeoutException):
+            if method == "GET" and time.monotonic() - started > limit + HELD_UP_S:
+                return await self._send(method, path, body, timeout=timeout, params=params)
+            raise ReplicaLost(f"no answer to {method} {path} within {limit:g} s") from None
+        except httpx.TransportError as error:
+            if method == "GET" and not again:  # a connection that was kept open and that the server has closed
+                return await self._send(method, path, body, timeout=timeout, params=params, again=True)
+            raise ReplicaLost(f"{type(error).__name__} at {method} {path}: {error}") from None
+        status = response.status_code
+        if status in (502, 503, 504):
+            raise ReplicaLost(f"{method} {path} answered {status}: {_message(response)}")
+        if status >= 500:
+            raise ReplicaFailed(f"{method} {path} answered {status}: {_message(response)}")
+        if status in (401, 403):
+            raise UserError(
+                f"{self.name} answered {status} to {method} {path}: set the environment variable that "
+                "rollout.server.api_key_env names to the key the server was started with"
+            )
+        if status == 404 and self.adapter is not None and path in (GENERATE, COMPLETIONS):
+            raise ReplicaLost(f"it has no adapter {self.adapter!r} any more: it was restarted")
+        if status >= 400:
+            raise RunFailed(f"{self.name} answered {status} to {method} {path}: {_message(response)}")
+        return response
+
+
+def _message(response: httpx.Response) -> str:
+    """What went wrong, in the server's words."""
+    try:
+        content = response.json()
+    except ValueError:
+        return response.text[:500]
+    error = content.get("error", content) if isinstance(content, dict) else content
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]

@@ -1,0 +1,350 @@
+"""Starts vLLM servers and ends them: the configuration of a run in, processes that serve its model out.
+
+`llmrl serve` runs this in the foreground; the `vllm_server` engine without `rollout.server.urls` runs it beside the
+training. Nothing that is started here outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrl.config.vllm import VllmConfig
+from llmrl.config.vllm_server import VllmServerConfig
+from llmrl.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from llmrl.config import Config
+
+MODULE = "vllm.entrypoints.openai.api_server"
+END_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+"""Run by the child before it becomes the server: the kernel ends it when the starting process is gone, however."""
+STOP_TIMEOUT_S = 15.0
+LOG_TAIL = 25
+"""Lines of a server's log that are shown when it fails."""
+
+
+@dataclass(kw_only=True)
+class Launch:
+    """What it takes to start one server."""
+
+    command: list[str]
+    env: dict[str, str]
+    """Added to the environment of the starting process."""
+    url: str
+
+    def shell(self) -> str:
+        """The same as a line for a shell."""
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
+        return f"{settings} {shlex.join(['python', *self.command[1:]])}"
+
+
+def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> list[Launch]:
+    """The servers that `rollout.server` and `rollout.vllm` describe.
+
+    Args:
+        config: of the run.
+        lora_rank: serve adapters of this rank beside the model. Default: that of `model.lora`, where a run of this
+            configuration would push adapters alone.
+        own: the training run starts them itself, on a machine whose GPUs it trains on.
+
+    Raises:
+        UserError: no model, or not enough GPUs or ports.
+    """
+    import torch
+
+    from llmrl.engines.vllm.start import engine_arguments, vllm_environment
+
+    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = engine_arguments(
+        options,
+        config.model.path,
+        dtype=config.model.dtype,
+        device=device,
+        max_num_seqs=config.rollout.max_num_seqs,
+        lora_rank=_lora_rank(config, device) if lora_rank is None else lora_rank,
+    )
+    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
+        arguments.pop(name, None)
+    if options.gpu_memory_utilization is None:
+        arguments.pop("gpu_memory_utilization", None)
+    if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):
+        arguments["weight_transfer_config"] = {"backend": "nccl"}
+    arguments |= {
+        "revision": config.model.revision,
+        "tokenizer": config.model.tokenizer,
+        "trust_remote_code": config.model.trust_remote_code or None,
+        "enable_scale_out": True,
+        "disable_uvicorn_access_log": True,
+        "host": server.host,
+    }
+    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | vllm_environment(device)
+    key = os.environ.get(server.api_key_env)
+    if key and server.api_key_env != "VLLM_API_KEY":
+        env["VLLM_API_KEY"] = key
+    ports = free_ports(server.num_replicas, first=server.port, host=server.host)
+    reachable = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
+    gpus = deal_gpus(config, own=own) if device == "cuda" else [""] * len(ports)
+    return [
+        Launch(
+            command=[sys.executable, "-m", MODULE, *flags(arguments | {"port": port})],
+            env=env | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {}),
+            url=f"http://{reachable}:{port}",
+        )
+        for port, devices in zip(ports, gpus, strict=True)
+    ]
+
+
+def start_servers(config: Config, *, say: Callable[[str], None]) -> ServerProcesses:
+    """The servers of a training run, started beside it; they need a while before they answer.
+
+    Raises:
+        UserError: a model that lies in no folder and on no hub, or that vLLM cannot serve here; or GPUs or ports are
+            missing.
+    """
+    if not Path(config.model.path).is_dir() and (":" in config.model.path or "(" in config.model.path):
+        raise UserError(
+            f"vLLM servers load the model themselves, and cannot load {config.model.path}: save it in a folder "
+            "(model.save_pretrained, tokenizer.save_pretrained) and give that as model.path"
+        )
+    check_model(config)
+    options = config.rollout.server or VllmServerConfig()
+    folder = Path(config.train.output_dir) / "servers"
+    return ServerProcesses(plan(config, own=True), folder, max_restarts=options.max_restarts, say=say).start()
+
+
+def check_model(config: Config) -> None:
+    """Before servers start: whether vLLM has attention for the model's heads on this machine.
+
+    Raises:
+        UserError: it has none, or there is no such model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from llmrl.engines.vllm.start import check_head_dim, undisturbed, vllm_environment
+
+    model, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        served = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
+    with undisturbed({**vllm_environment(device)}):
+        check_head_dim(served, on_cpu=device == "cpu")
+
+
+def flags(arguments: dict[str, Any]) -> list[str]:
+    """`vllm serve` flags for arguments of `EngineArgs`: None leaves one out, false is `--no-...`."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append("--no-" + flag[2:])
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    return words
+
+
+def _lora_rank(config: Config, device: str) -> int | None:
+    """Rank of the adapters that a run pushes by themselves (`llmrl.run.engines.serves_adapters_apart`)."""
+    lora, wanted = config.model.lora, (config.rollout.vllm or VllmConfig()).lora_sync
+    if lora is None or lora.use_dora or wanted == "merged" or (wanted == "auto" and device == "cpu"):
+        return None
+    return lora.r
+
+
+def deal_gpus(config: Config, *, own: bool) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each server."""
+    import torch
+
+    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
+    each = options.tensor_parallel_size * options.data_parallel_size
+    gpus = [str(gpu) for gpu in server.gpus]
+    if not gpus and not own:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = [gpu for gpu in visible.split(",") if gpu] or [str(i) for i in range(torch.cuda.device_count())]
+    wanted = each * server.num_replicas
+    if len(gpus) < wanted:
+        raise UserError(
+            f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, there are {len(gpus)}: "
+            "name more in rollout.server.gpus, or start fewer or smaller servers"
+            + (" (the GPUs that are trained on cannot be taken; run the trainer on the others)" if own else "")
+        )
+    return [",".join(gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
+
+
+def free_ports(count: int, *, first: int, host: str = "127.0.0.1") -> list[int]:
+    """`count` ports nobody listens on: `first` and the following, or any where `first` is 0.
+
+    Raises:
+        UserError: one of them is taken.
+    """
+    bind_to = "" if host in ("0.0.0.0", "::") else host
+    ports = []
+    with contextlib.ExitStack() as stack:
+        for i in range(count):
+            found = stack.enter_context(socket.socket())
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                found.bind((bind_to, first + i if first else 0))
+            except OSError as error:
+                raise UserError(
+                    f"port {first + i} for a vLLM server cannot be used ({error.strerror}): is one running already? "
+                    "Choose others with --rollout.server.port, or name the running ones in rollout.server.urls"
+                ) from None
+            ports.append(found.getsockname()[1])
+    return ports
+
+
+@dataclass
+class Process:
+    """One started server."""
+
+    launch: Launch
+    log: Path
+    popen: subprocess.Popen[bytes]
+    restarts: int = 0
+
+
+@dataclass
+class ServerProcesses:
+    """Running servers; `close` (or the end of this process, of whatever kind) ends them."""
+
+    launches: list[Launch]
+    log_dir: Path
+    max_restarts: int = 0
+    say: Callable[[str], None] = print
+    processes: list[Process] = field(default_factory=list)
+
+    def start(self) -> ServerProcesses:
+        """Start all; they need some time before they answer."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        atexit.register(self.close)
+        for launch in self.launches:
+            log = self.log_dir / f"vllm_{launch.url.rpartition(':')[2]}.log"
+            self.processes.append(Process(launch, log, _spawn(launch, log)))
+            self.say(f"vLLM server {launch.url} starts, log in {log}")
+        return self
+
+    @property
+    def urls(self) -> list[str]:
+        return [process.launch.url for process in self.processes]
+
+    def check(self) -> None:
+        """Raise RunFailed, with the end of its log, if a server has ended."""
+        for process in self.processes:
+            code = process.popen.poll()
+            if code is not None:
+                raise RunFailed(
+                    f"the vLLM server {process.launch.url} ended with exit code {code}; the end of {process.log}:\n"
+                    f"{log_tail(process.log)}"
+                )
+
+    def revive(self, url: str) -> None:
+        """Start the server at `url` again if it has ended.
+
+        Raises:
+            RunFailed: it has been started again too often.
+        """
+        process = next((p for p in self.processes if p.launch.url == url), None)
+        if process is None or process.popen.poll() is None:
+            return
+        if process.restarts >= self.max_restarts:
+            self.check()
+        _kill_group(process.popen, signal.SIGKILL)  # what the dead server left behind holds memory and the port
+        process.restarts += 1
+        process.popen = _spawn(process.launch, process.log)
+        self.say(f"vLLM server {url} had ended and is started again (restart {process.restarts})")
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Block until all answer, telling how it goes.
+
+        Raises:
+            RunFailed: one ended, or did not answer in time.
+        """
+        import httpx
+
+        started = told = time.monotonic()
+        waiting = list(self.processes)
+        while waiting:
+            self.check()
+            for process in list(waiting):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{process.launch.url}/health", timeout=5, trust_env=False).status_code == 200:
+                        waiting.remove(process)
+                        seconds = time.monotonic() - started
+                        self.say(f"vLLM server {process.launch.url} is ready after {seconds:.0f} s")
+            now = time.monotonic()
+            if waiting and now - started > timeout_s:
+                process = waiting[0]
+                raise RunFailed(
+                    f"the vLLM server {process.launch.url} does not answer after {timeout_s:g} s "
+                    f"(rollout.vllm.start_timeout_s); the end of {process.log}:\n{log_tail(process.log)}"
+                )
+            if waiting and now - told > 10:
+                told = now
+                last = log_tail(waiting[0].log, 1).strip()[-120:]
+                self.say(f"waiting for {len(waiting)} vLLM server(s), {now - started:.0f} s so far: {last}")
+            time.sleep(0.5 if waiting else 0)
+
+    def close(self) -> None:
+        """End all servers, first kindly. Safe to call twice."""
+        atexit.unregister(self.close)
+        for process in self.processes:
+            _kill_group(process.popen, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.popen.wait(max(0.0, deadline - time.monotonic()))
+            _kill_group(process.popen, signal.SIGKILL)
+            process.popen.wait()
+
+
+def log_tail(log: Path, lines: int = LOG_TAIL) -> str:
+    with contextlib.suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return ""
+
+
+def _spawn(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
+    """In a process group of its own, so that its helpers can be ended with it."""
+    from llmrl.engines.vllm.start import LAUNCHER_VARIABLES
+
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    command = [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *launch.command]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=inherited | launch.env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _kill_group(popen: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, number)

@@ -1,0 +1,388 @@
+"""The `vllm_server` engine: samples from one or many `vllm serve` replicas, on this machine or on others.
+
+Prompt token ids and a `Sampling` in, a `Completion` out as soon as that request is finished. Who started the servers
+does not matter; how is said in docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmrl.config.vllm import VllmConfig
+from llmrl.config.vllm_server import VllmServerConfig
+from llmrl.engines.sampling import check_sampling
+from llmrl.engines.vllm.adapters import AdapterFolders
+from llmrl.engines.vllm.agreement import SAME_WEIGHTS, Agreement
+from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
+from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
+from llmrl.engines.vllm.launch import ServerProcesses, start_servers
+from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
+from llmrl.errors import RunFailed, UserError
+from llmrl.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llmrl.config import Config
+    from llmrl.engines.base import Adapter, WeightSource
+
+DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
+MAX_ABORTS = 100
+"""A request that pushes aborted so often is given up: it would never end."""
+
+
+class VllmServerEngine:
+    """An `Engine` over vLLM servers.
+
+    Every replica serves the same policy version. One that is lost costs no rollout (see `Replicas`); one that returns
+    is given the current weights, and has to give the same log-probabilities as the others, before it gets work.
+
+    Args:
+        urls: of the servers.
+        delivery: how weights travel; default: through shared memory, for servers on this machine.
+        on_update: what becomes of requests that run when new weights arrive: they finish first (wait), go on under the
+            new weights (keep), or are drawn again from the start (abort).
+        dtype: the servers compute in; sets how far replicas may differ.
+        api_key: where the servers want one.
+        slack: see `Replicas`; about the size of a group.
+        request_timeout_s, health_timeout_s, return_timeout_s: limits of one request, of a health check, and of the time
+            all requests wait when no replica is left.
+        start_timeout_s: how long to wait for the servers to come up.
+        takes_adapters: pushes bring the adapter alone; the servers keep the base weights they were started with.
+        is_sender: whether this process pushes. The others of a distributed run see what arrived.
+        barrier: called when a push is over; returns when every process of the run is there.
+        say: told what a person should know.
+        processes: the servers, where this run started them: they are started again when they die, and ended by `close`.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        delivery: Delivery | None = None,
+        on_update: Literal["wait", "keep", "abort"] = "keep",
+        dtype: str = "float32",
+        api_key: str | None = None,
+        slack: int = 8,
+        request_timeout_s: float = 1800.0,
+        health_timeout_s: float = 30.0,
+        return_timeout_s: float = 600.0,
+        start_timeout_s: float = 600.0,
+        takes_adapters: bool = False,
+        is_sender: bool = True,
+        barrier: Callable[[], Any] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
+        processes: ServerProcesses | None = None,
+    ) -> None:
+        if not urls:
+            raise UserError("rollout.engine vllm_server needs rollout.server.urls, or rollout.server.num_replicas")
+        servers = [
+            VllmServer(url, api_key=api_key, health_timeout_s=health_timeout_s, request_timeout_s=request_timeout_s)
+            for url in urls
+        ]
+        self.replicas = Replicas(
+            servers, restore=self._restore, slack=slack, return_timeout_s=return_timeout_s, say=say
+        )
+        self.delivery = delivery or SharedMemoryDelivery()
+        self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
+        self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
+        self.agreement = Agreement(SAME_WEIGHTS[dtype])
+        self.takes_adapters = takes_adapters
+        self._adapters = AdapterFolders()
+        self._adapter: Path | None = None
+        self._num_adapters = 0
+        self.version: int | None = None
+        self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
+        """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
+        self._connected = False
+        self._temperatures: set[float] = {0.0, 1.0}
+        self._closed = False
+
+    @classmethod
+    def from_config(
+        cls, config: Config, accelerator: Accelerator, *, takes_adapters: bool, say: Callable[[str], None]
+    ) -> VllmServerEngine:
+        """The engine of a run: its servers run already, or are started here, by the main process.
+
+        Raises:
+            UserError: a model that servers cannot load, or machines that cannot reach the servers.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        options, vllm = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
+        urls, processes = list(options.urls), None
+        if not urls:
+            if accelerator.is_main_process:
+                processes = start_servers(config, say=say)
+                urls = processes.urls
+            (urls,) = broadcast_object_list([urls])
+        on_gpu = accelerator.device.type == "cuda"
+        nccl = options.weight_transfer == "nccl" or (options.weight_transfer == "auto" and on_gpu)
+        return cls(
+            urls,
+            delivery=NcclDelivery(host=options.nccl_host, device=accelerator.device) if nccl else None,
+            on_update=vllm.on_update,
+            dtype=vllm.dtype or config.model.dtype,
+            api_key=os.environ.get(options.api_key_env),
+            slack=config.rollout.num_generations,
+            request_timeout_s=options.request_timeout_s,
+            health_timeout_s=options.health_timeout_s,
+            return_timeout_s=options.return_timeout_s,
+            start_timeout_s=vllm.start_timeout_s,
+            takes_adapters=takes_adapters,
+            is_sender=accelerator.is_main_process,
+            barrier=accelerator.wait_for_everyone,
+            processes=processes,
+            say=say,
+        )
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
+        """Draw one completion; see `Engine.generate`. Cancelling the call ends the request on its server.
+
+        Raises:
+            UserError: an empty prompt, an impossible setting, or prompt + max_tokens beyond the servers' length.
+            RunFailed: log-probabilities that are not finite, or no server left that could answer.
+        """
+        if self._closed or self.version is None:
+            raise RunFailed("the vllm_server engine is closed" if self._closed else "no weights were pushed yet")
+        self._check_request(prompt_ids, sampling)
+        await self._check_temperature(sampling.temperature)
+
+        async def work(server: VllmServer) -> Completion:
+            return await server.generate(prompt_ids, sampling, session=session)
+
+        for _ in range(MAX_ABORTS):
+            completion = await self.replicas.call(work, session=session, prompt=prompt_ids)
+            if completion.finish in ("stop", "length"):
+                break
+        else:
+            raise RunFailed(f"session {session!r}: {MAX_ABORTS} pushes in a row aborted this request")
+        if not all(map(math.isfinite, completion.logprobs)):
+            raise RunFailed(
+                f"vLLM gave log-probabilities that are not finite for session {session!r} (prompt of {len(prompt_ids)} "
+                f"tokens, weights of version {self.version}): the weights are broken, usually by a diverged update; "
+                "lower the learning rate or train in float32"
+            )
+        return completion
+
+    async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities that every replica gives; see `Engine.logprobs`.
+
+        Raises:
+            RunFailed: the replicas do not agree; the message names the one that serves something else.
+        """
+        while True:
+            answers = await self.replicas.each(lambda server: server.logprobs(sequences))
+            if answers:
+                break
+            await self.replicas.wait_for_one()
+        self.agreement.check(self.version, sequences, [(server.name, answer) for server, answer in answers])
+        return answers[0][1]
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    async def load_weights(self, source: WeightSource, *, version: int) -> None:
+        """Serve the weights of `source` from now on, as policy `version`, on every replica.
+
+        Raises:
+            UserError: servers that cannot take weights; the message says how to start them.
+            RunFailed: names or shapes are not the model's, or no server is left.
+        """
+        await self._connect()
+        async with self.replicas.lock:
+            self.version = version
+            if self.is_sender:
+                self.delivery.stage(source)
+                await self._push()
+            else:
+                for _ in source():  # gathering sharded weights takes all processes
+                    pass
+        if not self.replicas.live:
+            await self.replicas.wait_for_one()
+        self.barrier()
+        if not self.is_sender:
+            await self._adopt_label()
+
+    async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
+        """Serve the base weights with `adapter` from now on, as policy `version`, on every replica.
+
+        Each version has a name of its own, so requests that run finish under the adapter they began with, and nothing
+        has to pause.
+
+        Raises:
+            UserError: servers that cannot load adapters; the message says how to start them.
+            RunFailed: no server is left.
+        """
+        await self._connect()
+        async with self.replicas.lock:
+            self.version = version
+            self._num_adapters += 1
+            if self.is_sender:
+                self._adapter, gone = self._adapters.save(adapter)
+                await self.replicas.each(self._serve_adapter)
+                old = [self._adapter_name(number) for number in gone]
+                await self.replicas.each(lambda server: server.unload_adapters(old))
+        if not self.replicas.live:
+            await self.replicas.wait_for_one()
+        self.barrier()
+        if not self.is_sender:
+            await self._adopt_label()
+
+    async def _serve_adapter(self, server: VllmServer) -> None:
+        try:
+            await server.load_adapter(self._adapter_name(self._num_adapters), str(self._adapter))
+        except ReplicaLost:
+            raise
+        except (ReplicaFailed, RunFailed) as error:
+            await server.check_alive()
+            raise UserError(
+                f"the vLLM server {server.name} did not load the adapter ({error}): it must be started with "
+                "--enable-lora --max-lora-rank R --max-loras 2, and see the folder (LLMRL_SHARED_MEMORY, where it runs "
+                "on another machine)"
+            ) from None
+        await server.set_label(self.label)
+
+    def _adapter_name(self, number: int) -> str:
+        return f"{self.run}-adapter-{number}"
+
+    async def sleep(self) -> None:
+        """Nothing to give back: servers have their devices to themselves."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.run}/{self.version}"
+
+    async def _push(self) -> None:
+        """What is staged to every live server, while none of them generates."""
+        await self.replicas.each(lambda server: server.pause(self.on_update))
+        try:
+            lost = await self.delivery.deliver(self.replicas.live, self.label)
+        finally:
+            await self.replicas.each(lambda server: server.resume())
+        for server, reason in lost.items():
+            self.replicas.lost(server, reason)
+
+    async def _adopt_label(self) -> None:
+        """In a process that does not push: what all servers serve now is the new version."""
+        answers = await self.replicas.each(lambda server: server.served_label())
+        labels = {label for _, label in answers}
+        if len(labels) != 1:
+            raise RunFailed(f"after a push the vLLM servers serve different weights: {sorted(labels)}")
+        self.run = labels.pop().rpartition("/")[0]
+        for server, _ in answers:
+            self._take_note(server)
+
+    def _take_note(self, server: VllmServer) -> None:
+        """In a process that does not push: what `server` serves when it is up to date."""
+        server.is_now(self.label)
+        server.adapter = self._adapter_name(self._num_adapters) if self.takes_adapters else None
+
+    async def _restore(self, server: VllmServer) -> None:
+        """Bring a server that was lost up to date, and have it prove that before it gets work."""
+        if self.processes is not None:
+            self.processes.revive(server.name)
+        await server.connect()
+        if self.version is None:
+            return
+        if not self.is_sender:  # whoever pushes brings it up to date
+            self._take_note(server)
+            await server.check()
+            return
+        await server.check_alive()
+        if self.takes_adapters:
+            # Where it hung and was not restarted, it has the adapter still, and would not load it again.
+            await server.unload_adapters([self._adapter_name(self._num_adapters)])
+            await self._serve_adapter(server)
+        else:
+            await server.pause("abort")
+            for reason in (await self.delivery.deliver([server], self.label)).values():
+                raise ReplicaLost(reason)
+            await server.resume()
+        served = self.agreement.last
+        if served is not None and served.version == self.version:
+            self.agreement.check_one(served, await server.logprobs(served.sequences))
+
+    # --- the servers ----------------------------------------------------------------------------------------------
+
+    async def _connect(self) -> None:
+        """Wait for the servers to come up, once, and see that they can do what is needed."""
+        self.replicas.watch()
+        if self._connected:
+            return
+        deadline = time.monotonic() + self.start_timeout_s
+        for slot in self.replicas.slots:
+            await self._connect_one(slot.replica, deadline)
+        models = {server.model for server in self.replicas.live}
+        if len(models) > 1:
+            raise UserError(f"the vLLM servers serve different models: {sorted(models)}")
+        self._connected = True
+
+    async def _connect_one(self, server: VllmServer, deadline: float) -> None:
+        started = told = time.monotonic()
+        while True:
+            try:
+                await server.connect()
+                break
+            except ReplicaFailed as error:
+                if self.processes is not None:
+                    self.processes.check()
+                now = time.monotonic()
+                if now > deadline:
+                    raise UserError(
+                        f"no vLLM server answers at {server.name} ({error}) after {self.start_timeout_s:g} s "
+                        "(rollout.vllm.start_timeout_s): start it with `llmrl serve`, or correct rollout.server.urls"
+                    ) from None
+                if now - told > 10:
+                    told = now
+                    self.say(f"waiting for the vLLM server {server.name}, {now - started:.0f} s so far")
+                await asyncio.sleep(0.5)
+        if self.takes_adapters:
+            server.require(ADAPTER_ROUTES, f"{DEV_MODE}, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+        else:
+            server.require(WEIGHT_ROUTES, DEV_MODE)
+
+    def _check_request(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        check_sampling(sampling)
+        if not prompt_ids:
+            raise UserError("the prompt is empty: give at least one token (such as the tokenizer's bos token)")
+        limits = [server.max_model_len for server in self.replicas.live if server.max_model_len is not None]
+        total = len(prompt_ids) + sampling.max_tokens
+        if limits and total > min(limits):
+            raise UserError(
+                f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the "
+                f"servers were started with --max-model-len {min(limits)}: raise it or shorten either"
+            )
+
+    async def _check_temperature(self, temperature: float) -> None:
+        """Once per temperature: see that servers report log-probabilities of what they sample from."""
+        if temperature in self._temperatures:
+            return
+        self._temperatures.add(temperature)
+        for server, applied in await self.replicas.each(lambda server: server.applies_temperature_to_logprobs()):
+            if not applied:
+                raise UserError(
+                    f"{server.name} reports log-probabilities at temperature 1 whatever it samples at, and "
+                    f"temperature {temperature} is asked for: start it with --logprobs-mode processed_logprobs"
+                )
+
+    async def close(self) -> None:
+        """Close connections, remove what was staged, and end the servers this run started. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        await self.replicas.close()
+        for slot in self.replicas.slots:
+            await slot.replica.close()
+        self.delivery.close()
+        self._adapters.close()
+        if self.processes is not None:
+            self.processes.close()

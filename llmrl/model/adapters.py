@@ -1,0 +1,70 @@
+"""Low-rank adapters of the policy: what an engine is given of them, and what-ifs that explain a wrong push."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmrl.engines.base import Adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def current_adapter(model: nn.Module) -> Adapter:
+    """The trained adapter of a peft model, in peft's own format; tensors on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    config: Any = active_config(model)
+    fields = {key: _plain(value) for key, value in config.to_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=model.active_adapter).items()  # pyright: ignore
+    }
+    return Adapter(config=fields | {"inference_mode": True}, tensors=tensors)
+
+
+def active_config(model: nn.Module) -> Any:
+    """The configuration of a peft model's active adapter."""
+    adapted: Any = model
+    return adapted.peft_config[adapted.active_adapter]
+
+
+def why_not_apart(model: nn.Module) -> str | None:
+    """Why vLLM cannot serve the model's adapter beside the base weights, or None when it can."""
+    config = active_config(model)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return f"it serves LoRA only, not {kind}"
+    if config.use_dora:
+        return "it does not know DoRA"
+    if config.bias != "none" or config.modules_to_save:
+        return "the adapter trains biases or whole layers too (bias, modules_to_save)"
+    return None
+
+
+@contextlib.contextmanager
+def scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """The model with its adapter counted `factor` times: 0 is the base alone."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in layer.scaling:
+                layer.scaling[name] *= factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, set):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(getattr(value, "value", value))

@@ -1,0 +1,193 @@
+"""Checkpoints: written beside and renamed into place, with everything the next step depends on.
+
+checkpoints/step-00000010/
+    weights.safetensors   the trained parameters (adapters only, if adapters are trained)
+    learner.pt            optimizer, schedule, update counters
+    reference.safetensors the reference, where it has moved
+    rng-RANK.pt           random states of each process
+    state.json            step, sampler, policy version, lengths of the run's JSON-lines files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llmrl.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llmrl.model.policy import Policy
+    from llmrl.train.learner import Learner
+
+PREFIX = "step-"
+UNFINISHED = ".writing-"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    *,
+    policy: Policy,
+    learner: Learner,
+    state: dict[str, Any],
+    accelerator: Accelerator,
+    keep: int,
+) -> Path:
+    """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
+
+    Checkpoints of later steps are deleted too: the run was resumed from an older one and has left them behind.
+
+    Raises:
+        RunFailed: the disk is full or not writable; what was written so far is removed, older checkpoints stay.
+    """
+    folder = output_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        written = [unfinished / f"rng-{accelerator.process_index}.pt"]
+        torch.save(_random_states(), written[0])
+        if accelerator.is_main_process:
+            written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
+            save_file(_trained_parameters(policy), unfinished / "weights.safetensors")
+            if reference := policy.reference_state():
+                written.append(unfinished / "reference.safetensors")
+                save_file(reference, written[-1])
+            torch.save(learner.state_dict(), unfinished / "learner.pt")
+            state = state | {"step": step, "num_processes": accelerator.num_processes}
+            (unfinished / "state.json").write_text(json.dumps(state))
+        for file in written:
+            _to_disk(file)  # a full disk may say so only here
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"checkpoint {folder} could not be written ({error}); free space or choose another train.output_dir, then "
+            "resume from the last checkpoint"
+        ) from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        _to_disk(folder.parent)
+        _delete_others(output_dir, folder, keep)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerator: Accelerator) -> dict[str, Any]:
+    """Put everything back as it was and return the `state` given to `save_checkpoint`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or was taken with another model or number of processes.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        weights = load_file(folder / "weights.safetensors")
+        moved = folder / "reference.safetensors"
+        reference = load_file(moved) if moved.is_file() else {}
+        learner_state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
+        if state["num_processes"] == accelerator.num_processes:
+            states = torch.load(folder / f"rng-{accelerator.process_index}.pt", weights_only=False)
+        else:
+            states = None  # another number of processes: sampling is seeded per request, only dropout will differ
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        older = [str(path) for path in sorted(folder.parent.glob(PREFIX + "*")) if path.name < folder.name]
+        raise UserError(
+            f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); resume from an older one: "
+            f"{', '.join(older) or 'there is none'}"
+        ) from error
+    trained = _trained_parameters(policy)
+    if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
+        raise UserError(f"checkpoint {folder} holds the parameters of another model; was model.path or lora changed?")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    policy.load_reference_state(reference)
+    learner.load_state_dict(learner_state)
+    if states is not None:
+        _set_random_states(states)
+    return state
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted((output_dir / "checkpoints").glob(PREFIX + "*"))
+
+
+def _delete_others(output_dir: Path, newest: Path, keep: int) -> None:
+    found = list_checkpoints(output_dir)
+    place = found.index(newest)
+    abandoned = found[place + 1 :]  # else `last` would mean one of them, and `keep` would count them
+    for folder in abandoned + (found[: place + 1][:-keep] if keep else []):
+        shutil.rmtree(folder)
+
+
+def drop_newer(folder: Path) -> None:
+    """Delete the checkpoints taken after `folder`, whose run is about to be left behind by resuming from it."""
+    for other in folder.parent.glob(PREFIX + "*"):
+        if other.name > folder.name:
+            shutil.rmtree(other)
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The folder meant by `train.resume_from_checkpoint`: `last`, or a path.
+
+    Returns:
+        None for `last` in a run that was stopped before its first checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, or no run to resume.
+    """
+    if wanted != "last":
+        if not (Path(wanted) / "state.json").is_file():
+            raise UserError(f"train.resume_from_checkpoint {wanted}: no checkpoint there (a folder with state.json)")
+        return Path(wanted)
+    found = list_checkpoints(output_dir)
+    if not found and not (output_dir / "metrics.jsonl").is_file():
+        raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
+    return found[-1] if found else None
+
+
+def _trained_parameters(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in policy.bare.named_parameters() if p.requires_grad}
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

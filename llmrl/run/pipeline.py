@@ -1,0 +1,196 @@
+"""Stages 1 to 3 ahead of the learner: rollouts of later batches run while it updates, none older than allowed.
+
+Tasks out of a sampler, scored groups out of the queue. With max_staleness 0 it holds nothing between two batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from llmrl.errors import RunFailed
+from llmrl.types import RolloutGroup, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llmrl.data.sampler import Sampler
+    from llmrl.run.ledger import Ledger
+
+T = TypeVar("T")
+WINDOW = 1 / 3
+"""Share of a batch that may overtake an unfinished group, where max_staleness leaves room for it (2 or more)."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A group that was begun and has not been handed over."""
+
+    position: int
+    task: Task
+    mine: bool
+    """This process collects it; the others learn of it when it is handed over."""
+    work: asyncio.Task[RolloutGroup] | None = None
+    """None until it runs, and where it is not ours."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.mine or (self.work is not None and self.work.done())
+
+
+class RolloutQueue:
+    """Groups under way, oldest task first.
+
+    Let P be the tasks of a batch, k the allowed staleness, L the groups left under way when a batch is handed over,
+    and W the window: only the W tasks from the oldest one on may be handed over, so at most W - 1 younger ones overtake
+    a straggler, and then the batch waits for it. A group begun at version v has at most P + L - 1 older ones before it
+    and W - 1 younger ones that overtake it, so it is handed over at version v + floor((L + W - 2) / P) + 1 or before.
+    L = k P - (W - 1) makes that at most v + k. With k = 1 all of it goes into working ahead (W = 1: task order); from
+    k = 2 on W - 1 is a third of a batch. Each group is handed over once, whatever its length: nothing is dropped.
+
+    With several processes each collects its share of the groups and W is 1, so that all take the same ones.
+
+    Args:
+        sampler: where tasks come from.
+        collect: rollouts, scored, of one task at its position in the run.
+        num_prompts: P.
+        max_staleness: k.
+        max_steps: of the run; nothing is begun that it will not train on.
+        accelerator: which of the processes this is.
+        ledger: told of every task that is begun (on the main process).
+        sampled: whether a policy draws the rollouts (and not a dataset), so that their versions mean something.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        collect: Callable[[Task, int], Awaitable[RolloutGroup]],
+        *,
+        num_prompts: int,
+        max_staleness: int,
+        max_steps: int,
+        accelerator: Accelerator,
+        ledger: Ledger | None = None,
+        sampled: bool = True,
+    ) -> None:
+        self.sampler, self.collect, self.ledger, self.sampled = sampler, collect, ledger, sampled
+        self.num_prompts, self.max_staleness, self.max_steps = num_prompts, max_staleness, max_steps
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        overtaking = int(WINDOW * num_prompts) if max_staleness > 1 and self.world == 1 else 0
+        self.window = 1 + overtaking
+        self.ahead = max_staleness * num_prompts - overtaking
+        self.entries: list[Entry] = []
+
+    async def take(self, count: int, *, step: int, version: int) -> list[RolloutGroup]:
+        """The next `count` groups, in task order, once they are finished; others go on behind them.
+
+        Args:
+            count: at most `num_prompts`.
+            step: of the run, from 1.
+            version: of the policy that will be trained on them.
+
+        Raises:
+            RunFailed: a rollout is older than `max_staleness` allows.
+        """
+        ahead = min(self.ahead, (self.max_steps - step) * self.num_prompts)
+        self._begin(count + ahead - len(self.entries), step)
+        while (chosen := self._choose(count)) is None:
+            running = [entry.work for entry in self.entries if entry.work is not None and not entry.work.done()]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            self._raise_failures()
+        self._raise_failures()
+        self.entries = [entry for entry in self.entries if entry not in chosen]
+        groups = self._share({entry.position: entry.work.result() for entry in chosen if entry.work is not None})
+        taken = [groups[position] for position in sorted(groups)]
+        oldest = max(staleness(taken, version), default=0) if self.sampled else 0
+        if oldest > self.max_staleness:
+            raise RunFailed(
+                f"a rollout of step {step} was begun by policy version {version - oldest}, {oldest} versions ago, but "
+                f"rollout.max_staleness is {self.max_staleness}: the engine serves, or names, the wrong weights"
+            )
+        return taken
+
+    def _begin(self, count: int, step: int) -> None:
+        """Start what a checkpoint left under way, then `count` further tasks."""
+        while count > 0:
+            size = min(count, self.num_prompts)
+            position, tasks = self.sampler.position, self.sampler.next(size)
+            if self.ledger is not None:
+                self.ledger.issued(step, position, tasks)
+            self._add([(position + k, task) for k, task in enumerate(tasks)])
+            count -= size
+        for entry in self.entries:
+            if entry.mine and entry.work is None:
+                entry.work = asyncio.ensure_future(self.collect(entry.task, entry.position))  # pyright: ignore
+
+    def _add(self, tasks: list[tuple[int, Task]]) -> None:
+        """Deal tasks out over the processes."""
+        for k, (position, task) in enumerate(tasks):
+            self.entries.append(Entry(position, task, mine=k % self.world == self.rank))
+
+    def _choose(self, count: int) -> list[Entry] | None:
+        """The oldest `count` finished groups that the window lets through, or None while they are too few."""
+        left, chosen = list(self.entries), []
+        while len(chosen) < count:
+            end = left[0].position + self.window
+            entry = next((entry for entry in left if entry.position < end and entry.ready), None)
+            if entry is None:
+                return None
+            left.remove(entry)
+            chosen.append(entry)
+        return chosen
+
+    def _raise_failures(self) -> None:
+        for entry in self.entries:
+            if entry.work is not None and entry.work.done():
+                entry.work.result()
+
+    def _share(self, groups: dict[int, RolloutGroup]) -> dict[int, RolloutGroup]:
+        if self.world == 1:
+            return groups
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(groups.items())))
+
+    async def close(self) -> None:
+        """Cancel what is under way and wait until it has ended."""
+        works = [entry.work for entry in self.entries if entry.work is not None]
+        self.entries = []
+        for work in works:
+            work.cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tasks under way: their rollouts are drawn again after a resume, each at its own position."""
+        return {"under_way": [[entry.position, entry.task.id] for entry in self.entries]}
+
+    def load_state_dict(self, state: dict[str, Any], tasks: Mapping[str, Task]) -> None:
+        """Undo `state_dict`; `tasks` by their id."""
+        self.entries = []
+        self._add([(position, tasks[task_id]) for position, task_id in state["under_way"]])
+
+
+def on_device(device: torch.device, function: Callable[..., T], *args: Any) -> T:
+    """Call `function` with `device` as this thread's own: each thread begins with the first GPU."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return function(*args)
+
+
+def staleness(groups: Sequence[RolloutGroup], version: int) -> list[int]:
+    """Of each rollout: `version` less that of the oldest weights that gave it a token."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts if rollout.turns]
+    return [version - min(turn.policy_version[0] for turn in rollout.turns) for rollout in rollouts]
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+    """rollout/staleness/mean and /max over the rollouts, in policy versions."""
+    ages = staleness(groups, version)
+    return {
+        "rollout/staleness/mean": sum(ages) / max(1, len(ages)),
+        "rollout/staleness/max": float(max(ages, default=0)),
+    }

@@ -1,0 +1,118 @@
+"""Where programs written by the policy run: never in this process, never with its files, network or environment.
+
+In: a program, as a script with standard input or as functions to call. Out: its output, or plain values.
+`open_sandbox` chooses the back end; see docs/sandbox.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Protocol
+
+from llmrl.errors import UserError
+from llmrl.sandbox.limits import BoxDied, Limits, RunResult, SandboxUnavailable
+from llmrl.sandbox.session import CannotTravel, Handle, ProgramEnded, Raised, Session
+
+__all__ = [
+    "BoxDied",
+    "CannotTravel",
+    "Handle",
+    "Limits",
+    "ProgramEnded",
+    "Raised",
+    "RunResult",
+    "Sandbox",
+    "SandboxUnavailable",
+    "Session",
+    "default_sandbox",
+    "open_sandbox",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+class Sandbox(Protocol):
+    """Runs programs that must not be trusted. Thread-safe."""
+
+    def describe(self) -> str:
+        """One line: which box is in force and what it is made of."""
+        ...
+
+    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+        """Run a program from standard input to standard output.
+
+        Raises:
+            SandboxUnavailable: no box can be had.
+            BoxDied: the box died with the program.
+        """
+        ...
+
+    def open(self, source: str, limits: Limits) -> Session:
+        """A session in which functions of the program can be called, once it is loaded.
+
+        Raises:
+            SandboxUnavailable: no box can be had.
+        """
+        ...
+
+    def close(self) -> None:
+        """Kill all boxes. Safe to call twice."""
+        ...
+
+
+def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = ("numpy",)) -> Sandbox:
+    """Start a sandbox and prove with a first program that it holds.
+
+    Args:
+        kind: `bwrap`, `lite`, the http(s) address of a run-code server, or `auto`: the first of bwrap and lite
+            that works. None reads the environment variable LLMRL_SANDBOX, and is `auto` without it.
+        packages: installed packages that programs may import besides the standard library.
+
+    Raises:
+        UserError: `kind` is none of these.
+        SandboxUnavailable: it does not work here. Programs are never run without a box.
+    """
+    from llmrl.sandbox.http import HttpSandbox
+    from llmrl.sandbox.local import LocalSandbox
+
+    kind = kind or os.environ.get("LLMRL_SANDBOX") or "auto"
+    if kind.startswith(("http://", "https://")):
+        return HttpSandbox(kind)
+    if kind in ("bwrap", "lite"):
+        return LocalSandbox(kind, packages=packages)
+    if kind != "auto":
+        raise UserError(
+            f"sandbox {kind!r} is unknown: use auto, bwrap, lite or the http:// address of a run-code server"
+        )
+    reasons = []
+    for candidate in ("bwrap", "lite"):
+        try:
+            return LocalSandbox(candidate, packages=packages)
+        except SandboxUnavailable as error:
+            reasons.append(f"{candidate}: {error}")
+    raise SandboxUnavailable(
+        "no sandbox works on this machine, and programs of the policy are not run without one.\n  "
+        + "\n  ".join(reasons)
+        + "\nInstall bubblewrap (apt-get install bubblewrap) where user namespaces are allowed, or use a kernel with"
+        " Landlock (5.13+), or set LLMRL_SANDBOX to the address of a run-code server (scripts/serve_sandbox)."
+    )
+
+
+_default: dict[str, Sandbox] = {}
+_default_lock = threading.Lock()
+
+
+def default_sandbox() -> Sandbox:
+    """The sandbox of this process, chosen by LLMRL_SANDBOX, started at the first call and announced in the log.
+
+    Raises:
+        SandboxUnavailable: none works here.
+    """
+    kind = os.environ.get("LLMRL_SANDBOX") or "auto"
+    with _default_lock:
+        if kind not in _default:
+            _default[kind] = open_sandbox(kind)
+            _logger.info("%s", _default[kind].describe())
+        return _default[kind]

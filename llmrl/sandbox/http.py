@@ -1,0 +1,148 @@
+"""A remote sandbox that speaks the run-code JSON of SandboxFusion (POST /run_code).
+
+The protocol only knows whole programs, so a session sends its program with all requests so far each time and reads the
+last answer: right for deterministic programs, one HTTP request per call.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from llmrl.sandbox import wire
+from llmrl.sandbox.limits import Limits, RunResult, SandboxUnavailable, Status
+from llmrl.sandbox.session import ProgramEnded, Session
+
+_HERE = Path(__file__).parent
+_PACKAGE = __name__.rpartition(".")[0]
+_ATTEMPTS = 3
+_EXTRA_SECONDS = 30.0
+"""What the server may take on top of the program's wall time, for its queue."""
+_GLUE = """
+import sys, types
+for name, source in {modules!r}:
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = []
+    parent, _, child = name.rpartition(".")
+    parent and setattr(sys.modules[parent], child, module)
+    exec(compile(source, name, "exec"), module.__dict__)
+module.replay()
+"""
+
+
+class HttpSandbox:
+    """Runs programs on a run-code server.
+
+    Args:
+        address: of the server, such as http://host:8080 (`/run_code` is added).
+
+    Raises:
+        SandboxUnavailable: the server does not run a first program.
+    """
+
+    def __init__(self, address: str) -> None:
+        base = address.rstrip("/")
+        self.url = base if base.endswith("/run_code") else f"{base}/run_code"
+        modules = [(name, "") for name in ("llmrl", "llmrl.verify", _PACKAGE)]
+        modules += [(f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in ("wire", "driver")]
+        self._glue = _GLUE.format(modules=modules)
+        if self.run("print(6 * 7)", "", Limits()).stdout != "42\n":
+            raise SandboxUnavailable(f"{self.url} does not run programs: print(6 * 7) did not give 42")
+
+    def describe(self) -> str:
+        """One line: which box is in force and what it is made of."""
+        return f"sandbox http: programs run on {self.url}, under the limits of that server"
+
+    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+        """Run a program from standard input to standard output.
+
+        Raises:
+            SandboxUnavailable: the server cannot be reached or reports a failure of its own.
+        """
+        result = self._post(source, stdin, limits)
+        stderr = str(result.get("stderr") or "")
+        code = result.get("return_code")
+        return RunResult(
+            status=_status(result, stderr),
+            exit_code=code if isinstance(code, int) else 1,
+            stdout=str(result.get("stdout") or "")[: limits.output_mb << 20],
+            stderr=stderr[-4000:],
+            detail=stderr.strip().rpartition("\n")[2][:500],
+            cpu_seconds=float(result.get("execution_time") or 0.0),
+        )
+
+    def open(self, source: str, limits: Limits) -> Session:
+        """A session in which functions of the program can be called, once it is loaded."""
+        return Session(_Replay(self, limits), lambda: None)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _post(self, code: str, stdin: str, limits: Limits) -> dict[str, Any]:
+        body = {
+            "code": code,
+            "language": "python",
+            "stdin": stdin,
+            "run_timeout": limits.wall_seconds,
+            "compile_timeout": limits.wall_seconds,
+            "memory_limit_MB": limits.memory_mb,
+        }
+        answer = self._send(json.dumps(body).encode(), limits.wall_seconds + _EXTRA_SECONDS)
+        result = answer.get("run_result")
+        if answer.get("status") not in ("Success", "Failed") or not isinstance(result, dict):
+            raise SandboxUnavailable(f"{self.url}: {answer.get('status')}: {str(answer.get('message'))[:500]}")
+        return result
+
+    def _send(self, body: bytes, timeout: float) -> dict[str, Any]:
+        """POST; transport errors and 5xx are tried again."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            time.sleep(0.5 * attempt)
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as response:
+                    answer = json.load(response)
+                if isinstance(answer, dict):
+                    return answer
+                reason = "the answer is no JSON object"
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}"
+                if error.code < 500:
+                    break
+            except (OSError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"
+        raise SandboxUnavailable(f"the sandbox at {self.url} does not answer: {reason}")
+
+
+def _status(result: dict[str, Any], stderr: str) -> Status:
+    if result.get("status") == "TimeLimitExceeded":
+        return "timeout"
+    if result.get("status") == "Finished" and result.get("return_code") == 0:
+        return "ok"
+    compile_error = "Traceback" not in stderr and any(
+        f"{kind}Error:" in stderr for kind in ("Syntax", "Indentation", "Tab")
+    )
+    return "compile_error" if compile_error else "error"
+
+
+class _Replay:
+    """Exchange that sends everything so far and keeps the last answer."""
+
+    def __init__(self, box: HttpSandbox, limits: Limits) -> None:
+        self.box, self.limits = box, limits
+        self.requests: list[dict[str, Any]] = []
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append(request)
+        end = self.box.run(self.box._glue, json.dumps(self.requests), self.limits)
+        if end.status == "timeout":
+            raise ProgramEnded("timeout", "time limit")
+        try:
+            return wire.load(end.stdout.encode())
+        except wire.BadValue:
+            how = end.detail or f"exit code {end.exit_code}"
+            raise ProgramEnded("error", f"the program ended by itself ({how})") from None

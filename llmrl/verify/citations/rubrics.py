@@ -1,0 +1,281 @@
+"""Citation-aware rubrics: a deep-research conversation and its single-hop rubrics in, outcome and rubric reward out.
+
+CaRR (arXiv 2601.06021): a rubric counts when its hidden entities are named in the answer, the cited pages support
+it, and a chain of supported rubrics connects it to the final answer. `mix_rewards` is C-GRPO's mixing in a group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llmrl.errors import UserError
+from llmrl.types import Message
+from llmrl.verify.citations.pages import final_response, gather_evidence
+from llmrl.verify.citations.support import PLACEHOLDER, entities_of, identify_entities, judge_support
+from llmrl.verify.judge.correct import judge_correct
+from llmrl.verify.judge.verdict import AnyJudge
+
+ANSWER_ENTITY = "E0"
+"""The placeholder that stands for the final answer in every rubric set."""
+
+RubricNorm = Literal["group_max", "group_max_correct", "none"]
+RubricFor = Literal["correct", "wrong", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RubricOptions:
+    """The switches of the rubric check; the defaults are the paper's method."""
+
+    check_entities: bool = True
+    """Only rubrics whose entities are all named are checked. Off: all are, with unnamed placeholders as they stand."""
+    check_connectivity: bool = True
+    """Only rubrics that supported ones connect to the answer count. Off: every supported one counts."""
+    check_quotes: bool = True
+    """A citation beside a quotation that is not on the cited page counts for nothing (not in the paper)."""
+    max_pages: int = 20
+    """Cited pages that are shown to the judge."""
+
+
+@dataclass(kw_only=True)
+class RubricRecord:
+    """What became of one rubric."""
+
+    raw_rubric: str
+    filled_rubric: str
+    entity_values: dict[str, str | None]
+    all_entity_identified: bool
+    is_supported: bool = False
+    connected_to_answer: bool = False
+    score: int = 0
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """Both rewards of one conversation; None where the judge abstained."""
+
+    outcome: float | None = 0.0
+    rubric: float | None = 0.0
+    records: list[RubricRecord] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+# --- C-GRPO: a group's rewards ----------------------------------------------------------------------------------------
+
+
+def mix_rewards(
+    outcomes: Sequence[float | None],
+    rubrics: Sequence[float | None],
+    *,
+    alpha: float = 0.3,
+    rubric_norm: RubricNorm = "group_max",
+    rubric_for: RubricFor = "correct",
+) -> list[float | None]:
+    """Mix the outcome and rubric rewards of one group, C-GRPO's way: R = (1 - alpha) Ro + alpha Ro Rr / max(Rr).
+
+    Args:
+        outcomes: Ro in [0, 1] of each rollout; None where it could not be judged. Ill-formed and unfinished rollouts
+            are (0, 0).
+        rubrics: Rr in [0, 1]; None where it could not be judged.
+        alpha: share of the rubric reward (0.3 in the paper); 0 is plain GRPO on the outcome.
+        rubric_norm: divide by the largest rubric reward of the group (the paper), of its correct rollouts only, or
+            not at all.
+        rubric_for: who gets the rubric reward: `correct` rollouts (the paper), `wrong` ones, R = Ro + alpha (1 - Ro)
+            Rr/max (like E-GRPO), or `all`, R = (1 - alpha) Ro + alpha Rr/max.
+
+    Returns:
+        R in [0, 1] of each rollout; None where a value it depends on is None. A None never lowers anybody's maximum.
+
+    Raises:
+        UserError: alpha outside [0, 1], an unknown name, or a normaliser that contradicts `rubric_for`.
+    """
+    check_mixing(alpha, rubric_norm, rubric_for)
+    pairs = list(zip(outcomes, rubrics, strict=True))
+    if rubric_norm == "none":
+        ceiling = 1.0
+    else:
+        in_norm = [r for o, r in pairs if r is not None and (rubric_norm == "group_max" or (o or 0) > 0)]
+        ceiling = max(in_norm, default=0.0)
+    return [_mix_one(o, r, ceiling, alpha, rubric_for) for o, r in pairs]
+
+
+def _mix_one(
+    outcome: float | None, rubric: float | None, ceiling: float, alpha: float, rubric_for: str
+) -> float | None:
+    if outcome is None:
+        return None
+    weight = alpha * {"correct": outcome, "wrong": 1 - outcome, "all": 1.0}[rubric_for]
+    base = outcome if rubric_for == "wrong" else (1 - alpha) * outcome
+    if weight == 0:
+        return base
+    if rubric is None:
+        return None
+    return base + weight * (min(rubric / ceiling, 1.0) if ceiling > 0 else 0.0)
+
+
+def check_mixing(alpha: float, rubric_norm: str, rubric_for: str) -> None:
+    """Raise a UserError for options of `mix_rewards` that are wrong or contradict each other."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha is {alpha}: must lie in [0, 1]")
+    if rubric_norm not in ("group_max", "group_max_correct", "none"):
+        raise UserError(f"rubric_norm {rubric_norm!r} is unknown: use group_max, group_max_correct or none")
+    if rubric_for not in ("correct", "wrong", "all"):
+        raise UserError(f"rubric_for {rubric_for!r} is unknown: use correct, wrong or all")
+    if rubric_norm == "group_max_correct" and rubric_for != "correct":
+        raise UserError(f"rubric_norm=group_max_correct contradicts rubric_for={rubric_for}: use group_max or none")
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+def connected_rubrics(rubrics: Sequence[str], supported: Sequence[bool]) -> list[int]:
+    """Indices of the supported rubrics that a chain of supported rubrics, sharing entities, links to <E0>.
+
+    Breadth-first search on the bipartite graph of entities and supported rubrics (CaRR, arXiv 2601.06021). A rubric
+    without placeholders is never reached.
+    """
+    rubrics_of: dict[str, list[int]] = {}
+    for i, rubric in enumerate(rubrics):
+        for entity in entities_of(rubric) if supported[i] else ():
+            rubrics_of.setdefault(entity, []).append(i)
+    reached, found, queue = {ANSWER_ENTITY}, set(), deque([ANSWER_ENTITY])
+    while queue:
+        for i in rubrics_of.get(queue.popleft(), ()):
+            if i in found:
+                continue
+            found.add(i)
+            new = [entity for entity in entities_of(rubrics[i]) if entity not in reached]
+            reached.update(new)
+            queue.extend(new)
+    return sorted(found)
+
+
+def fill_rubric(rubric: str, values: dict[str, str | None]) -> RubricRecord:
+    """A rubric with the placeholders of identified entities replaced by their names."""
+    own = {entity: values.get(entity) for entity in entities_of(rubric)}
+    filled = PLACEHOLDER.sub(lambda match: own[match.group(1)] or match.group(), rubric)
+    identified = all(value is not None for value in own.values())
+    return RubricRecord(raw_rubric=rubric, filled_rubric=filled, entity_values=own, all_entity_identified=identified)
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+async def score_rubrics(
+    judge: AnyJudge,
+    question: str,
+    response: str,
+    history: list[Message],
+    rubrics: Sequence[str],
+    options: RubricOptions | None = None,
+) -> Evaluation:
+    """The rubric reward: connected supported rubrics over all rubrics, in [0, 1] (CaRR, section 3).
+
+    Nothing cited, nothing found in the history, no entity named, no rubrics: 0. An abstaining judge: None.
+
+    Args:
+        judge: answers two questions at most.
+        question: what was asked.
+        response: the judged part of the answer (`citations.judged_text`).
+        history: the conversation with its tool outputs, where the evidence comes from.
+        rubrics: single-hop facts with placeholders.
+        options: the switches; default, the paper's method.
+    """
+    options = options or RubricOptions()
+    if not rubrics:
+        return Evaluation(info={"reason": "the task has no rubrics"})
+    values = await identify_entities(judge, question, response, rubrics)
+    if values is None:
+        return Evaluation(rubric=None, info={"reason": "the judge abstained on the entities"})
+    result = Evaluation(records=[fill_rubric(rubric, values) for rubric in rubrics])
+    asked = [r for r in result.records if r.all_entity_identified or not options.check_entities]
+    evidence = gather_evidence(response, history, max_pages=options.max_pages, check_quotes=options.check_quotes)
+    result.info["citations"] = {
+        "cited": evidence.num_cited,
+        "used": [page.url for page in evidence.pages],
+        "unseen": evidence.unseen,
+        "misquoted": evidence.misquoted,
+    }
+    if not asked or not evidence.pages:
+        result.info["reason"] = "no cited page was seen" if asked else "no rubric has all its entities named"
+        return result
+    supported = await judge_support(judge, evidence.pages, [record.filled_rubric for record in asked])
+    if supported is None:
+        result.rubric, result.info["reason"] = None, "the judge abstained on the support"
+        return result
+    for record, verdict in zip(asked, supported, strict=True):
+        record.is_supported = verdict
+    return _count_connected(result, options)
+
+
+def _count_connected(result: Evaluation, options: RubricOptions) -> Evaluation:
+    flags = [record.is_supported for record in result.records]
+    for i in connected_rubrics([record.raw_rubric for record in result.records], flags):
+        result.records[i].connected_to_answer = True
+    for record in result.records:
+        record.score = int(record.is_supported and (record.connected_to_answer or not options.check_connectivity))
+    result.rubric = sum(record.score for record in result.records) / len(result.records)
+    return result
+
+
+async def evaluate(
+    judge: AnyJudge,
+    history: list[Message],
+    question: str,
+    known_answers: Sequence[str],
+    rubrics: Sequence[str],
+    *,
+    unfinished: bool = False,
+    need_outcome: bool = True,
+    need_rubric: bool = True,
+    rubric_only_if_correct: bool = False,
+    options: RubricOptions | None = None,
+) -> Evaluation:
+    """Outcome and rubric reward of one finished conversation.
+
+    A conversation that is unfinished, or does not end with an answer of the assistant, gets (0, 0) and asks nothing;
+    what is not needed is 0 and not asked.
+
+    Args:
+        judge: answers three questions at most.
+        history: the conversation; its last message is the answer.
+        question: what was asked.
+        known_answers: gold answers; any of them is right.
+        rubrics: single-hop facts with placeholders.
+        unfinished: the rollout was cut off.
+        need_outcome: ask about the answer.
+        need_rubric: ask about the rubrics.
+        options: the switches; default, the paper's method.
+        rubric_only_if_correct: save the rubric questions where the outcome is 0 (its rubric reward is then 0).
+    """
+    response = None if unfinished else final_response(history)
+    if response is None:
+        return Evaluation(info={"reason": "unfinished" if unfinished else "no final answer"})
+
+    async def outcome() -> tuple[float | None, dict[str, Any]]:
+        return await judge_correct(judge, question, known_answers, response) if need_outcome else (0.0, {})
+
+    async def rubric() -> Evaluation:
+        return (
+            await score_rubrics(judge, question, response, history, rubrics, options) if need_rubric else Evaluation()
+        )
+
+    if rubric_only_if_correct:
+        reward, verdict = await outcome()
+        skipped = Evaluation(
+            rubric=0.0 if reward == 0 else None, info={"reason": "not judged: the outcome is not correct"}
+        )
+        result = await rubric() if reward else skipped
+    else:
+        (reward, verdict), result = await asyncio.gather(outcome(), rubric())
+    result.outcome = reward
+    result.info["outcome_verdict"] = verdict
+    return result
+
+
+def record_dicts(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """The per-rubric records by index, as plain data."""
+    return {str(i): asdict(record) for i, record in enumerate(evaluation.records)}

@@ -1,0 +1,391 @@
+"""Unit tests as a verdict: a program (untrusted text) and the tests of its row in, one result per test out.
+
+The tests run here, in the trusted process. The program runs in the sandbox. Arguments go in and plain values come out;
+expected values, test code and verdicts never enter the box.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib.util
+import math
+import re
+import sys
+import time
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session
+from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests
+
+Outcome = Literal["all", "fraction", "bcoder"]
+Verdict = Literal["passed", "wrong", "error", "timeout", "compile_error", "not_run"]
+FLOAT_TOLERANCE = 1e-6
+"""Relative and absolute; where an expected or a given number is written with a fraction or an exponent."""
+MAX_SOURCE_CHARACTERS = 1_000_000
+_MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestResult:
+    """What came of one test. `detail` comes from the program (its exception), never from the expected value."""
+
+    verdict: Verdict
+    detail: str = ""
+
+
+class UnusableRow(Exception):
+    """The row's own tests cannot be run: no verdict about the program."""
+
+
+def run_tests(
+    program: str, row: Row, box: Sandbox, limits: Limits, *, stop_early: bool, total_seconds: float = math.inf
+) -> list[TestResult]:
+    """Run a program against the tests of its row.
+
+    Args:
+        program: source code.
+        row: tests, from `read_row`.
+        box: where the program runs.
+        limits: of one run: all assertions of a row together, or one input.
+        stop_early: the tests after a failed one are `not_run`.
+        total_seconds: real time of all runs together; the run in which it ends is a time-out.
+
+    Returns:
+        One result per test, in order. A program that ends its own process or uses up its time fails the test in which
+        it does; after a time-out the rest is not run.
+
+    Raises:
+        UnusableRow: the tests are broken.
+        SandboxUnavailable: no box can be had.
+    """
+    tests = row.tests
+    if tests is None:
+        raise UnusableRow("the row has no tests")
+    total = len(tests.checks) if isinstance(tests, AssertTests) else len(tests.inputs)
+    if not program.strip():
+        return [TestResult(verdict="compile_error", detail="no code in the answer")] * total
+    if len(program) > MAX_SOURCE_CHARACTERS:
+        return [TestResult(verdict="compile_error", detail=f"more than {MAX_SOURCE_CHARACTERS} characters")] * total
+    clock = _Clock(limits, time.monotonic() + total_seconds)
+    for _ in range(2):  # a box that dies may have been killed by somebody else once
+        with contextlib.suppress(BoxDied):
+            if isinstance(tests, StdinTests):
+                results = _run_stdin(program, tests, box, clock, stop_early)
+            else:
+                results = _run_calls(program, tests, total, box, clock, stop_early)
+            return results + [TestResult(verdict="not_run")] * (total - len(results))
+    return [TestResult(verdict="error", detail="the program brought its box down twice")] * total
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """The limits of each run, cut to what is left of the time for all runs."""
+
+    limits: Limits
+    deadline: float
+
+    def next_limits(self) -> Limits | None:
+        """Of the next run; None when the time is used up."""
+        left = self.deadline - time.monotonic()
+        return replace(self.limits, wall_seconds=min(self.limits.wall_seconds, left)) if left > 0 else None
+
+
+_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit of all runs together")
+
+
+# --- programs that read standard input --------------------------------------------------------------------------------
+
+
+def _run_stdin(program: str, tests: StdinTests, box: Sandbox, clock: _Clock, stop_early: bool) -> list[TestResult]:
+    results: list[TestResult] = []
+    for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+        limits = clock.next_limits()
+        if limits is None:
+            return [*results, _OUT_OF_TIME]
+        end = box.run(program, given, limits)
+        if end.status == "ok":
+            verdict: Verdict = "passed" if same_output(end.stdout, expected) else "wrong"
+        else:
+            verdict = "wrong" if end.status == "output_limit" else end.status
+        results.append(TestResult(verdict=verdict, detail=end.detail))
+        if verdict == "compile_error":
+            return [results[-1]] * len(tests.inputs)
+        if verdict == "timeout" or (stop_early and verdict != "passed"):
+            break
+    return results
+
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether two outputs agree: line by line, white space at line ends and blank lines at the end do not count.
+
+    Lines that differ are compared token by token. Two tokens agree when they are equal, or when both are decimal
+    numbers, at least one is written with a point or an exponent, and they differ by at most FLOAT_TOLERANCE,
+    relative or absolute.
+    """
+    given, wanted = (text.rstrip().split("\n") for text in (printed, expected))
+    if len(given) != len(wanted):
+        return False
+    return all(_same_line(one.split(), other.split()) for one, other in zip(given, wanted, strict=True))
+
+
+def _same_line(given: list[str], wanted: list[str]) -> bool:
+    return given == wanted or (len(given) == len(wanted) and all(map(_same_token, given, wanted)))
+
+
+def _same_token(given: str, wanted: str) -> bool:
+    if given == wanted:
+        return True
+    if len(given) > 400 or not (_NUMBER.fullmatch(given) and _NUMBER.fullmatch(wanted)):
+        return False
+    if not set(".eE") & set(given + wanted):
+        return False
+    return math.isclose(float(given), float(wanted), rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def _run_calls(
+    program: str, tests: AssertTests | CallTests, total: int, box: Sandbox, clock: _Clock, stop_early: bool
+) -> list[TestResult]:
+    results: list[TestResult] = []
+    for _ in range(_MAX_RESTARTS):
+        limits = clock.next_limits()
+        if limits is None:
+            return [*results, _OUT_OF_TIME]
+        with box.open(program, limits) as session:
+            try:
+                session.load(program)
+                check = _assert_check(session, tests) if isinstance(tests, AssertTests) else _call_check(session, tests)
+            except ProgramEnded as ended:
+                results += [TestResult(verdict=_verdict(ended), detail=ended.detail)] * (total - len(results))
+                break
+            while len(results) < total and session.ended is None:
+                results.append(_one_check(check, len(results), session))
+                if stop_early and results[-1].verdict != "passed":
+                    return results
+        if len(results) == total or results[-1].verdict == "timeout":
+            break
+    return results
+
+
+def _verdict(ended: ProgramEnded) -> Verdict:
+    return "compile_error" if ended.kind == "compile_error" else "timeout" if ended.kind == "timeout" else "error"
+
+
+def _one_check(check: Callable[[int], bool], index: int, session: Session) -> TestResult:
+    """Run one test; whatever the test code catches, a program that ended has failed it."""
+    result = TestResult(verdict="wrong")
+    try:
+        if check(index):
+            result = TestResult(verdict="passed")
+    except CannotTravel as error:
+        raise UnusableRow(f"test {index}: {error}") from None
+    except ProgramEnded:
+        pass
+    except Raised as error:
+        result = TestResult(verdict="error", detail=error.detail)
+    except NameError as error:
+        result = TestResult(verdict="error", detail=str(error))
+    except Exception as error:
+        result = TestResult(verdict="wrong", detail=type(error).__name__)
+    if session.ended is not None:
+        return TestResult(verdict=_verdict(session.ended), detail=session.ended.detail)
+    return result
+
+
+def _call_check(session: Session, tests: CallTests) -> Callable[[int], bool]:
+    def check(index: int) -> bool:
+        given, expected = session.name(tests.function)(*tests.inputs[index]), tests.outputs[index]
+        if tests.maybe_wrapped and isinstance(expected, list) and len(expected) == 1:
+            return same_value(given, expected[0]) or same_value(given, expected)
+        return same_value(given, expected)
+
+    return check
+
+
+def same_value(given: Any, expected: Any) -> bool:
+    """Whether a returned value is the expected one.
+
+    JSON has no tuples, so tuples count as lists; True is not 1; a float may differ by FLOAT_TOLERANCE, relative or
+    absolute; everything else must be equal and of the same type.
+    """
+    if isinstance(given, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(given) == len(expected) and all(map(same_value, given, expected))
+    if isinstance(given, dict) and isinstance(expected, dict):
+        # Rows are JSON, so their keys are text.
+        texts = {str(key): value for key, value in given.items()}
+        return texts.keys() == expected.keys() and all(same_value(texts[key], expected[key]) for key in expected)
+    if type(given) is float or type(expected) is float:
+        return _close(given, expected)
+    return type(given) is type(expected) and bool(given == expected)
+
+
+def _close(given: Any, expected: Any) -> bool:
+    if not all(type(value) in (int, float) for value in (given, expected)):
+        return False
+    try:
+        return math.isclose(given, expected, rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]:
+    """The namespace of the test code, with the program's names as handles, and what runs one check in it."""
+    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": _test_builtins()}
+    if tests.helpers:
+        exec(_compiled(tests.helpers), namespace)
+    for name in _program_names(tests):
+        try:
+            namespace[name] = session.name(name)
+        except Raised:
+            namespace.pop(name, None)
+    if tests.entry_point:
+        namespace["candidate"] = namespace[tests.entry_point] = _candidate(session, tests.entry_point)
+    setup_error = _run_setup(tests, namespace, session)
+
+    def check(index: int) -> bool:
+        if setup_error is not None:
+            raise setup_error
+        exec(_compiled(tests.checks[index]), namespace)
+        return True
+
+    return check
+
+
+def _run_setup(tests: AssertTests, namespace: dict[str, Any], session: Session) -> Exception | None:
+    """Run the setup; an exception is the program's doing where the setup uses the program, else the row is broken."""
+    for name in _module_names(tests):
+        namespace.setdefault(name, importlib.import_module(name))
+    try:
+        exec(_compiled(tests.setup), namespace)
+    except (Raised, NameError, TypeError, AttributeError) as error:
+        return error
+    except (CannotTravel, Exception) as error:
+        raise UnusableRow(f"setup: {type(error).__name__}: {error}") from None
+    return None
+
+
+def _candidate(session: Session, name: str) -> Any:
+    try:
+        return session.name(name)
+    except Raised as error:
+        missing = NameError(error.detail)
+
+    def undefined(*_: Any, **__: Any) -> Any:
+        raise missing
+
+    return undefined
+
+
+@lru_cache(maxsize=512)
+def _compiled(source: str) -> types.CodeType:
+    try:
+        return compile(source, "<tests>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise UnusableRow(f"the test code does not compile: {error}") from None
+
+
+def _sources(tests: AssertTests) -> list[ast.AST]:
+    _ = [_compiled(source) for source in (tests.setup, *tests.checks)]
+    return [ast.parse(source) for source in (tests.setup, *tests.checks)]
+
+
+def _program_names(tests: AssertTests) -> set[str]:
+    """Which names of the test code are the program's: those the reference defines, and those that nothing else does.
+
+    A program that redefines `set` or `abs` must not change what the tests mean. Where the tests use built-ins only, the
+    one called under test is the program's.
+    """
+    return set(_names_of(tuple(tests.checks), tests.setup, tests.helpers, tests.defined)[0])
+
+
+def _module_names(tests: AssertTests) -> set[str]:
+    return set(_names_of(tuple(tests.checks), tests.setup, tests.helpers, tests.defined)[1])
+
+
+@lru_cache(maxsize=512)
+def _names_of(
+    checks: tuple[str, ...], setup: str, helpers: str, defined: frozenset[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    trees = _sources(AssertTests(checks=list(checks), setup=setup))
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = _bound_names(nodes) | _bound_names(list(ast.walk(ast.parse(helpers))) if helpers else []) | {"candidate"}
+    modules = {
+        node.value.id
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id in sys.stdlib_module_names and node.value.id not in defined | bound
+    }
+    trusted = set(dir(builtins)) | bound | modules
+    names = (used & defined) | (used - trusted)
+    if not names and not helpers:
+        called = [n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        names = {name for name, _ in Counter(called).most_common(1)}
+    return frozenset(names), frozenset(modules)
+
+
+def _bound_names(nodes: list[ast.AST]) -> set[str]:
+    """Every name that code itself gives a value to."""
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return names
+
+
+def _test_builtins() -> dict[str, Any]:
+    """Built-ins for test code: silent, and with random numbers of their own that are the same at every run."""
+    own_random: list[types.ModuleType] = []
+
+    def import_module(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name != "random":
+            return builtins.__import__(name, *args, **kwargs)
+        if not own_random:
+            spec = importlib.util.find_spec("random")
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.seed(0)
+            own_random.append(module)
+        return own_random[0]
+
+    return vars(builtins) | {"__import__": import_module, "print": lambda *_, **__: None}
+
+
+# --- reward -----------------------------------------------------------------------------------------------------------
+
+
+def reward_of(results: list[TestResult], outcome: Outcome) -> float:
+    """One number for the results of a program's tests.
+
+    Args:
+        results: at least one.
+        outcome: `all`: 1 if every test passed, else 0. `fraction`: share of passed tests. `bcoder` (B-Coder, arXiv
+            2310.03173, section 3.1): +1 all passed, -0.3 some wrong, -0.6 a run-time error or time-out, -1 does not
+            compile.
+    """
+    verdicts = [result.verdict for result in results]
+    if outcome == "fraction":
+        return verdicts.count("passed") / len(verdicts)
+    passed = all(verdict == "passed" for verdict in verdicts)
+    if outcome == "all":
+        return float(passed)
+    if "compile_error" in verdicts:
+        return -1.0
+    if "error" in verdicts or "timeout" in verdicts:
+        return -0.6
+    return 1.0 if passed else -0.3

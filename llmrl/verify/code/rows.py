@@ -1,0 +1,301 @@
+"""Rows of code data sets -> tests, and answers of a model -> the program to test.
+
+Rows are recognised by their own column names: HumanEval (test, entry_point), MBPP (test_list), APPS (input_output),
+LiveCodeBench (public_test_cases, private_test_cases). Tests and references are trusted; the answer is only text here.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import pickle
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmrl.errors import UserError
+from llmrl.verify.checks.answers import after_thinking
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssertTests:
+    """Test code that runs outside the box and calls into it."""
+
+    checks: list[str]
+    """Sources, one test each; an exception fails it."""
+    setup: str = ""
+    """Runs before the checks, in their namespace; may use the program's names."""
+    helpers: str = ""
+    """Trusted definitions that the checks use (functions of a HumanEval prompt)."""
+    entry_point: str | None = None
+    """The checks know this function as `candidate`."""
+    defined: frozenset[str] = frozenset()
+    """Top-level names of the reference solution: these, even where they are built-ins, are the program's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTests:
+    """A function, lists of arguments, and what it must return."""
+
+    function: str
+    inputs: list[list[Any]]
+    outputs: list[Any]
+    maybe_wrapped: bool = False
+    """APPS: an output that is a list of one may also stand for what is in it; the rows do not say which."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StdinTests:
+    """A whole program: what it reads and what it must print."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+Tests = AssertTests | CallTests | StdinTests
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """The tests of a row and what is needed to find the program in an answer."""
+
+    tests: Tests | None
+    """None: the row has no test that can be used."""
+    prompt: str = ""
+    """Code that a bare function body continues (HumanEval)."""
+    names: list[str] = field(default_factory=list)
+    """What the program must define."""
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def read_row(row: Mapping[str, Any]) -> Row:
+    """The tests of a row of HumanEval, MBPP, APPS or LiveCodeBench.
+
+    Raises:
+        UserError: none of these data sets' columns is there, or one is not in its format.
+    """
+    present = {name: value for name, value in row.items() if value is not None}
+    if "test" in present and "entry_point" in present:
+        return _humaneval(present)
+    if "test_list" in present:
+        return _mbpp(present)
+    if "input_output" in present:
+        return _apps(present)
+    if "public_test_cases" in present or "private_test_cases" in present:
+        return _livecodebench(present)
+    found = ", ".join(sorted(present)) or "none"
+    raise UserError(
+        "unit_tests: the row has no tests it knows. Expected the columns test and entry_point (HumanEval), test_list"
+        f" (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {found}."
+    )
+
+
+def _humaneval(row: Mapping[str, Any]) -> Row:
+    entry = str(row["entry_point"])
+    prompt = str(row.get("prompt") or "")
+    if "```" in prompt:
+        prompt = next((block for block in _fenced(prompt) if _defines(block, entry)), "")
+    prompt = prompt if _defines(prompt, entry) else ""
+    tests = AssertTests(checks=[f"{row['test']}\ncheck(candidate)\n"], helpers=prompt, entry_point=entry)
+    return Row(tests=tests, prompt=prompt, names=[entry])
+
+
+def _mbpp(row: Mapping[str, Any]) -> Row:
+    checks = [str(check) for column in ("test_list", "challenge_test_list") for check in row.get(column) or []]
+    setup = "\n".join([*map(str, row.get("test_imports") or []), str(row.get("test_setup_code") or "")])
+    reference = str(row.get("code") or "")
+    if not checks:
+        return Row(tests=None)
+    defined = frozenset(_top_level_names(reference))
+    called = {name for check in checks for name in _called_names(check)}
+    names = sorted(called & defined) or sorted(called)
+    return Row(tests=AssertTests(checks=checks, setup=setup, defined=defined), names=names)
+
+
+def _apps(row: Mapping[str, Any]) -> Row:
+    content = row["input_output"]
+    if isinstance(content, str):
+        content = _json(content, "input_output") if content.strip() else {}
+    inputs, outputs = content.get("inputs") or [], content.get("outputs") or []
+    if len(inputs) != len(outputs):
+        raise UserError(f"input_output: {len(inputs)} inputs but {len(outputs)} outputs")
+    name = content.get("fn_name")
+    if not inputs:
+        return Row(tests=None)
+    if not name:
+        return Row(tests=StdinTests(inputs=[_lines(i) for i in inputs], outputs=[_lines(o) for o in outputs]))
+    calls = [_json_lines(i) if isinstance(i, str) else list(i) for i in inputs]
+    tests = CallTests(function=name, inputs=calls, outputs=list(outputs), maybe_wrapped=True)
+    return Row(tests=tests, names=[name])
+
+
+def _livecodebench(row: Mapping[str, Any]) -> Row:
+    cases = [case for column in ("public_test_cases", "private_test_cases") for case in _cases(row.get(column), column)]
+    if not cases:
+        return Row(tests=None)
+    kinds = {str(case.get("testtype", "stdin")) for case in cases}
+    if kinds == {"stdin"}:
+        inputs, outputs = [str(case["input"]) for case in cases], [str(case["output"]) for case in cases]
+        return Row(tests=StdinTests(inputs=inputs, outputs=outputs))
+    if kinds != {"functional"}:
+        raise UserError(f"public_test_cases: testtype must be stdin or functional throughout, found {sorted(kinds)}")
+    metadata = row.get("metadata") or {}
+    metadata = _json(metadata, "metadata") if isinstance(metadata, str) else metadata
+    name = metadata.get("func_name") or _method_name(str(row.get("starter_code") or ""))
+    if not name:
+        raise UserError("metadata: a functional LiveCodeBench row needs func_name (or a method in starter_code)")
+    calls = [_json_lines(str(case["input"])) for case in cases]
+    outputs = [_json(str(case["output"]), "public_test_cases") for case in cases]
+    return Row(tests=CallTests(function=name, inputs=calls, outputs=outputs), names=[name, "Solution"])
+
+
+def _cases(value: Any, column: str) -> list[dict[str, Any]]:
+    """Test cases as a list; private ones may be JSON in a compressed pickle, of which only the text is read."""
+    if not value:
+        return []
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        try:
+            value = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+        except (ValueError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{column}: neither JSON nor a compressed list of test cases ({error})") from error
+    return list(_json(value, column) if isinstance(value, str) else value)
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """Loads text and refuses every object that would need code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} in a test case")
+
+
+def _json(text: str, column: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{column}: not JSON ({error})") from error
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [_json(line, "input") for line in text.split("\n") if line.strip()]
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _method_name(starter: str) -> str | None:
+    found = re.findall(r"def\s+([A-Za-z]\w*)\s*\(", starter)
+    return found[-1] if found else None
+
+
+def _top_level_names(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _called_names(source: str) -> set[str]:
+    """Names called in a test that are no built-ins; the built-in ones where there are no others."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    return {name for name in called if name not in _BUILTINS} or called
+
+
+_BUILTINS = frozenset(dir(__import__("builtins")))
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+_FENCE = re.compile(
+    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
+_PYTHON = {"python", "py", "python3", "python2"}
+
+
+def extract_program(answer: str, row: Row) -> str:
+    """The program in a chat answer or a bare completion.
+
+    Thinking is dropped. Of several fenced blocks the last one that defines what the tests call is taken, else the last
+    Python block, else the last block; blocks are never glued together, because answers repeat themselves and end with
+    examples of use. Without a fence the whole text is the program. Where the row has a code prompt, a function
+    definition gets the prompt's imports and helpers in front, and a bare body continues the prompt.
+
+    Args:
+        answer: text of the completion.
+        row: from `read_row`.
+
+    Returns:
+        Source code, "" when there is none.
+    """
+    text = after_thinking(answer)
+    code = _choose(_FENCE.findall(text + "\n"), row.names) if "```" in text or "~~~" in text else text
+    if not code.strip():
+        return ""
+    if not row.prompt:
+        return with_apps_call(code) if isinstance(row.tests, StdinTests) else code
+    entry = row.names[0]
+    if not _defines(code, entry):
+        return row.prompt.rstrip("\n") + "\n" + _as_body(code)
+    prelude = row.prompt[: re.search(_definition(entry), row.prompt, re.MULTILINE).start()]  # type: ignore[union-attr]
+    return code if "from __future__" in code else prelude + code
+
+
+_APPS_HARNESS = "\nstdin = sys.stdin\nstdout = sys.stdout\ndef code():\n"
+"""How APPS's grader begins what it makes of a program that reads standard input; it then calls `code()`."""
+
+
+def with_apps_call(program: str) -> str:
+    """A program in the form in which APPS's grader runs it, with the call that the grader makes; others as they are.
+
+    That grader puts imports in front of a program and its lines into a function `code`. CodeRL's data keep some
+    programs in this form (`baseline_solutions`); run as they stand they would define a function and end.
+    """
+    return f"{program.rstrip()}\n\ncode()\n" if _APPS_HARNESS in program else program
+
+
+def _fenced(text: str) -> list[str]:
+    return [content for _, _, content in _FENCE.findall(text + "\n")]
+
+
+def _choose(blocks: list[tuple[str, str, str]], names: list[str]) -> str:
+    contents = [content for _, _, content in blocks]
+    python = [content for _, language, content in blocks if language.lower() in _PYTHON]
+    defining = [content for content in contents if any(_defines(content, name) for name in names)]
+    best = defining or python or contents
+    return best[-1] if best else ""
+
+
+def _definition(name: str) -> str:
+    escaped = re.escape(name)
+    return rf"^(?:async[ ]+def|def|class)[ ]+{escaped}\b|^{escaped}[ ]*(?::[^=\n]*)?=[^=]"
+
+
+def _defines(code: str, name: str) -> bool:
+    return re.search(_definition(name), code, re.MULTILINE) is not None
+
+
+def _as_body(code: str) -> str:
+    """A function body at one level of indentation; chat models lose the first line's, or all of it."""
+    lines = code.strip("\n").split("\n")
+    rest = [line for line in lines[1:] if line.strip()]
+    if lines[0][:1] in (" ", "\t"):
+        return code
+    if rest and all(line[:1] in (" ", "\t") for line in rest) and not lines[0].rstrip().endswith(":"):
+        return "\n".join([" " * 4 + lines[0], *lines[1:]])
+    return "\n".join(" " * 4 + line for line in lines)

@@ -1,0 +1,137 @@
+"""What a judge remembers: replies by the hash of the request, and what was spent; safe with several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrl.errors import RunFailed
+from llmrl.verify.judge.verdict import canonical_json
+
+
+def request_key(request: dict[str, Any]) -> str:
+    """Hash of everything that a reply depends on: endpoint, model, messages, sampling, schema."""
+    return hashlib.sha256(canonical_json(request).encode()).hexdigest()
+
+
+class ReplyCache:
+    """Readable replies on disk, one file each, named by the hash of the request.
+
+    Files are written beside and renamed into place, so that a reader in another process sees a whole one or none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+
+    def get(self, key: str) -> str | None:
+        """The reply's text, or None where there is none (or the file is damaged)."""
+        try:
+            content = json.loads(self._file(key).read_text())["content"]
+            return content if isinstance(content, str) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: str, content: str) -> None:
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "w") as stream:
+                json.dump({"content": content}, stream)
+            os.replace(beside, file)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"
+
+
+@dataclass(kw_only=True)
+class Spent:
+    """Tokens and money, in the currency of the configured prices."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+    def add(self, other: Spent) -> None:
+        self.calls += other.calls
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.cost += other.cost
+
+
+class Ledger:
+    """Sums what every paid call used, and stops the run when a budget is gone.
+
+    With a file, each call is one appended line, and the sum is that of all processes that write to it, now and before:
+    a budget then holds over ranks and restarts.
+
+    Args:
+        file: where lines are appended; None keeps the sum in this process only.
+        budget_tokens: limit on input plus output tokens.
+        budget_cost: limit on cost.
+    """
+
+    def __init__(self, file: str | Path | None, *, budget_tokens: int | None, budget_cost: float | None) -> None:
+        self.file = Path(file).expanduser() if file is not None else None
+        self.budget_tokens = budget_tokens
+        self.budget_cost = budget_cost
+        self._spent = Spent()
+        self._read_to = 0
+
+    def record(self, call: Spent) -> None:
+        if self.file is None:
+            self._spent.add(call)
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(asdict(call)) + "\n").encode())
+        finally:
+            os.close(handle)
+
+    def spent(self) -> Spent:
+        """The sum so far, lines that other processes appended included."""
+        if self.file is not None and self.file.exists():
+            with self.file.open("rb") as stream:
+                stream.seek(self._read_to)
+                fresh = stream.read()
+            whole = fresh[: fresh.rfind(b"\n") + 1]
+            self._read_to += len(whole)
+            for line in whole.splitlines():
+                try:
+                    self._spent.add(Spent(**json.loads(line)))
+                except (ValueError, TypeError):
+                    raise RunFailed(f"{self.file}: {line[:80]!r} is no ledger line; remove or mend it") from None
+        return self._spent
+
+    def check(self) -> None:
+        """
+        Raises:
+            RunFailed: a budget is used up. Calls already under way finish and are counted.
+        """
+        if self.budget_tokens is None and self.budget_cost is None:
+            return
+        spent = self.spent()
+        over_tokens = self.budget_tokens is not None and spent.tokens >= self.budget_tokens
+        over_cost = self.budget_cost is not None and spent.cost >= self.budget_cost
+        if over_tokens or over_cost:
+            limits = [f"budget_tokens {self.budget_tokens}"] if over_tokens else []
+            limits += [f"budget_cost {self.budget_cost:g}"] if over_cost else []
+            raise RunFailed(
+                f"judge: the budget is used up ({', '.join(limits)}): {spent.calls} calls took {spent.input_tokens} "
+                f"input and {spent.output_tokens} output tokens, cost {spent.cost:.4f}. Raise the budget in the "
+                "judge's configuration, or lower max_output_tokens, canary_rate or the number of judged rollouts."
+            )

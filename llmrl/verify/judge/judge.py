@@ -1,0 +1,353 @@
+"""A language model as judge, over any OpenAI-compatible endpoint: Question and case go in, a typed Verdict comes out.
+
+A judge that cannot be reached is an error of the sample (EndpointError), one whose answer cannot be read abstains
+(Verdict.values None); neither is ever a verdict of "wrong". What it costs is counted, and how far it can be trusted is
+measured with canaries: cases of known verdict mixed among the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import os
+import warnings
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmrl.endpoint import Endpoint, EndpointError, PerLoop
+from llmrl.errors import RunFailed, UserError
+from llmrl.verify.judge.cache import Ledger, ReplyCache, Spent, request_key
+from llmrl.verify.judge.options import JudgeConfig
+from llmrl.verify.judge.verdict import (
+    AnyJudge,
+    Canary,
+    OfflineJudge,
+    Question,
+    Verdict,
+    canonical_json,
+    json_schema,
+    read_verdict,
+    render,
+)
+from llmrl.verify.spec import find
+
+__all__ = [
+    "AnyJudge",
+    "Canary",
+    "EndpointError",
+    "Judge",
+    "JudgeConfig",
+    "OfflineJudge",
+    "Question",
+    "Verdict",
+    "both_orders",
+    "get_judge",
+    "judge_metrics",
+]
+
+
+@dataclass(kw_only=True)
+class _Lane:
+    """What a judge holds per event loop: connections belong to one loop."""
+
+    endpoint: Endpoint
+    in_flight: dict[str, asyncio.Task[Verdict]] = field(default_factory=dict)
+
+
+class Judge:
+    """A judge behind an OpenAI-compatible endpoint. One object serves a whole run, any number of tasks and loops."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self.ledger = Ledger(config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost)
+        self.counts = dict.fromkeys(
+            (
+                "questions",
+                "cache_hits",
+                "unreadable",
+                "format_retries",
+                "transport_retries",
+                "canaries",
+                "canary_failures",
+            ),
+            0,
+        )
+        self._cache = ReplyCache(config.cache_dir) if config.cache_dir is not None else None
+        self._structured = config.structured
+        self._canaries_due = 0.0
+        self._canaries_asked: Counter[str] = Counter()
+        self._warned = False
+        self._lanes = PerLoop(self._make_lane)
+
+    async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
+        """Judge one case. Equal questions under way at the same time are asked once.
+
+        Args:
+            question: what is asked and which fields the verdict has.
+            case: block name -> text.
+
+        Raises:
+            EndpointError: the endpoint failed, after retries.
+            RunFailed: the budget is used up, or too many canaries were judged wrongly.
+        """
+        self.counts["questions"] += 1
+        messages = render(question, case, max_chars=self.config.max_chars)
+        key = request_key({"url": self.config.base_url, **self._body(messages), "fields": json_schema(question.fields)})
+        remembered = self._remembered(key, question)
+        if remembered is not None:
+            self.counts["cache_hits"] += 1
+            return remembered
+        in_flight = self._lanes.get().in_flight
+        task = in_flight.get(key)
+        if task is None:
+            task = asyncio.create_task(self._ask_paid(question, messages, key))
+            in_flight[key] = task
+            task.add_done_callback(lambda done: (in_flight.pop(key), done.cancelled() or done.exception()))
+        # Shielded: another waiter may want the answer although this one was cancelled.
+        return await asyncio.shield(task)
+
+    def _remembered(self, key: str, question: Question) -> Verdict | None:
+        cached = self._cache.get(key) if self._cache is not None else None
+        if cached is None:
+            return None
+        try:
+            return Verdict(values=read_verdict(cached, question.fields), raw=cached, cached=True)
+        except ValueError:
+            return None  # a damaged file is asked for again and overwritten
+
+    async def _ask_paid(self, question: Question, messages: list[dict[str, str]], key: str) -> Verdict:
+        """Ask the endpoint, with a canary beside it when one is due, and remember a readable reply."""
+        self._canaries_due += self.config.canary_rate if question.canaries else 0.0
+        if self._canaries_due < 1:
+            verdict = await self._dialogue(question, messages)
+        else:
+            self._canaries_due -= 1
+            canary = asyncio.create_task(self._check_canary(question))
+            try:
+                verdict = await self._dialogue(question, messages)
+            finally:
+                await canary  # what it finds out about the judge goes before any verdict
+        if verdict.values is not None and self._cache is not None:
+            self._cache.put(key, verdict.raw)
+        return verdict
+
+    async def _dialogue(self, question: Question, messages: list[dict[str, str]]) -> Verdict:
+        """Ask until the answer can be read, saying each time what was wrong with it."""
+        raw, problem = "", "no answer"
+        for attempt in range(self.config.format_retries + 1):
+            if attempt > 0:
+                self.counts["format_retries"] += 1
+            raw, finish = await self._complete(messages, question)
+            try:
+                if finish not in ("stop", None):
+                    # A reply that was cut off may hold a draft verdict, which is not the verdict.
+                    raise ValueError(f"the answer ended by {finish!r} instead of a stop")
+                return Verdict(values=read_verdict(raw, question.fields), raw=raw)
+            except ValueError as error:
+                problem = str(error)
+            if attempt == 0:
+                told = f"Your answer could not be read: {problem}. Answer again with the JSON object alone."
+                messages = [
+                    *messages,
+                    {"role": "assistant", "content": raw[-4000:] or "-"},
+                    {"role": "user", "content": told},
+                ]
+        self.counts["unreadable"] += 1
+        return Verdict(values=None, problem=problem, raw=raw)
+
+    async def _complete(self, messages: list[dict[str, str]], question: Question) -> tuple[str, str | None]:
+        """One chat completion: (text, finish reason). Its tokens are recorded."""
+        self.ledger.check()
+        endpoint = self._lanes.get().endpoint
+        body = self._body(messages)
+        if self._structured:
+            schema = {"name": question.name, "strict": True, "schema": json_schema(question.fields)}
+            try:
+                reply = await endpoint.post({**body, "response_format": {"type": "json_schema", "json_schema": schema}})
+            except EndpointError as error:
+                if error.status not in (400, 415, 422, 501):
+                    raise
+                reply = await endpoint.post(body)
+                self._structured = False
+        else:
+            reply = await endpoint.post(body)
+        self._record(reply.get("usage"))
+        return _text_of(reply)
+
+    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        body = {
+            "model": self.config.model,
+            "messages": messages,
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_output_tokens,
+            **self.config.extra_body,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _record(self, usage: Any) -> None:
+        usage = usage if isinstance(usage, dict) else {}
+        counted = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        if not all(isinstance(count, int) and count >= 0 for count in counted):
+            if self.config.budget_tokens is not None or self.config.budget_cost is not None:
+                raise RunFailed(
+                    f"judge: a budget is set, but {self.config.base_url} reports no token usage, so it cannot be kept. "
+                    "Remove budget_tokens and budget_cost, or use a server that reports usage."
+                )
+            counted = [0, 0]
+        cost = (counted[0] * self.config.input_price + counted[1] * self.config.output_price) / 1e6
+        self.ledger.record(Spent(calls=1, input_tokens=counted[0], output_tokens=counted[1], cost=cost))
+
+    async def _check_canary(self, question: Question) -> None:
+        """Judge the question's next canary, past the cache, and stop or warn when too many went wrong."""
+        canary = question.canaries[self._canaries_asked[question.name] % len(question.canaries)]
+        self._canaries_asked[question.name] += 1
+        if canary.fields is not None:
+            question = dataclasses.replace(question, fields=canary.fields)
+        messages = render(question, canary.case, max_chars=self.config.max_chars)
+        try:
+            verdict = await self._dialogue(question, messages)
+        except EndpointError:
+            return
+        self.counts["canaries"] += 1
+        if canary.agrees(verdict.values):
+            return
+        self.counts["canary_failures"] += 1
+        asked, failed = self.counts["canaries"], self.counts["canary_failures"]
+        if asked < self.config.canary_min_count or failed <= self.config.canary_max_failure * asked:
+            return
+        message = (
+            f"judge: {self.config.model} got {failed} of {asked} known cases wrong (limit "
+            f"{self.config.canary_max_failure:.0%}); last: {question.name!r} expected {canary.expected}, got "
+            f"{verdict.values or verdict.problem}. Its verdicts cannot be trusted: look at the model and its template, "
+            "or raise canary_max_failure."
+        )
+        if self.config.on_canary_failure == "error":
+            raise RunFailed(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def metrics(self) -> dict[str, float]:
+        """What was asked, spent and got wrong since the start, by metric name."""
+        spent = self.ledger.spent()
+        counts: dict[str, float] = {f"judge/{name}": float(count) for name, count in self.counts.items()}
+        return counts | {
+            "judge/calls": float(spent.calls),
+            "judge/input_tokens": float(spent.input_tokens),
+            "judge/output_tokens": float(spent.output_tokens),
+            "judge/cost": spent.cost,
+        }
+
+    def _make_lane(self) -> _Lane:
+        key = os.environ.get(self.config.api_key_env, "") if self.config.api_key_env else ""
+        endpoint = Endpoint(
+            self.config.base_url.rstrip("/") + "/chat/completions",
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout_s=self.config.timeout_s,
+            retries=self.config.retries,
+            max_concurrency=self.config.max_concurrency,
+            on_retry=self._count_retry,
+        )
+        return _Lane(endpoint=endpoint)
+
+    def _count_retry(self) -> None:
+        self.counts["transport_retries"] += 1
+
+    async def close(self) -> None:
+        """Close the connections of the running loop. The judge can be used again."""
+        lane = self._lanes.pop()
+        if lane is not None:
+            await lane.endpoint.close()
+
+
+JUDGE_FORMS = (
+    "set args.judge to {base_url: http://HOST:PORT/v1, model: NAME}, to `package.module:factory` or `file.py:factory`, "
+    "or to an object with `ask`"
+)
+_judges: dict[str, Judge] = {}
+
+
+def get_judge(judge: AnyJudge | Mapping[str, Any] | str | None) -> AnyJudge:
+    """The judge object for a reward's `judge` argument.
+
+    Args:
+        judge: an object with `ask`; a mapping with the fields of JudgeConfig (equal mappings share one Judge); or
+            `package.module:factory` or `file.py:factory`, called once per process without arguments.
+
+    Raises:
+        UserError: no judge, an unknown or missing key, a value out of range, or a factory that is not there.
+    """
+    if isinstance(judge, str) and ":" in judge:
+        return _made_judge(judge)
+    if not isinstance(judge, Mapping):
+        if judge is None or isinstance(judge, str) or not hasattr(judge, "ask"):
+            raise UserError(f"this reward needs a judge, which {judge!r} is not: {JUDGE_FORMS}")
+        return judge
+    known = {f.name: f for f in dataclasses.fields(JudgeConfig)}
+    unknown = sorted(set(judge) - set(known))
+    missing = sorted({"base_url", "model"} - set(judge))
+    if unknown or missing:
+        raise UserError(f"judge: unknown keys {unknown}, missing keys {missing}; known keys: {', '.join(known)}")
+    key = canonical_json(dict(judge))
+    if key not in _judges:
+        _judges[key] = Judge(JudgeConfig(**judge))
+    return _judges[key]
+
+
+@functools.cache
+def _made_judge(spec: str) -> AnyJudge:
+    try:
+        made = find(spec)[0]()
+    except UserError as error:
+        problem = str(error).splitlines()[0].removeprefix(f"reward {spec!r}: ")
+        raise UserError(f"judge {spec!r}: {problem} To name a judge, {JUDGE_FORMS}") from None
+    if not hasattr(made, "ask"):
+        raise UserError(f"judge {spec!r} made a {type(made).__name__} without `ask(question, case)`")
+    return made
+
+
+def judge_metrics() -> dict[str, float]:
+    """The metrics of all configured judges of this process together (see `Judge.metrics`)."""
+    total: Counter[str] = Counter()
+    for judge in _judges.values():
+        total.update(judge.metrics())
+    return dict(total)
+
+
+async def both_orders(
+    prefer: Callable[[str, str], Awaitable[float | None]],
+    first: str,
+    second: str,
+    *,
+    on_contradiction: Literal["tie", "abstain"] = "tie",
+) -> float | None:
+    """Preference for `first` over `second`, asked in both orders so that a taste for a position cancels.
+
+    Args:
+        prefer: judges (a, b): above 0 if a is better, below 0 if b is, 0 for a tie, None for an abstention.
+        first: one text.
+        second: the other text.
+        on_contradiction: what it is worth when each order prefers the other text.
+
+    Returns:
+        The mean of both preferences as seen from `first`; 0 or None on contradiction; None if either order abstained.
+    """
+    forward, backward = await asyncio.gather(prefer(first, second), prefer(second, first))
+    if forward is None or backward is None:
+        return None
+    if forward * backward > 0:
+        return 0.0 if on_contradiction == "tie" else None
+    return (forward - backward) / 2
+
+
+def _text_of(reply: dict[str, Any]) -> tuple[str, str | None]:
+    """(text, finish reason) of a chat completion; '' where there is no text."""
+    try:
+        choice = reply["choices"][0]
+        content = choice["message"].get("content")
+        return (content if isinstance(content, str) else ""), choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return "", None

@@ -1,0 +1,270 @@
+"""The log-prob head against log_softmax over full logits: values, gradients, and that full logits never exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmrl.model import logprob_head
+from llmrl.model.logprob_head import restricted_probabilities, token_collisions, token_logprobs, token_logprobs_and_kl
+
+ROWS, HIDDEN, VOCABULARY = 37, 12, 101
+
+
+def inputs(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden": torch.randn(ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_(),
+        "weight": torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype).requires_grad_(),
+        "bias": torch.randn(VOCABULARY, generator=generator).to(dtype).requires_grad_(),
+        "targets": torch.randint(VOCABULARY, (ROWS,), generator=generator),
+    }
+
+
+def literal(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    everything = (logits / temperature).log_softmax(-1)
+    return everything.gather(1, targets[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
+
+
+VARIANTS = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "cold": {"temperature": 0.6},
+    "softcap": {"softcap": 5.0},
+    "softcap, cold, scale": {"softcap": 4.0, "temperature": 0.7, "scale": 0.5},
+    "scale": {"scale": 0.25},
+    "bias": {"bias": True},
+    "bias, all": {"bias": True, "softcap": 6.0, "temperature": 1.3, "scale": 2.0},
+}
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 20, 10**6])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("weights", ["log-prob", "entropy", "both"])
+def test_values_and_gradients(
+    variant: str, weights: str, rows_at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", rows_at_once * VOCABULARY)
+    options = dict(VARIANTS[variant])
+    tensors = inputs(seed)
+    if options.get("bias"):
+        options["bias"] = tensors["bias"]
+    trained = [tensors[name] for name in ("hidden", "weight", *(["bias"] if "bias" in options else []))]
+    generator = torch.Generator().manual_seed(seed + 1)
+    factors = torch.randn(2, ROWS, generator=generator).double()
+    factors[0] *= weights != "entropy"
+    factors[1] *= weights != "log-prob"
+
+    def objective(pair: tuple[Tensor, Tensor]) -> Tensor:
+        logprobs, entropies = pair
+        total = torch.zeros((), dtype=torch.float64)
+        if weights != "entropy":
+            total = total + (factors[0] * logprobs).sum()
+        if weights != "log-prob":
+            total = total + (factors[1] * entropies).sum()
+        return total
+
+    ours = token_logprobs(tensors["hidden"], tensors["weight"], tensors["targets"], **options)
+    reference = literal(tensors["hidden"], tensors["weight"], tensors["targets"], **options)
+    for value, expected in zip(ours, reference, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    ours_gradients = torch.autograd.grad(objective(ours), trained)
+    for value, expected in zip(ours_gradients, torch.autograd.grad(objective(reference), trained), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probabilities_of_some_tokens_and_collisions(variant: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", 16 * VOCABULARY)
+    options, tensors = dict(VARIANTS[variant]), inputs(seed)
+    if options.get("bias"):
+        options["bias"] = tensors["bias"]
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    every = torch.arange(VOCABULARY).repeat(ROWS, 1)
+    expected = torch.stack([literal(hidden, weight, column, **options)[0].exp() for column in every.T], dim=1)
+    vocabulary, columns = targets.unique(return_inverse=True)
+    logprobs = literal(hidden, weight, targets, **options)[0].float()
+    found = restricted_probabilities(hidden, weight, logprobs, vocabulary, columns, **options)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), expected[:, vocabulary], rtol=1e-4, atol=1e-6)
+    collisions = token_collisions(hidden, weight, **options)
+    torch.testing.assert_close(collisions.double(), expected.square().sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 10**6])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_divergence_of_whole_distributions(
+    variant: str, rows_at_once: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With log-probabilities and entropies in the same objective, against dense logits of both models."""
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", rows_at_once * VOCABULARY)
+    options, tensors, other = dict(VARIANTS[variant]), inputs(seed), inputs(seed + 10)
+    other = {name: value.detach() if name == "bias" else value for name, value in other.items()}
+    reference_options, reference_bias = dict(options), None
+    if options.get("bias"):
+        options["bias"], reference_bias = tensors["bias"], other["bias"]
+        reference_options["bias"] = reference_bias
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    trained = [hidden, weight, *([tensors["bias"]] if "bias" in options else [])]
+    ours = token_logprobs_and_kl(hidden, weight, targets, (other["hidden"], other["weight"], reference_bias), **options)
+    columns = torch.arange(VOCABULARY).repeat(ROWS, 1).T
+    dense = torch.stack([literal(hidden, weight, column, **options)[0] for column in columns], 1)
+    reference = torch.stack(
+        [literal(other["hidden"], other["weight"], column, **reference_options)[0] for column in columns], 1
+    )
+    expected = (*literal(hidden, weight, targets, **options), (dense.exp() * (dense - reference.detach())).sum(1))
+    for value, correct in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value.double(), correct, rtol=1e-4, atol=1e-4)
+    for chosen in ((0, 0, 1), (1, 0, 1), (1, 1, 1)):
+        factors = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(seed + 1)).double()
+        found, correct = (
+            sum((factors[i] * values[i]).sum() for i in range(3) if chosen[i]) for values in (ours, expected)
+        )
+        pairs = zip(
+            torch.autograd.grad(found, trained, retain_graph=True),  # pyright: ignore
+            torch.autograd.grad(correct, trained, retain_graph=True),  # pyright: ignore
+            strict=True,
+        )
+        for gradient, literal_gradient in pairs:
+            torch.testing.assert_close(gradient, literal_gradient, rtol=1e-3, atol=5e-4)
+    ours[2].sum().backward()
+    assert other["hidden"].grad is None and other["weight"].grad is None, "the reference gets no gradient"
+
+
+def test_finite_differences_of_one_logprob_and_entropy(seed: int) -> None:
+    """Against the function itself, not against another derivation of the gradient."""
+    tensors = inputs(seed)
+    direction = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed + 2))
+    options = {"temperature": 0.8, "softcap": 8.0, "bias": tensors["bias"]}
+
+    def total(hidden: Tensor) -> Tensor:
+        logprobs, entropies = token_logprobs(hidden, tensors["weight"], tensors["targets"], **options)
+        return logprobs.sum() + 2 * entropies.sum()
+
+    (gradient,) = torch.autograd.grad(total(tensors["hidden"]), tensors["hidden"])
+    step = 1e-2
+    with torch.no_grad():
+        ahead, behind = (total(tensors["hidden"] + sign * step * direction) for sign in (1, -1))
+    difference = ((ahead - behind) / (2 * step)).item()
+    assert (gradient * direction).sum().item() == pytest.approx(difference, rel=2e-2, abs=0.2)
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    tensors = inputs(0)
+    weight, bias = tensors["weight"].detach(), tensors["bias"].detach()
+    logprobs, entropies = token_logprobs(tensors["hidden"], weight, tensors["targets"], bias=bias)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert weight.grad is None
+    assert bias.grad is None
+    assert tensors["hidden"].grad is not None
+    assert tensors["hidden"].grad.abs().sum() > 0
+
+
+def test_frozen_body_still_trains_the_head() -> None:
+    tensors = inputs(0)
+    token_logprobs(tensors["hidden"].detach(), tensors["weight"], tensors["targets"])[0].sum().backward()
+    expected = inputs(0)
+    literal(expected["hidden"].detach(), expected["weight"], expected["targets"])[0].sum().backward()
+    torch.testing.assert_close(tensors["weight"].grad, expected["weight"].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows() -> None:
+    tensors = inputs(0)
+    logprobs, entropies = token_logprobs(
+        tensors["hidden"][:0], tensors["weight"], tensors["targets"][:0], bias=tensors["bias"]
+    )
+    assert logprobs.shape == entropies.shape == (0,)
+    (logprobs.sum() + entropies.sum()).backward()
+    for name in ("hidden", "weight", "bias"):
+        assert torch.equal(tensors[name].grad, torch.zeros_like(tensors[name]))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bfloat16_is_within_its_rounding(with_bias: bool, seed: int) -> None:
+    """bfloat16 rounds each logit (here up to about 10 in size) by up to 2**-9 of itself; gradients to 2**-8."""
+    tensors = inputs(seed, torch.bfloat16)
+    bias = tensors["bias"] if with_bias else None
+    trained = [tensors["hidden"], tensors["weight"], *([bias] if bias is not None else [])]
+    ours = token_logprobs(tensors["hidden"], tensors["weight"], tensors["targets"], bias=bias)
+    reference = literal(tensors["hidden"], tensors["weight"], tensors["targets"], bias=bias)
+    for value, expected in zip(ours, reference, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=0.06)
+    gradients = torch.autograd.grad(ours[0].sum(), trained)
+    expected_gradients = torch.autograd.grad(reference[0].sum(), trained)
+    for value, expected in zip(gradients, expected_gradients, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert (value - expected).float().norm() <= 0.02 * expected.float().norm()
+
+
+def test_under_autocast_forward_and_backward_use_the_same_logits(seed: int) -> None:
+    """The gradient of a log-probability over the logits sums to zero, so a bias added to all logits gets none.
+
+    With logits recomputed in another precision than the normaliser's, it would not sum to zero any more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (4 * torch.randn(200, 64, generator=generator)).requires_grad_()
+    weight = torch.randn(50, 64, generator=generator).requires_grad_()
+    bias = torch.zeros(50, requires_grad=True)
+    targets = torch.randint(50, (200,), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropies = token_logprobs(hidden, weight, targets, bias=bias)
+    assert logprobs.dtype == torch.float32
+    for row in (0, 100):
+        (slope,) = torch.autograd.grad(logprobs[row], bias, retain_graph=True)
+        assert slope.sum().abs().item() < 1e-4
+    (grad_hidden,) = torch.autograd.grad(logprobs.sum(), hidden)
+    reference = hidden.detach().bfloat16().requires_grad_()
+    expected, expected_entropies = token_logprobs(reference, weight, targets, bias=bias)
+    assert torch.equal(logprobs, expected)
+    assert torch.equal(entropies, expected_entropies), "the reductions stay in float32"
+    expected.sum().backward()
+    torch.testing.assert_close(grad_hidden, reference.grad.float(), rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+def test_full_logits_are_never_allocated() -> None:
+    rows, vocabulary = 4096, 8192  # twice MAX_LOGITS
+    hidden = torch.randn(rows, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,))
+    assert rows * vocabulary > logprob_head.MAX_LOGITS
+    with LargestTensor() as seen:
+        logprobs, entropies = token_logprobs(hidden, weight, targets)
+        (logprobs.sum() + entropies.sum()).backward()
+        reference = (torch.randn(rows, 4), torch.randn(vocabulary, 4), None)
+        token_logprobs_and_kl(hidden, weight, targets, reference)[2].sum().backward()
+    assert weight.numel() <= seen.largest <= logprob_head.MAX_LOGITS
+    with LargestTensor() as seen:
+        (hidden @ weight.T).log_softmax(-1)
+    assert seen.largest == rows * vocabulary, "the recorder must see what it is there to see"

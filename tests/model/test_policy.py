@@ -1,0 +1,288 @@
+"""The policy: the weights it hands out, its reference, and the start-up check of its forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from llmrl.config import LoraConfig, ModelConfig
+from llmrl.errors import RunFailed, UserError
+from llmrl.model.load import add_lora, load_model, load_tokenizer
+from llmrl.model.policy import Policy, PolicyModule
+from llmrl.train.packing import build_micro_batch
+from tests.invariance.cases import (
+    make_config,
+    make_learner,
+    make_lora,
+    make_samples,
+    move,
+    tiny_model,
+    train_batch,
+    update_and_look,
+)
+
+ARCHS = ["qwen2", "qwen3", "llama", "gemma", "gemma2"]
+ADAPTERS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}
+
+
+def policy_of(model: torch.nn.Module, *, keep_reference: bool = False) -> Policy:
+    return Policy(model, temperature=1.0, keep_reference=keep_reference)
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weights_of_a_whole_model_are_its_state_dict(arch: str, tied: bool) -> None:
+    model = tiny_model(arch, tie_word_embeddings=tied)
+    pushed = list(policy_of(model).weights())
+    names = [name for name, _ in pushed]
+    assert len(names) == len(set(names))
+    expected = dict(model.state_dict())
+    if tied:
+        del expected["lm_head.weight"]
+        assert "model.embed_tokens.weight" in names
+    assert set(names) == set(expected)
+    for name, tensor in pushed:
+        assert torch.equal(tensor, expected[name]), name
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("arch", ["qwen2", "gemma"])
+def test_merged_weights_give_the_logits_of_the_adapted_model(arch: str, adapter: str, seed: int) -> None:
+    wrapped = make_lora(tiny_model(arch), lora_alpha=16, **ADAPTERS[adapter])
+    policy = policy_of(wrapped)
+    before = {name: parameter.clone() for name, parameter in wrapped.named_parameters()}
+    wrapped.train()  # where the learner leaves it
+    pushed = {name: tensor.clone() for name, tensor in policy.weights()}
+    assert wrapped.training
+    served = tiny_model(arch, seed=99)
+    missing, unexpected = served.load_state_dict(pushed, strict=False)
+    assert unexpected == []
+    assert missing == ["lm_head.weight"]  # tied
+    assert torch.equal(served.lm_head.weight, served.model.embed_tokens.weight)
+
+    ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(seed))
+    wrapped.eval()
+    with torch.no_grad():
+        ours, expected = served(input_ids=ids).logits, wrapped(input_ids=ids).logits
+        plain = tiny_model(arch)(input_ids=ids).logits
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    assert (expected - plain).abs().max() > 0.05, "the adapter must do something for this to say anything"
+    for name, parameter in wrapped.named_parameters():
+        assert torch.equal(parameter, before[name]), f"{name} was written to"
+
+
+def test_weights_after_an_update_are_the_new_ones(seed: int) -> None:
+    for model in (tiny_model(), make_lora(tiny_model())):
+        learner, algorithm = make_learner(model, make_config())
+        name = "model.layers.0.mlp.up_proj.weight"
+        old = {n: t.clone() for n, t in learner.policy.weights()}[name]
+        learner.update(train_batch(make_samples(seed)), algorithm)
+        assert not torch.equal(dict(learner.policy.weights())[name], old)
+
+
+def test_weights_come_one_layer_at_a_time() -> None:
+    """A consumer that stops early has not paid for merging the rest."""
+    policy = policy_of(make_lora(tiny_model()))
+    merged = 0
+    first = next(layer for _, layer in policy.bare.causal_lm.named_modules() if hasattr(layer, "lora_A"))
+    merge = type(first).merge
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal merged
+        merged += 1
+        merge(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(first), "merge", count)
+        pushed = policy.weights()
+        next(pushed)
+        assert merged == 1
+        list(pushed)
+    assert merged == 14  # 7 linear layers in each of 2 blocks
+
+
+# --- adapters ---
+
+
+def test_fresh_adapters_change_nothing_are_seeded_and_alone_are_trained() -> None:
+    ids = torch.arange(10)[None]
+    expected = tiny_model()(input_ids=ids).logits
+    state = torch.get_rng_state()
+    first, again = (add_lora(tiny_model(), LoraConfig(r=4), seed=3) for _ in range(2))
+    other = add_lora(tiny_model(), LoraConfig(r=4), seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first(input_ids=ids).logits, expected)
+    trained = [name for name, parameter in first.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert all(torch.equal(first.get_parameter(name), again.get_parameter(name)) for name in trained)
+    assert not all(torch.equal(first.get_parameter(name), other.get_parameter(name)) for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "message"), [(["nowhere"], "nowhere"), (["lm_head", "q_proj"], "output head")]
+)
+def test_targets_that_cannot_be(target_modules: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add_lora(tiny_model(), LoraConfig(target_modules=target_modules), seed=0)
+
+
+# --- reference ---
+
+
+def test_the_reference_is_the_model_of_the_start(seed: int) -> None:
+    samples = make_samples(seed)
+    batch = build_micro_batch(samples, [[0, 1], [2]])
+    plain = policy_of(tiny_model()).forward(batch).logprobs.detach()
+    whole = policy_of(tiny_model(), keep_reference=True)
+    move(whole.bare, seed=1)
+    adapted = policy_of(make_lora(tiny_model()), keep_reference=True)
+    for policy in (whole, adapted):
+        reference = policy.reference_logprobs(batch)
+        torch.testing.assert_close(reference, plain, rtol=0, atol=1e-6)
+        assert not reference.requires_grad
+        assert (policy.forward(batch).logprobs - plain).abs().max() > 0.01
+    assert adapted._reference is None, "adapters need no second copy of the model"
+
+
+def test_a_reference_that_was_not_kept_is_an_error() -> None:
+    batch = build_micro_batch(make_samples(0), [[0]])
+    with pytest.raises(RunFailed, match="no reference model was kept"):
+        policy_of(tiny_model()).reference_logprobs(batch)
+
+
+def test_sequence_logprobs_are_the_models_own_at_temperature_one(seed: int) -> None:
+    model = make_lora(tiny_model(), lora_dropout=0.5)
+    policy = Policy(model, temperature=0.5, keep_reference=False)
+    sequences = [sample.input_ids.tolist() for sample in make_samples(seed)[:3]]
+    model.eval()
+    expected = []
+    for ids in sequences:
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        expected.append([logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids))])
+    policy.module.train()
+    found = policy.sequence_logprobs(sequences)
+    assert policy.module.training
+    for ours, row in zip(found, expected, strict=True):
+        assert ours == pytest.approx(row, abs=1e-5)
+
+
+# --- the start-up check ---
+
+
+@pytest.mark.parametrize("arch", [*ARCHS, "mistral"])
+def test_known_architectures_pass(arch: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        policy_of(tiny_model(arch).to(dtype)).check_forward()
+    policy_of(make_lora(tiny_model(arch))).check_forward()
+
+
+def test_a_packed_row_whose_sequences_see_each_other_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_a_mask(self: PolicyModule, input_ids: torch.Tensor, position_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": torch.ones_like(input_ids)}
+        return self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+    monkeypatch.setattr(PolicyModule, "hidden_states", with_a_mask)
+    policy = policy_of(tiny_model())
+    with pytest.raises(RunFailed, match=r"the packed row gives .* set train.packing false"):
+        policy.check_forward()
+    policy.check_forward(packing=False)
+
+
+@pytest.mark.parametrize("factor", [1.05, -1.0, math.nan])
+def test_logits_that_are_changed_after_the_head_are_caught(factor: float) -> None:
+    model = tiny_model()
+
+    def change(_module: object, _inputs: object, output: Any) -> Any:
+        output.logits = output.logits * factor
+        return output
+
+    model.register_forward_hook(change)
+    for packing in (True, False):
+        with pytest.raises(RunFailed, match="log-prob head gives"):
+            policy_of(model).check_forward(packing=packing)
+
+
+@pytest.mark.parametrize(("field", "value"), [("final_logit_softcapping", 3.0), ("logit_scale", 0.3)])
+def test_constants_of_the_configuration_that_the_model_does_not_apply_are_caught(field: str, value: float) -> None:
+    model = tiny_model()
+    setattr(model.config, field, value)
+    with pytest.raises(RunFailed, match="log-prob head gives"):
+        policy_of(model).check_forward()
+
+
+def test_gemma2s_soft_cap_matters() -> None:
+    """The check would be blind to a forgotten soft cap if the cap changed nothing at this size of logits."""
+    model = tiny_model("gemma2", final_logit_softcapping=2.0)
+    policy_of(model).check_forward()
+    model.config.final_logit_softcapping = None
+    capped = policy_of(tiny_model("gemma2", final_logit_softcapping=2.0))
+    assert policy_of(model).sequence_logprobs([[1, 2, 3]]) != capped.sequence_logprobs([[1, 2, 3]])
+
+
+# --- mixed precision ---
+
+
+@pytest.fixture
+def bfloat16_accelerator() -> Iterator[Accelerator]:
+    """accelerate keeps its precision in a singleton; it is put back afterwards."""
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_mixed_precision(bfloat16_accelerator: Accelerator, lora: bool, seed: int) -> None:
+    """Training is rounded, alike for policy and reference; what proves the weights is not."""
+    config = make_config(algo={"beta": 0.1})
+    model = add_lora(tiny_model(), LoraConfig(r=4), seed=0) if lora else tiny_model()
+    learner, algorithm = make_learner(model, config, accelerator=bfloat16_accelerator)
+    policy, sequence = learner.policy, make_samples(seed)[0].input_ids.tolist()
+    if policy._reference is not None:
+        policy.bare.load_state_dict(policy._reference.state_dict())
+    exact = policy_of(tiny_model()).sequence_logprobs([sequence])[0]
+    assert policy.sequence_logprobs([sequence])[0] == pytest.approx(exact, abs=1e-5)
+    policy.check_forward()
+
+    batch = build_micro_batch(make_samples(seed), [[0, 1], [2]])
+    gap = (policy.forward(batch).logprobs - policy_of(tiny_model()).forward(batch).logprobs).abs().max()
+    assert 1e-4 < gap < 0.1, "the forward pass of training is meant to be in bfloat16"
+    outcome = update_and_look(learner, algorithm, make_samples(seed))
+    assert outcome.metrics["kl/ref"] == 0.0, "policy and reference are still the same model"
+    assert all(torch.isfinite(gradient).all() for gradient in outcome.gradients.values())
+
+
+# --- loading ---
+
+
+def test_loading_tiny_and_missing_models(tmp_path: Any) -> None:
+    config = ModelConfig(path="tiny:qwen3", dtype="bfloat16", attn_implementation="eager")
+    tokenizer = load_tokenizer(config)
+    model, again = (load_model(config, tokenizer, seed=5) for _ in range(2))
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = ModelConfig(path=str(tmp_path), dtype="float32")
+    loaded = load_model(saved, load_tokenizer(saved), seed=0)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+    missing = ModelConfig(path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        load_tokenizer(missing)
+    with pytest.raises(UserError, match="nowhere"):
+        load_model(missing, tokenizer, seed=0)
+    with pytest.raises(UserError, match="gpt9"):
+        load_model(ModelConfig(path="tiny:gpt9"), tokenizer, seed=0)

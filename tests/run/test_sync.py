@@ -1,0 +1,128 @@
+"""Weight sync: every way an engine can serve the wrong weights is caught and named."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+import torch
+
+from llmrl.engines.base import FakeEngine, WeightSource
+from llmrl.errors import RunFailed
+from llmrl.model.policy import Policy
+from llmrl.run.sync import WeightSync
+from tests.invariance.cases import VOCABULARY, make_lora, move, tiny_model
+
+
+class ServingEngine(FakeEngine):
+    """Serves a model of its own, loaded from what is pushed; `fault` says what goes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt_ids, sampling: [])
+        self.model = tiny_model()
+        self.fault = ""
+        self.queued: dict[str, torch.Tensor] = self.take(lambda: self.model.state_dict().items())
+
+    @staticmethod
+    def take(source: WeightSource) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in source()}
+
+    async def load_weights(self, source: WeightSource, *, version: int) -> None:
+        await super().load_weights(source, version=version)
+        weights = self.take(source)
+        if self.fault == "one version behind":
+            weights, self.queued = self.queued, weights
+        else:
+            self.queued = weights
+        if self.fault == "half of the weights":
+            weights = dict(list(weights.items())[: len(weights) // 2])
+        if self.fault == "scrambled":
+            weights = {name: tensor.flip(0) for name, tensor in weights.items()}
+        if self.fault != "drops the push":
+            self.model.load_state_dict(weights, strict=False)
+        if self.fault == "NaN":
+            next(self.model.parameters()).data.fill_(math.nan)
+
+    async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        return Policy(self.model, temperature=1.0, keep_reference=False).sequence_logprobs(sequences)
+
+
+def started(lora: bool = False) -> tuple[Policy, ServingEngine, WeightSync]:
+    """A policy, its engine, and two good pushes behind them."""
+    policy = Policy(make_lora(tiny_model()) if lora else tiny_model(), temperature=1.0, keep_reference=False)
+    engine = ServingEngine()
+    sync = WeightSync(policy, engine, vocab_size=VOCABULARY)
+    for version in (0, 1):
+        change(policy, seed=version)
+        asyncio.run(sync.push(version))
+    return policy, engine, sync
+
+
+def change(policy: Policy, *, seed: int = 7) -> None:
+    """Move what is trained."""
+    if policy.has_adapters:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in policy.bare.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    else:
+        move(policy.bare, seed=seed)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_a_good_push_has_a_receipt(lora: bool) -> None:
+    policy, engine, sync = started(lora)
+    change(policy)
+    receipt = asyncio.run(sync.push(2))
+    assert receipt.version == engine.version == 2
+    assert receipt.max_gap < 1e-4
+    assert receipt.change > 0.01
+    assert receipt.seconds > 0
+    assert asyncio.run(sync.push(3)).change == 0.0, "nothing was trained in between"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("fault", "explanation"),
+    [
+        ("drops the push", r"version 2 .* match version 1 to .*: the push did not arrive"),
+        ("one version behind", r"version 2 .* match version 1 to .*: the push did not arrive"),
+        ("NaN", r"version 2 .* the engine computes NaN or infinity"),
+        ("half of the weights", r"version 2 .* match no earlier version"),
+        ("scrambled", r"version 2 .* match no earlier version"),
+    ],
+)
+def test_every_fault_is_named(fault: str, explanation: str, lora: bool) -> None:
+    policy, engine, sync = started(lora)
+    change(policy)
+    engine.fault = fault
+    with pytest.raises(RunFailed, match=explanation):
+        asyncio.run(sync.push(2))
+
+
+def test_garbage_is_caught_at_the_very_first_push() -> None:
+    policy = Policy(tiny_model(), temperature=1.0, keep_reference=False)
+    sync = WeightSync(policy, FakeEngine(lambda prompt_ids, sampling: [], logprob=-1.0), vocab_size=VOCABULARY)
+    with pytest.raises(RunFailed, match="match no earlier version"):
+        asyncio.run(sync.push(0))
+
+
+def test_the_tolerance_is_that_of_the_engines_type() -> None:
+    policy, engine = Policy(tiny_model(), temperature=1.0, keep_reference=False), ServingEngine()
+    rounded = WeightSync(policy, engine, vocab_size=VOCABULARY, dtype="bfloat16")
+    exact = WeightSync(policy, engine, vocab_size=VOCABULARY, dtype="float32")
+    engine.model.bfloat16()
+    receipt = asyncio.run(rounded.push(0))
+    assert 1e-3 < receipt.max_gap < 0.15
+    with pytest.raises(RunFailed, match=r"tolerance 0.001"):
+        asyncio.run(exact.push(0))
+
+
+def test_the_probe_is_the_same_in_every_run_and_stays_in_the_vocabulary() -> None:
+    policy, engine = Policy(tiny_model(), temperature=1.0, keep_reference=False), ServingEngine()
+    probes = [WeightSync(policy, engine, vocab_size=VOCABULARY).probe for _ in range(2)]
+    assert probes[0] == probes[1]
+    assert len(set(probes[0])) > 8
+    assert all(0 <= token < VOCABULARY for token in probes[0])
