@@ -322,7 +322,10 @@ def make_algorithm(config: Config, rubric: Rubric | None = None) -> Algorithm:
     """The algorithm that `algo.name` names, told the names and weights of the rewards."""
     rewards = {name: part.weight for name, part in rubric.parts.items()} if rubric is not None else {}
     make = ALGORITHMS[FAMILIES.get(config.algo.name, "grpo")]
-    return make(config, max_completion_length=config.rollout.max_completion_length, rewards=rewards)
+    algorithm = make(config, max_completion_length=config.rollout.max_completion_length, rewards=rewards)
+    algo = resolve(config.algo)
+    algorithm.num_iterations, algorithm.num_mini_batches = algo.num_iterations or 1, algo.num_mini_batches or 1
+    return algorithm
 
 
 def _make_grpo(config: Config, **options: Any) -> Algorithm:

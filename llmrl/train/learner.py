@@ -252,8 +252,8 @@ class Learner:
             self._fill(samples, lambda micro_batch: {"old_values": self.policy.values(micro_batch)})
         if not wants_old and (probes := [s for s in samples if s.probe]):
             self._fill(probes, lambda micro_batch: self._old_streams(micro_batch, ["old_logprobs"]))
-        if needs.anchors:
-            self._fill(samples, self.policy.anchor_streams)  # pyright: ignore[reportAttributeAccessIssue]
+        if needs.policy_streams:
+            self._fill(samples, self.policy.streams)  # pyright: ignore[reportAttributeAccessIssue]
         if needs.collisions:
             self._fill(samples, lambda micro_batch: {"collisions": self.policy.collisions(micro_batch)})
         return later

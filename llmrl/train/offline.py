@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.algo.base import samples_of
 from llmrl.algo.preference_presets import is_single, resolve_preference
+from llmrl.algo.samples import samples_of
 from llmrl.config import DataConfig
 from llmrl.data.chat import Chat
 from llmrl.data.preferences import (

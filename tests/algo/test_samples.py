@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llmrl.algo.base import reward_matrix, samples_of
+from llmrl.algo.samples import reward_matrix, samples_of
 from llmrl.types import Rollout, RolloutGroup, Sample, Score, Task, Turn
 
 TASK = Task(id="t-1", messages=[{"role": "user", "content": "?"}])

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.algo.base import Needs, reward_matrix, samples_of, token_rewards
+from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import advantages as adv
 from llmrl.algo.ops import corrections, kl, losses, masks
 from llmrl.algo.ops.mixing import mixed_rewards
 from llmrl.algo.ops.reduce import GROUP_TOKENS, aggregate
 from llmrl.algo.policy_gradient.refine import INFLUENCE_WEIGHTS, KL_COV, Refinement
 from llmrl.algo.presets import resolve
+from llmrl.algo.samples import lengths, reward_matrix, samples_of, token_rewards
 from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 
-class GRPO:
+class GRPO(Algorithm):
     """Group Relative Policy Optimization and its relatives.
 
     Args:
@@ -41,8 +42,6 @@ class GRPO:
     References:
         Shao et al. 2024, arXiv:2402.03300; for the others see `docs/algorithms.md`.
     """
-
-    policy_frozen = False
 
     def __init__(
         self, config: AlgoConfig, *, max_completion_length: int, rewards: dict[str, float] | None = None
@@ -283,8 +282,3 @@ class GRPO:
         elif c.policy_loss == "cispo":
             metrics["loss/clip_high_frac"] = (ratio > c.max_ratio).sum() / counts.num_tokens
         return metrics
-
-
-def lengths(groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-    """Completion tokens of every rollout."""
-    return torch.tensor([[float(r.num_completion_tokens) for r in group.rollouts] for group in groups])

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.algo.base import token_rewards
 from llmrl.algo.ops import kl, values
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.refine import Refinement, stream
+from llmrl.algo.samples import token_rewards
 from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -130,6 +130,16 @@ class PPO(GRPO):
         wanted = f"(wanted: {self.critic.warmup_explained_variance:g})"
         how = "has settled" if settled else "stops at critic.warmup_steps"
         return [f"value pre-training {how} after {done} steps, explained variance {mean:.2f} {wanted}"]
+
+    @property
+    def passes(self) -> int:
+        """Passes over the batch at hand: value pre-training has its own number."""
+        return self.critic.warmup_iterations if self.policy_frozen else self.num_iterations
+
+    @property
+    def num_frozen_updates(self) -> int:
+        """Optimizer steps of value pre-training, if it takes all of its steps."""
+        return self.critic.warmup_steps * self.critic.warmup_iterations * self.num_mini_batches
 
     def state_dict(self) -> dict[str, Any]:
         """GRPO's, and where value pre-training stands."""

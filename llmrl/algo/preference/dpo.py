@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.algo.base import Needs, Stateless, samples_of
+from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
 from llmrl.algo.preference.hierarchy import net_wins
 from llmrl.algo.preference.pairs import Rollouts, attach_pairs, choose_pairs, rollouts_of
 from llmrl.algo.preference_presets import WHOLE_BATCH, needs_reference
+from llmrl.algo.samples import samples_of
 from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 
-class DPO(Stateless):
+class DPO(Algorithm):
     """Direct Preference Optimization and its relatives.
 
     Args:

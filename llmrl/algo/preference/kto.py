@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.algo.base import Needs, Stateless, samples_of
+from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
 from llmrl.algo.preference.dpo import ref_sync
+from llmrl.algo.samples import samples_of
 from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 
-class KTO(Stateless):
+class KTO(Algorithm):
     """Kahneman-Tversky Optimization, and APO-zero for completions without a partner.
 
     The reference point is an estimate over all completions of the batch, on all processes, under the policy that takes

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.algo.base import Needs, samples_of
+from llmrl.algo.base import Algorithm, Needs
+from llmrl.algo.samples import samples_of
 from llmrl.methods.bcoder import bellman
 from llmrl.types import TrainBatch
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrl.config.bcoder import BCoderConfig
-    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup, Sample
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 REWARDS, REAL = "rewards", "real"
 """Streams: the reward of each token; 1 on the tokens of right programs that were given, 0 on sampled ones."""
 
 
-class BCoder:
+class BCoder(Algorithm):
     """B-Coder's two stages.
 
     Args:
@@ -35,12 +36,10 @@ class BCoder:
         Yu et al. 2024, arXiv:2310.03173.
     """
 
-    policy_frozen = False
-
     def __init__(self, config: BCoderConfig, *, max_completion_length: int) -> None:
         self.config: Any = config
         self.max_completion_length = max_completion_length
-        self.needs = Needs(every_sample=True, anchors=True)
+        self.needs = Needs(every_sample=True, policy_streams=True)
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
         """Stage 4: the reward of each token of each program, and which programs are given and right."""
@@ -64,10 +63,6 @@ class BCoder:
             groups=groups,
             sampled=False,
         )
-
-    def refine(self, batch: TrainBatch) -> None:
-        """Not asked for."""
-        raise NotImplementedError
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
         """L_V, or L_ft = q_coef L_Q + adv_coef L_adv + ce_coef L_ce (section 4.4), each a mean over programs.
@@ -95,21 +90,6 @@ class BCoder:
             total = c.q_coef * q_loss + c.adv_coef * adv_loss + c.ce_coef * ce_loss
             metrics |= {"loss/adv": adv_loss.detach(), "loss/ce": ce_loss.detach()}
         return total, metrics
-
-    def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def observe(self, metrics: dict[str, float]) -> list[str]:
-        """Nothing to adapt."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
 
 
 def is_real(rollout: Any) -> bool:

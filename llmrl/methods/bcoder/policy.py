@@ -137,7 +137,7 @@ class QPolicy(Policy):
         return ForwardOutputs(**self.module(*rows, anchors, base_values))
 
     @torch.no_grad()
-    def anchor_streams(self, batch: MicroBatch) -> dict[str, Tensor]:
+    def streams(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The greedy token and V_phi (before the cap) of the model before training; they never change."""
         module = self._reference or self.bare
         before = self.bare.model.disable_adapter() if self.has_adapters else contextlib.nullcontext()  # pyright: ignore

@@ -142,7 +142,7 @@ class Ranker:
         with torch.no_grad(), evaluating(self.q.bare):
             for rows in plan_micro_batches(lengths, max_tokens=RANK_TOKENS, packing=False)[0]:
                 batch = build_micro_batch(samples, rows, device=self.q.device)
-                batch.extras = self.q.anchor_streams(batch)
+                batch.extras = self.q.streams(batch)
                 outputs = self.q.forward(batch)
                 assert outputs.values is not None
                 anchors = self.alpha * outputs.extras["anchor_advantages"] if self.exact else None

@@ -208,7 +208,7 @@ def test_advantages_and_anchors_are_those_of_all_logits(seed: int) -> None:
         rollout_logprobs=np.zeros(5, np.float32), group=0, index=0,
     )  # fmt: skip
     batch = build_micro_batch([sample], [[0]])
-    batch.extras = policy.anchor_streams(batch)
+    batch.extras = policy.streams(batch)
     outputs = policy.forward(batch)
     logits = model(ids[None]).logits[0, 3:8]
     assert batch.extras[ANCHORS].long().equal(logits.argmax(-1))
@@ -230,7 +230,7 @@ def test_the_advantage_differentiates_through_the_maximum(seed: int, stages: tup
         rollout_logprobs=np.zeros(4, np.float32), group=0, index=0,
     )  # fmt: skip
     batch = build_micro_batch([sample], [[0]])
-    batch.extras = policy.anchor_streams(batch)
+    batch.extras = policy.streams(batch)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
     (policy.forward(batch).extras["advantages"] * weights).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -268,7 +268,7 @@ def test_anchors_and_base_values_stay_those_of_the_first_stage(stages: tuple[Pat
         rollout_logprobs=np.zeros(6, np.float32), group=0, index=0,
     )  # fmt: skip
     batch = build_micro_batch([sample], [[0]])
-    expected, found = first.anchor_streams(batch), second.anchor_streams(batch)
+    expected, found = first.streams(batch), second.streams(batch)
     assert found[ANCHORS].equal(expected[ANCHORS])
     assert found[BASE_VALUES].equal(expected[BASE_VALUES])
 

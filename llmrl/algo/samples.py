@@ -1,0 +1,105 @@
+"""Scored groups -> matrices of rewards and training samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmrl.types import Sample
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from llmrl.types import Rollout, RolloutGroup
+
+
+def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
+    """Rewards of all rollouts, NaN where there is no score; the reward itself, or one named part of it."""
+
+    def value(rollout) -> float:
+        if rollout.score is None:
+            return float("nan")
+        found = rollout.score.reward if part is None else rollout.score.parts.get(part)
+        return float("nan") if found is None else float(found)
+
+    return torch.tensor([[value(rollout) for rollout in group.rollouts] for group in groups], dtype=torch.float32)
+
+
+def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray:
+    """What is paid for each trained token of a rollout.
+
+    Args:
+        rollout: with or without a score.
+        reward: its reward, shaped (a punishment of length may have been added).
+        dense: pay `Score.token_rewards`, where the verifier gave them, in place of the score's reward at the last
+            token; what shaping added stays there.
+    """
+    paid = np.zeros(rollout.num_completion_tokens, np.float32)
+    if rollout.score is None or rollout.score.reward is None or not len(paid):
+        return paid
+    if dense and rollout.score.token_rewards is not None:
+        paid[:] = rollout.score.token_rewards
+        reward -= float(np.float32(rollout.score.reward))  # as precise as the reward itself: what is left is shaping
+    paid[-1] += reward
+    return paid
+
+
+def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
+    """Training samples of all rollouts with a score, in order; `rollout.advantage` must be set.
+
+    Turns that extend each other (the next prompt begins with the last prompt and completion) become one sample; where a
+    prompt was rewritten, a new sample begins, with the same advantage.
+    """
+    samples = []
+    for number, group in enumerate(groups):
+        for rollout in group.rollouts:
+            if rollout.score is not None and rollout.score.reward is not None:
+                samples += _samples_of_rollout(rollout, number)
+    return samples
+
+
+def _samples_of_rollout(rollout: Rollout, group: int) -> list[Sample]:
+    total = rollout.num_completion_tokens
+    given = rollout.advantage
+    advantages = np.full(total, given, np.float32) if np.isscalar(given) else np.asarray(given, np.float32)
+    if len(advantages) != total:
+        raise ValueError(f"task {rollout.task.id}: {len(advantages)} advantages for {total} completion tokens")
+    pieces: list[tuple[list[int], list[bool], list[float]]] = []
+    for turn in rollout.turns:
+        if not turn.completion_ids:
+            continue
+        ids, mask, logprobs = pieces[-1] if pieces else ([], [], [])
+        if not pieces or turn.prompt_ids[: len(ids)] != ids:
+            ids, mask, logprobs = [], [], []
+            pieces.append((ids, mask, logprobs))
+        new = turn.prompt_ids[len(ids) :]
+        ids += new + turn.completion_ids
+        mask += [False] * len(new) + [True] * len(turn.completion_ids)
+        logprobs += turn.rollout_logprobs
+    samples, start, known = [], 0, rollout.ref_logprobs
+    for ids, mask, logprobs in pieces:
+        if mask[0] or len(logprobs) != sum(mask):
+            raise ValueError(
+                f"task {rollout.task.id}: an empty prompt, or {len(logprobs)} rollout_logprobs for {sum(mask)} tokens"
+            )
+        samples.append(
+            Sample(
+                input_ids=np.asarray(ids, np.int64),
+                loss_mask=np.asarray(mask, bool),
+                advantages=advantages[start : start + len(logprobs)],
+                rollout_logprobs=np.asarray(logprobs, np.float32),
+                group=group,
+                index=rollout.index,
+                ref_logprobs=None if known is None else known[start : start + len(logprobs)],
+            )
+        )
+        start += len(logprobs)
+    return samples
+
+
+def lengths(groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+    """Completion tokens of every rollout."""
+    return torch.tensor([[float(r.num_completion_tokens) for r in group.rollouts] for group in groups])

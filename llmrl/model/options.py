@@ -1,0 +1,90 @@
+"""Options of the models: the policy, its adapters, and the trunk of a critic."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
+
+from llmrl.option import MISSING, Count, NotNegative, Positive, one_of, option
+
+
+@option
+class LoraConfig:
+    """Low-rank adapters (peft). The reference model is the same network with its adapter switched off."""
+
+    r: Count = 16
+    """Rank."""
+    lora_alpha: Positive = 32
+    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names (or a regular expression) of layers that get an adapter; `all-linear`: every linear layer but the head."""
+    use_rslora: bool = False
+    """Scale by 1 / sqrt(r) instead of 1 / r."""
+    use_dora: bool = False
+    """Train direction and magnitude of each weight separately (DoRA)."""
+
+
+@option
+class ModelConfig:
+    """The policy."""
+
+    path: str = MISSING
+    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try things offline)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the weights are held in. float32 with `accelerate`'s mixed precision keeps master weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel, by transformers' name."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model."""
+
+
+@option
+class SeparateCritic:
+    """A model of its own, at first a copy of the policy's trunk."""
+
+    kind: Literal["separate"] = "separate"
+    path: str | None = None
+    """Start from this model instead (same tokenizer). The value head is new; for a reward model (a sequence classifier
+    with one label) it starts as the layer `score`."""
+    lora: LoraConfig | None = None
+    """Train adapters of the critic instead of the whole of it."""
+    learning_rate: NotNegative | None = None
+    """Learning rate of the critic's own parameters. Default: `train.learning_rate`."""
+
+
+@option
+class SharedCritic:
+    """The policy's trunk with a value head."""
+
+    kind: Literal["shared"] = "shared"
+    train_trunk: bool = True
+    """The value loss also trains the trunk (or the policy's adapters in it), not the head alone."""
+    learning_rate: NotNegative | None = None
+    """Learning rate of the value head. Default: `train.learning_rate`."""
+
+
+@option
+class AdapterCritic:
+    """A second set of adapters on the frozen base of a policy trained with LoRA."""
+
+    kind: Literal["adapter"] = "adapter"
+    lora: LoraConfig | None = None
+    """Default: `model.lora`."""
+    learning_rate: NotNegative | None = None
+    """Learning rate of the critic's adapters and head. Default: `train.learning_rate`."""
+
+
+CriticConfig = SeparateCritic | SharedCritic | AdapterCritic
+Critic = one_of(CriticConfig)
+"""What the critic of PPO is made of."""

@@ -1,0 +1,41 @@
+"""Options: frozen dataclasses that check themselves, and choices among them that are told apart by a field `kind`.
+
+An option class lives in the package that reads it and is that class's one argument. Its types carry the ranges, its
+field docstrings are the `--help` and the tables in the documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+T = TypeVar("T")
+
+MISSING = "???"
+"""Stands for a required text that nobody has set."""
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, Field))
+def option(cls: type[T]) -> type[T]:
+    """Make `cls` an option class: keyword arguments only, frozen, unknown names and wrong types refused.
+
+    Change one with `dataclasses.replace`, which checks again.
+    """
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    return cast("type[T]", pydantic_dataclass(kw_only=True, frozen=True, config=config)(cls))
+
+
+def one_of(union: Any) -> Any:
+    """A choice among option classes by their field `kind`; the first is meant where none is named."""
+    return Annotated[union, Field(discriminator="kind")]

@@ -1,0 +1,24 @@
+"""Options of what is written and shown."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from llmrl.option import option
+
+
+@option
+class TrackConfig:
+    """What is written and shown. metrics.jsonl and rollouts.jsonl are always written."""
+
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of accelerate: tensorboard, wandb, trackio, mlflow ..."""
+    project: str = "llmrl"
+    """Project name in the trackers."""
+    run_name: str | None = None
+    """Run name in the trackers."""
+    save_rollouts: Literal["all", "sample", "none"] = "all"
+    """rollouts.jsonl: every rollout, the first group of each step, or nothing."""
+    console: Literal["auto", "rich", "plain", "quiet"] = "auto"
+    """`auto`: rich on a terminal, plain lines elsewhere."""

@@ -1,0 +1,44 @@
+"""Options of rewards, and of how they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+from llmrl.option import MISSING, Count, Positive, Share, option
+
+
+@option
+class RewardConfig:
+    """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters look at."""
+
+    fn: str | Callable[..., Any] = MISSING
+    """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry. In
+    Python also the function itself."""
+    weight: float = 1.0
+    """0 logs it without training on it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments fixed for the whole run."""
+    gate: str | None = None
+    """Name of another reward: this one counts only where that one is above 0."""
+    scale: tuple[float, float] | None = None
+    """[low, high]: map the value from there to [0, 1] and clip it before it is weighted."""
+    time_limit_s: Positive = 20.0
+    """Seconds per call, for rewards that run in the pool of worker processes."""
+
+
+@option
+class VerifyConfig:
+    """How rewards are computed."""
+
+    num_workers: Count | None = None
+    """Worker processes for CPU-bound rewards. Default: the cores of this machine shared by its training processes."""
+    memory_limit_gb: Positive = 4.0
+    """Address space of each worker process."""
+    max_unscored_frac: Share = 0.05
+    """Stop the run when more than this share of a step's rollouts has no score because something failed (an error in a
+    reward, an environment or the engine). At least one error per step is allowed."""
+    max_abstained_frac: Share | None = None
+    """Stop the run when more than this share of a step's rollouts was not judged because a reward abstained. Default:
+    never stop, warn."""
