@@ -36,6 +36,6 @@ def option(cls: type[T]) -> type[T]:
     return cast("type[T]", pydantic_dataclass(kw_only=True, frozen=True, config=config)(cls))
 
 
-def one_of(union: Any) -> Any:
-    """A choice among option classes by their field `kind`; the first is meant where none is named."""
-    return Annotated[union, Field(discriminator="kind")]
+KIND = Field(discriminator="kind")
+"""Marks a choice among option classes by their field `kind`: `Annotated[A | B, KIND]`. The first is meant where none is
+named."""

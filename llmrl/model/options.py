@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from llmrl.option import MISSING, Count, NotNegative, Positive, one_of, option
+from llmrl.option import KIND, MISSING, Count, NotNegative, Positive, option
 
 
 @option
@@ -86,5 +86,5 @@ class AdapterCritic:
 
 
 CriticConfig = SeparateCritic | SharedCritic | AdapterCritic
-Critic = one_of(CriticConfig)
+Critic = Annotated[CriticConfig, KIND]
 """What the critic of PPO is made of."""
