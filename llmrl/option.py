@@ -7,7 +7,7 @@ field docstrings are the `--help` and the tables in the documentation.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, TypeVar, cast, dataclass_transform
 
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field

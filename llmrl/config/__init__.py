@@ -1,60 +1,65 @@
-"""Configuration: nested dataclasses (the only defaults in the project) and the parser that fills them.
+"""Configuration: the options of a run, put together from the packages that read them, and the parser that fills them.
 
-A recipe's YAML mirrors this tree and holds only what differs; any field can be given dotted on the command line
-(`--train.learning_rate 2e-6`). Fields that mean what a Hugging Face or TRL field means keep its name.
-Everything that can be wrong with the arguments is said here, before any model loads.
+A recipe's YAML mirrors this tree and holds only what differs; any option can be given dotted on the command line
+(`--train.learning_rate 2e-6`). Options that mean what a Hugging Face or TRL option means keep its name. Whatever can be
+wrong with the arguments is reported here, all findings at once, before any model loads.
 """
 
-from llmrl.config.adapters import LoraConfig
-from llmrl.config.algo import AlgoConfig, Preset
-from llmrl.config.bcoder import BCoderConfig
-from llmrl.config.checks import validate
-from llmrl.config.critic import CriticConfig
-from llmrl.config.evaluation import EvalRun
-from llmrl.config.fields import (
-    MISSING,
+from llmrl.config.config import (
+    PRESETS,
+    AlgoOptions,
     Config,
-    DataConfig,
     EvalConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrackConfig,
-    TrainConfig,
-    VerifyConfig,
+    OfflineEvalConfig,
+    RunConfig,
+    check,
+    complete,
+    findings,
+    preset,
 )
-from llmrl.config.ircoco import PrefixEvaluatorConfig
-from llmrl.config.parsing import load_config, parse, save_config, to_dict
-from llmrl.config.preference import LevelConfig, PairLoss, PreferenceConfig
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
+from llmrl.config.evaluation import EvalRun
+from llmrl.config.parsing import from_dotted, load_config, parse, save_config, to_dict
+from llmrl.data.options import DataConfig, RowsConfig
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
+from llmrl.model.options import AdapterCritic, LoraConfig, ModelConfig, SeparateCritic, SharedCritic
+from llmrl.option import MISSING
+from llmrl.rollout.options import BatchConfig, RolloutConfig, SamplingConfig
+from llmrl.track.options import TrackConfig
+from llmrl.train.options import TrainConfig
+from llmrl.verify.options import RewardConfig, VerifyConfig
 
 __all__ = [
     "MISSING",
-    "AlgoConfig",
-    "BCoderConfig",
+    "PRESETS",
+    "AdapterCritic",
+    "AlgoOptions",
+    "BatchConfig",
     "Config",
-    "CriticConfig",
     "DataConfig",
     "EvalConfig",
     "EvalRun",
-    "LevelConfig",
     "LoraConfig",
     "ModelConfig",
-    "PairLoss",
-    "PreferenceConfig",
-    "PrefixEvaluatorConfig",
-    "Preset",
+    "OfflineEvalConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RowsConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SeparateCritic",
+    "SharedCritic",
     "TrackConfig",
     "TrainConfig",
     "VerifyConfig",
     "VllmConfig",
     "VllmServerConfig",
+    "check",
+    "complete",
+    "findings",
+    "from_dotted",
     "load_config",
     "parse",
+    "preset",
     "save_config",
     "to_dict",
-    "validate",
 ]

@@ -1,19 +1,38 @@
-"""YAML files and dotted arguments -> a configuration, and back; mistakes are said with file, line and field."""
+"""Given values -> a checked configuration: presets, choices, what is left out, and every finding with its place."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from llmrl.config.checks import validate
-from llmrl.config.fields import Config
+from pydantic import TypeAdapter, ValidationError
+
+from llmrl.config import hints
+from llmrl.config.config import (
+    ORDER,
+    PRESETS,
+    AlgoOptions,
+    Config,
+    RunConfig,
+    check,
+    complete,
+    listed,
+    run_class,
+    unread_sections,
+)
+from llmrl.config.messages import explain
+from llmrl.config.schema import OptionField, option_fields, plain
+from llmrl.config.sources import Given, Tree, from_python, given_tree, read_arguments
 from llmrl.errors import UserError
+
+T = TypeVar("T")
 
 
 def load_config(argv: list[str] | None = None, *, config_class: type = Config, prog: str | None = None) -> Any:
-    """Parse `--config FILE.yaml` and dotted overrides, and validate the result.
+    """Parse `--config FILE.yaml` and dotted overrides, fill what depends on several sections, and check the result.
 
     Args:
         argv: the arguments after the program's name; default sys.argv[1:].
@@ -21,77 +40,277 @@ def load_config(argv: list[str] | None = None, *, config_class: type = Config, p
         prog: program name shown in `--help`.
 
     Returns:
-        An instance of `config_class`. `--help` and `--print_config` print and exit 0.
+        An instance of `config_class`; for a kind of run without an engine a `RunConfig`. `--help` and `--print_config`
+        print and exit 0.
 
     Raises:
-        UserError: unknown field, wrong type, missing file, contradiction; the message names file, line and field.
+        UserError: unknown option, wrong type, missing file, contradiction; each finding names its place and the fix.
     """
     config = parse(argv, config_class=config_class, prog=prog)
-    validate(config)
+    check(config)
     return config
 
 
-def parse(argv: list[str] | None = None, *, config_class: type = Config, prog: str | None = None) -> Any:
-    """`load_config` without the final check of what types cannot say."""
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+def parse(argv: list[str] | None = None, *, config_class: type[T] = Config, prog: str | None = None) -> T:
+    """`load_config` without the check of what goes together, for any option class."""
+    arguments = read_arguments(list(sys.argv[1:] if argv is None else argv))
+    if arguments.help is not None:
+        from llmrl.config.help import show
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
-    parser.add_class_arguments(config_class, None)
-    try:
-        namespace = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise UserError(_explain(str(error), argv)) from None
-    namespace.pop("config", None)
-    config = parser.instantiate(Namespace(**vars(namespace)))
-    return config_class(**{f.name: config[f.name] for f in dataclasses.fields(config_class)})
+        config = None if arguments.help else build(arguments.tree, config_class, lenient=True)
+        show(config_class, config, section=arguments.help, prog=prog)
+        sys.exit(0)
+    config = build(arguments.tree, config_class)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
 
 
-def _explain(message: str, argv: list[str]) -> str:
-    """Add file and line of the offending YAML key to a parser message, where one can be found."""
-    files = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
-    files += [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    for file in files:
-        if not Path(file).is_file():
-            return f"--config {file}: no such file"
-        for line, dotted in _yaml_keys(Path(file)):
-            if f'"{dotted}"' in message or f"'{dotted}'" in message or f"'{dotted.split('.')[-1]}'" in message:
-                return f"{file}, line {line}, field {dotted}: {message}"
-    return message
+def build(tree: Tree, config_class: type[T] = Config, *, lenient: bool = False) -> T:
+    """A configuration from given values, completed but not checked for what goes together.
+
+    Raises:
+        UserError: with all findings; `lenient` ignores them.
+    """
+    builder = _Builder()
+    given = dict(tree)
+    parts: dict[str, Any] = {}
+    if issubclass(config_class, RunConfig):
+        algo = builder.algo(given.pop("algo", {}))
+        parts["algo"] = algo
+        if config_class is Config and algo is not None:
+            config_class = cast("type[T]", run_class(algo))
+        builder.leave_out(given, config_class, PRESETS["grpo"] if algo is None else algo)
+    values = builder.overlay(config_class, {}, given, "")
+    config = builder.validate(config_class, values | parts, tree, skip=("algo",))
+    if builder.found and not lenient:
+        raise UserError(listed(builder.found))
+    if config is None:
+        return config_class()
+    builder.report_left_out()
+    return cast("T", complete(config)) if isinstance(config, RunConfig) else config
 
 
-def _yaml_keys(file: Path) -> list[tuple[int, str]]:
-    """(line, dotted key) of every key in a YAML file, deepest first."""
-    import yaml
+def build_algo(values: dict[str, Any]) -> AlgoOptions:
+    """The options of an algorithm from nested plain values; `name` is its preset."""
+    builder = _Builder()
+    algo = builder.algo(given_tree(values, "algo", 0, typed=True))
+    if builder.found or algo is None:
+        raise UserError(listed(builder.found))
+    return algo
 
-    try:
-        root = yaml.compose(file.read_text())
-    except yaml.YAMLError:
-        return []
-    found: list[tuple[int, str]] = []
 
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                walk(value, f"{prefix}{key.value}.")
-                found.append((key.start_mark.line + 1, f"{prefix}{key.value}"))
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                walk(value, prefix)
+def from_dotted(values: dict[str, Any], config_class: type[T] = Config) -> T:
+    """A configuration from dotted names with Python values."""
+    return build(from_python(values), config_class)
 
-    walk(root, "")
-    return found
+
+def with_algorithm(config: RunConfig, name: str) -> RunConfig:
+    """The same run by another algorithm: what that one does not read is left out."""
+    tree = given_tree({k: v for k, v in to_dict(config).items() if k != "algo"}, "the configuration", 0, typed=False)
+    return build(tree | {"algo": {"name": Given(name, "algorithm", 1, typed=True)}})
+
+
+class _Builder:
+    """Lays given values over presets and defaults, and collects what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.left_out: list[str] = []
+
+    def algo(self, given: Any) -> AlgoOptions | None:
+        """The algorithm's options: a preset with what is given on top."""
+        if isinstance(given, Given):
+            if type(given.value) in {type(p) for p in PRESETS.values()}:
+                return given.value
+            given = {"name": given}
+        given = dict(given)
+        name = given.get("name", Given("grpo", "default", -1))
+        if name.value not in PRESETS:
+            close = hints.near(str(name.value), PRESETS)
+            self.found.append(
+                f"algo.name {name.value!r}{_at(name)}: there is no such preset{close}; there are {', '.join(PRESETS)}"
+            )
+            return None
+        base = PRESETS[name.value]
+        values = self.overlay(type(base), plain(base), given, "algo.", choice=name)
+        return self.validate(type(base), values, {"algo": given}, prefix="algo.")
+
+    def leave_out(self, given: Tree, cls: type, algo: AlgoOptions) -> None:
+        """Remove sections and options that this kind of run does not read, so that one file serves several kinds."""
+        fields, known = option_fields(cls), option_fields(Config)
+        for name in list(given):
+            if name in unread_sections(algo) or (name in known and name not in fields):
+                self._leave(given, name, name, f"algo.name {algo.name} does not read it")
+            elif name in fields and isinstance(given[name], dict):
+                self._leave_inner(given[name], fields[name], known.get(name), f"{name}.", algo)
+
+    def _leave_inner(
+        self, given: Tree, field: OptionField, full: OptionField | None, path: str, algo: AlgoOptions
+    ) -> None:
+        if full is None or field.tagged or full.tagged:
+            return
+        mine, all_of = option_fields(field.members[""]), option_fields(full.members[""])
+        for name in list(given):
+            if name in all_of and name not in mine:
+                self._leave(given, name, path + name, f"algo.name {algo.name} does not read it")
+            elif name in mine and mine[name].members and isinstance(given[name], dict):
+                self._leave_inner(given[name], mine[name], all_of.get(name), f"{path}{name}.", algo)
+
+    def _leave(self, given: Tree, name: str, path: str, why: str) -> None:
+        for inner, value in _leaves(given.pop(name), path):
+            if value.typed:
+                self.found.append(f"{inner}{_at(value)}: {why}; leave it out")
+            else:
+                self.left_out.append(inner)
+
+    def report_left_out(self) -> None:
+        """Say once which options of a file are not read, on the main process."""
+        if self.left_out and os.environ.get("RANK", "0") == "0":
+            names = ", ".join(dict.fromkeys(".".join(path.split(".")[:2]) for path in self.left_out))
+            print(f"note: this kind of run does not read {names}: left out", file=sys.stderr)
+
+    # --- laying over ---
+
+    def overlay(
+        self, cls: type, base: dict[str, Any], given: Tree, path: str, choice: Given | None = None
+    ) -> dict[str, Any]:
+        """`base` (plain values of an instance of `cls`, may have gaps) with `given` on top.
+
+        Args:
+            cls: the option class.
+            base: what is kept where nothing is given.
+            given: the values.
+            path: dotted name of this place, with a dot at its end.
+            choice: the value that decided for this class; options from before it that only others read are left out.
+        """
+        fields, values = option_fields(cls), dict(base)
+        is_member = any(f.name == "kind" for f in dataclasses.fields(cast("Any", cls)))
+        for name, value in given.items():
+            field = fields.get(name)
+            if name == "kind" and is_member:
+                continue
+            if field is None:
+                self._unknown(cls, name, value, path, choice)
+            elif field.members and not field.many:
+                values[name] = self._nested(field, values.get(name), value, path + name, choice)
+            elif field.members and isinstance(value, Given) and isinstance(value.value, list):
+                values[name] = [
+                    self._entry(field, item, value, f"{path}{name}[{i}]") for i, item in enumerate(value.value)
+                ]
+            else:
+                values[name] = _without_places(value)
+        return values
+
+    def _entry(self, field: OptionField, item: Any, given: Given, path: str) -> Any:
+        """One entry of a list of options."""
+        if dataclasses.is_dataclass(item):
+            return item
+        return self._nested(field, None, given_tree(item, given.where, given.source, typed=given.typed), path, None)
+
+    def _nested(self, field: OptionField, base: Any, value: Any, path: str, choice: Given | None) -> Any:
+        """A section, or a choice among option classes."""
+        if isinstance(value, Given):
+            if not isinstance(value.value, str) or not field.tagged:
+                return value.value
+            value = {"kind": value}  # a text names the kind
+        base = base if isinstance(base, dict) else {}
+        if not field.tagged:
+            return self.overlay(field.members[""], base, value, f"{path}.", choice)
+        kinds = list(field.members)
+        named = value.get("kind")
+        kind = base.get("kind", kinds[0]) if named is None else named.value
+        if kind not in field.members:
+            close = hints.near(str(kind), kinds)
+            self.found.append(f"{path}.kind {kind!r}{_at(named)}: not one of {', '.join(kinds)}{close}")
+            return None
+        kept = base if base.get("kind", kind) == kind else {}
+        return self.overlay(field.members[kind], kept, value, f"{path}.", named or choice) | {"kind": kind}
+
+    def _unknown(self, cls: type, name: str, value: Any, path: str, choice: Given | None) -> None:
+        where = next((leaf for _, leaf in _leaves(value, "")), None)
+        elsewhere = hints.readers(name, path)
+        if elsewhere and choice is not None and where is not None and where.source < choice.source:
+            self.left_out.append(path + name)
+            return
+        self.found.append(f"{path}{name}{_at(where)}: {hints.unknown(cls, name, path, elsewhere)}")
+
+    # --- types ---
+
+    def validate(
+        self, cls: type[T], values: dict[str, Any], given: Tree, *, prefix: str = "", skip: tuple[str, ...] = ()
+    ) -> T | None:
+        """An instance of `cls`, or None where values have wrong types."""
+        if any(values.get(name, 0) is None for name in skip):
+            values = {k: v for k, v in values.items() if k not in skip}
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            for problem in error.errors():
+                path, text = explain(problem, values, prefix)
+                self.found.append(f"{path}{_at(_look_up(given, path))}{text}")
+            return None
+
+
+def _at(given: Given | None) -> str:
+    """The place in brackets, where it is a file."""
+    return f" ({given.where})" if given is not None and not given.typed and given.source >= 0 else ""
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, Given]]:
+    if isinstance(value, Given):
+        return [(path, value)]
+    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Given):
+        return value.value
+    return {name: _scalar(inner) for name, inner in value.items()}
+
+
+def _scalar(value: Any) -> Any:
+    """A value inside a free mapping, which has no type to convert it: read as YAML."""
+    if isinstance(value, Given) and value.typed and isinstance(value.value, str):
+        import yaml
+
+        return yaml.safe_load(value.value) if value.value else ""
+    return _without_places(value)
+
+
+def _look_up(tree: Tree, path: str) -> Given | None:
+    """The value given at a path, or at the place it is part of."""
+    value: Any = tree
+    for part in path.replace("[", ".").split("."):
+        if not isinstance(value, dict) or part not in value:
+            break
+        value = value[part]
+    if isinstance(value, Given):
+        return value
+    return next((leaf for _, leaf in _leaves(value, "")), None) if value is not tree else None
+
+
+# --- out ---
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain values, ready for YAML or JSON."""
-    return dataclasses.asdict(config)
+    """A configuration as plain values: only what applies, without nulls that are defaults."""
+    if not isinstance(config, RunConfig):
+        return plain(config)
+    found = plain(config)
+    found["algo"] = plain(config.algo, PRESETS.get(config.algo.name))
+    order = {name: i for i, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def to_yaml(config: Any) -> str:
+    """The same as YAML."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: Any, file: str | Path) -> None:
-    """Write the resolved configuration as YAML; `load_config(["--config", file])` gives it back."""
-    import yaml
-
-    Path(file).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    """Write a configuration as YAML; `load_config(["--config", file])` gives it back."""
+    Path(file).write_text(to_yaml(config))

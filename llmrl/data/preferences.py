@@ -22,7 +22,7 @@ import numpy as np
 
 from llmrl.data.tasks import Located, conversation, new_id, open_rows
 from llmrl.errors import UserError
-from llmrl.types import Message, Rollout, RolloutGroup, Score, Task, Turn
+from llmrl.types import Message, Task
 
 if TYPE_CHECKING:
     from llmrl.algo.preference.hierarchy import HierarchicalPreference
@@ -254,48 +254,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# --- what the loop collects -------------------------------------------------------------------------------------------
-
-
-class PreferenceCollector:
-    """Gives rows of a dataset in the shape in which `rollout.Collector` gives scored rollouts.
-
-    Args:
-        rows: all that may be asked for, training and evaluation, with token ids.
-    """
-
-    def __init__(self, rows: Iterable[PreferenceRow]) -> None:
-        self.rows = {row.task.id: row for row in rows}
-
-    async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
-        """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
-        return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
-
-    def group(self, task: Task, position: int = 0) -> RolloutGroup:
-        """The group of one task."""
-        row = self.rows[task.id]
-        rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
-        return RolloutGroup(task=task, rollouts=rollouts, position=position)
-
-    def _rollout(self, row: PreferenceRow, index: int) -> Rollout:
-        text, ids = row.completions[index], row.completion_ids[index]
-        messages = [Message(role="assistant", content=text)] if isinstance(text, str) else text
-        turn = Turn(
-            prompt_ids=row.prompt_ids,
-            completion_ids=ids,
-            rollout_logprobs=[0.0] * len(ids),  # no sampler drew them: `TrainBatch.sampled` is False
-            finish="stop",
-            policy_version=(0, 0),
-            message=messages[0],
-            replies=messages[1:],
-        )
-        return Rollout(
-            task=row.task,
-            index=index,
-            turns=[turn],
-            score=Score(reward=row.rewards[index]),
-            ref_logprobs=None if row.ref_logprobs is None else row.ref_logprobs[index],
-        )
+# --- pairs from rollouts ----------------------------------------------------------------------------------------------
 
 
 def preferences_from_rollouts(

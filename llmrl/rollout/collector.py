@@ -13,20 +13,39 @@ from typing import TYPE_CHECKING
 
 from llmrl.errors import LlmrlError, RunFailed
 from llmrl.rollout.env import Env, EnvFactory, SingleTurnEnv
+from llmrl.rollout.options import RolloutConfig
+from llmrl.rollout.source import Source
+from llmrl.rollout.staleness import staleness_metrics
+from llmrl.track.metrics import rollout_metrics
 from llmrl.types import Completion, Rollout, RolloutGroup, Sampling, Status, Task, Turn
+from llmrl.verify.budget import check_scores
+from llmrl.verify.options import VerifyConfig
 
 if TYPE_CHECKING:
-    from llmrl.config import RolloutConfig
     from llmrl.data.chat import Chat
     from llmrl.engines.base import Engine
+    from llmrl.rollout.options import SamplingConfig
+    from llmrl.rollout.source import Push
+    from llmrl.train.learner import Learner
+    from llmrl.types import Receipt
     from llmrl.verify.rubric import Rubric
 
 
-class Collector:
-    """Drives all rollouts of a step at once.
+class Collector(Source):
+    """The live source: an engine samples, environments answer, a rubric scores. Drives all rollouts of a step at once.
 
     What goes wrong inside one rollout (its environment, its verifier) is a status or an error on that rollout. What
     goes wrong with the engine or the arguments ends the step, since it would happen to every rollout.
+
+    Args:
+        engine: what samples.
+        chat: renders prompts.
+        rubric: scores.
+        options: how completions are drawn; `max_staleness` where it is a `RolloutConfig`.
+        seed: of the run.
+        verify: how many rollouts may go without a score.
+        push: makes the engine serve the learner's weights.
+        env_factory: makes the environment of a task.
     """
 
     def __init__(
@@ -34,13 +53,51 @@ class Collector:
         engine: Engine,
         chat: Chat,
         rubric: Rubric,
-        config: RolloutConfig,
+        options: SamplingConfig,
         *,
         seed: int,
+        verify: VerifyConfig | None = None,
+        push: Push | None = None,
         env_factory: EnvFactory = SingleTurnEnv,
     ) -> None:
-        self.engine, self.chat, self.rubric, self.config = engine, chat, rubric, config
-        self.seed, self.env_factory = seed, env_factory
+        self.engine, self.chat, self.rubric, self.options = engine, chat, rubric, options
+        self.seed, self.verify, self.push = seed, verify or VerifyConfig(), push
+        self.env_factory = env_factory
+        self.accuracy = rubric.accuracy_name or ""
+        self.max_staleness = options.max_staleness if isinstance(options, RolloutConfig) else 0
+
+    async def open(self, learner: Learner) -> list[str]:
+        """Start the verifiers' processes."""
+        await self.rubric.warm()
+        return []
+
+    def begin_step(self, step: int, *, max_steps: int, epoch: float) -> None:
+        """Tell TRL reward functions where the run is."""
+        state = self.rubric.trainer_state
+        state.global_step, state.max_steps, state.epoch = step, max_steps, epoch
+
+    def check(self, groups: list[RolloutGroup]) -> None:
+        """Stop when too many rollouts of a step have no score: what is left would be a biased sample."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        check_scores(rollouts, self.verify, what="rollouts of this step")
+
+    def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
+        """Rewards, pass rates, lengths, and how old the rollouts are."""
+        found = rollout_metrics(groups, accuracy=self.accuracy)
+        return found | self.rubric.take_metrics() | staleness_metrics(groups, version)
+
+    async def rest(self) -> None:
+        """Let the engine give its device memory to the learner."""
+        await self.engine.sleep()
+
+    async def serve(self, version: int) -> Receipt | None:
+        """Push the weights and return the engine's proof."""
+        return None if self.push is None else await self.push(version)
+
+    async def close(self) -> None:
+        """End the engine and the verifiers' processes."""
+        await self.engine.close()
+        await self.rubric.close()
 
     async def collect(
         self,
@@ -51,18 +108,9 @@ class Collector:
         temperature: float | None = None,
         salt: str = "train",
     ) -> list[RolloutGroup]:
-        """G scored rollouts of each task, in the order of `tasks`.
-
-        Args:
-            tasks: the work of this process.
-            positions: each task's place in the run's sequence; with the run's seed it fixes the random numbers of its
-                rollouts, whatever process runs them and whatever else is in the batch.
-            num_generations: G, if not the configured one.
-            temperature: if not the configured one; 0 is greedy.
-            salt: keeps the random numbers of different uses (training, evaluation) apart.
-        """
-        num_generations = num_generations or self.config.num_generations
-        temperature = self.config.temperature if temperature is None else temperature
+        """G scored rollouts of each task; see `Source.collect`. Rollouts are scored while others still generate."""
+        num_generations = num_generations or self.options.num_generations
+        temperature = self.options.temperature if temperature is None else temperature
 
         async def collect_group(task: Task, position: int) -> RolloutGroup:
             prompt_ids = self.chat.render(task.messages)
@@ -99,10 +147,10 @@ class Collector:
             prompt_ids = self.chat.render(messages)
         start = time.perf_counter()
         sampling = Sampling(
-            max_tokens=self.config.max_completion_length,
+            max_tokens=self.options.max_completion_length,
             temperature=temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
+            top_p=self.options.top_p,
+            top_k=self.options.top_k,
             stop_token_ids=self.chat.stop_token_ids,
             seed=seed,
         )

@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from llmrl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+    from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
     from llmrl.train.learner import Learner
 
@@ -42,7 +41,7 @@ def save_checkpoint(
     policy: Policy,
     learner: Learner,
     state: dict[str, Any],
-    accelerator: Accelerator,
+    parallel: Parallel,
     keep: int,
 ) -> Path:
     """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
@@ -54,21 +53,21 @@ def save_checkpoint(
     """
     folder = output_dir / "checkpoints" / f"{PREFIX}{step:08d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
-    if accelerator.is_main_process:
+    if parallel.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    parallel.barrier()
     try:
-        written = [unfinished / f"rng-{accelerator.process_index}.pt"]
+        written = [unfinished / f"rng-{parallel.rank}.pt"]
         torch.save(_random_states(), written[0])
-        if accelerator.is_main_process:
+        if parallel.is_main:
             written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
-            save_file(_trained_parameters(policy), unfinished / "weights.safetensors")
+            save_file(policy.trained_parameters(), unfinished / "weights.safetensors")
             if reference := policy.reference_state():
                 written.append(unfinished / "reference.safetensors")
                 save_file(reference, written[-1])
             torch.save(learner.state_dict(), unfinished / "learner.pt")
-            state = state | {"step": step, "num_processes": accelerator.num_processes}
+            state = state | {"step": step, "num_processes": parallel.world}
             (unfinished / "state.json").write_text(json.dumps(state))
         for file in written:
             _to_disk(file)  # a full disk may say so only here
@@ -78,17 +77,17 @@ def save_checkpoint(
             f"checkpoint {folder} could not be written ({error}); free space or choose another train.output_dir, then "
             "resume from the last checkpoint"
         ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    parallel.barrier()
+    if parallel.is_main:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         _to_disk(folder.parent)
         _delete_others(output_dir, folder, keep)
-    accelerator.wait_for_everyone()
+    parallel.barrier()
     return folder
 
 
-def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerator: Accelerator) -> dict[str, Any]:
+def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel: Parallel) -> dict[str, Any]:
     """Put everything back as it was and return the `state` given to `save_checkpoint`.
 
     Raises:
@@ -100,8 +99,8 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
         moved = folder / "reference.safetensors"
         reference = load_file(moved) if moved.is_file() else {}
         learner_state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
-        if state["num_processes"] == accelerator.num_processes:
-            states = torch.load(folder / f"rng-{accelerator.process_index}.pt", weights_only=False)
+        if state["num_processes"] == parallel.world:
+            states = torch.load(folder / f"rng-{parallel.rank}.pt", weights_only=False)
         else:
             states = None  # another number of processes: sampling is seeded per request, only dropout will differ
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
@@ -110,12 +109,10 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
             f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); resume from an older one: "
             f"{', '.join(older) or 'there is none'}"
         ) from error
-    trained = _trained_parameters(policy)
+    trained = policy.trained_parameters()
     if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
         raise UserError(f"checkpoint {folder} holds the parameters of another model; was model.path or lora changed?")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    policy.load_trained_parameters(weights)
     policy.load_reference_state(reference)
     learner.load_state_dict(learner_state)
     if states is not None:
@@ -160,10 +157,6 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     if not found and not (output_dir / "metrics.jsonl").is_file():
         raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
     return found[-1] if found else None
-
-
-def _trained_parameters(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in policy.bare.named_parameters() if p.requires_grad}
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,83 +1,119 @@
-"""The engine that a configuration names, and what it is told about the policy it serves."""
+"""The engine that a configuration names, what it is given of the policy, and the push that serves its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.config import Config
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
     from llmrl.engines.base import Engine
+    from llmrl.model.options import ModelConfig
+    from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
+    from llmrl.rollout.options import SamplingConfig
+    from llmrl.rollout.source import Push
+
+Say = Callable[[str], None]
 
 
-def make_engine(
-    config: Config, model: PreTrainedModel, policy: Policy, accelerator: Accelerator, say: Callable[[str], None] = print
-) -> Engine:
-    """The engine that `rollout.engine` names, serving the policy's weights."""
-    device = accelerator.device
-    if config.rollout.engine == "vllm_server":
-        from llmrl.engines.vllm.servers import VllmServerEngine
+def start_engine(
+    model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, *, log_dir: Path, say: Say = print
+) -> tuple[Engine, Push]:
+    """Start the engine that `rollout.engine` names for a policy.
 
-        apart = serves_adapters_apart(config, policy, device)
-        return VllmServerEngine.from_config(config, accelerator, takes_adapters=apart, say=say)
-    if config.rollout.engine == "vllm":
-        return _vllm_engine(config, model, policy, device)
+    Args:
+        model: options of the policy.
+        rollout: which engine, and how it works.
+        policy: whose weights it serves.
+        parallel: the processes of the run.
+        log_dir: for logs of servers that are started.
+        say: shows a line to the user.
+
+    Returns:
+        (the engine, a function that pushes the policy's weights and proves that they are served).
+
+    Raises:
+        UserError: the engine cannot serve this model here.
+    """
+    from llmrl.run.sync import WeightSync
+
+    engine = ENGINES[rollout.engine](model, rollout, policy, parallel, log_dir=log_dir, say=say)
+    sync = WeightSync(policy, engine, vocab_size=policy.vocab_size, **engine_precision(model, rollout))
+    return engine, sync.push
+
+
+def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, **_: Any) -> Engine:
     import torch
 
     from llmrl.engines.hf.engine import HFEngine
 
     return HFEngine(
-        model.config,
+        policy.config,
         weights=policy.weights,
-        max_num_seqs=config.rollout.max_num_seqs,
-        dtype=getattr(torch, config.model.dtype),
-        device=device,
-        attn_implementation=config.model.attn_implementation,
+        max_num_seqs=rollout.max_num_seqs,
+        dtype=getattr(torch, model.dtype),
+        device=parallel.device,
+        attn_implementation=model.attn_implementation,
     )
 
 
-def _vllm_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
-    from llmrl.config import VllmConfig
+def _vllm(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, **_: Any) -> Engine:
     from llmrl.engines.vllm.engine import VllmEngine
-    from llmrl.model.adapters import active_config
+    from llmrl.engines.vllm.options import VllmConfig
 
-    options = config.rollout.vllm or VllmConfig()
-    own_code = config.model.trust_remote_code
-    apart = serves_adapters_apart(config, policy, device)
+    apart = serves_adapters_apart(model, rollout, policy, parallel.device)
     return VllmEngine(
-        model.config,
-        options=options,
-        dtype=config.model.dtype,
-        max_num_seqs=config.rollout.max_num_seqs,
-        device=device,
-        trust_remote_code=own_code,
-        path=config.model.path if own_code else None,
+        policy.config,
+        options=rollout.vllm or VllmConfig(),
+        dtype=model.dtype,
+        max_num_seqs=rollout.max_num_seqs,
+        device=parallel.device,
+        trust_remote_code=model.trust_remote_code,
+        path=model.path if model.trust_remote_code else None,
         base=policy.base_weights if apart else None,
-        lora_rank=active_config(policy.bare.model).r if apart else 0,
+        lora_rank=policy.adapter_rank if apart else 0,
     )
 
 
-def serves_adapters_apart(config: Config, policy: Policy, device: Any) -> bool:
+def _vllm_server(
+    model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, *, log_dir: Path, say: Say
+) -> Engine:
+    from llmrl.engines.vllm.servers import VllmServerEngine
+
+    return VllmServerEngine.from_options(
+        model,
+        rollout,
+        log_dir=log_dir,
+        device=parallel.device,
+        is_main=parallel.is_main,
+        broadcast=parallel.broadcast,
+        barrier=parallel.barrier,
+        slack=rollout.num_generations,
+        takes_adapters=serves_adapters_apart(model, rollout, policy, parallel.device),
+        say=say,
+    )
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": _hf, "vllm": _vllm, "vllm_server": _vllm_server}
+"""By `rollout.engine`. Each imports what it needs only when it is called."""
+
+
+def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: Policy, device: Any) -> bool:
     """Whether vLLM gets the adapter alone at each push, or the weights it was merged into.
 
     Raises:
         UserError: `rollout.vllm.lora_sync adapter` for a policy without one, or one that vLLM cannot serve.
     """
-    from llmrl.model.adapters import why_not_apart
-
-    wanted = config.rollout.vllm.lora_sync if config.rollout.vllm else "auto"
+    wanted = rollout.vllm.lora_sync if rollout.vllm else "auto"
     if not policy.has_adapters:
         if wanted != "auto":
             raise UserError(f"rollout.vllm.lora_sync {wanted}, but no adapter is trained: set model.lora")
         return False
-    reason = why_not_apart(policy.bare.model)
-    if reason is None and config.model.trust_remote_code:
+    reason = policy.adapter_obstacle()
+    if reason is None and model.trust_remote_code:
         reason = "it would have to load the base from a copy, without the code that comes with the model"
     if wanted == "adapter" and reason:
         raise UserError(f"rollout.vllm.lora_sync adapter: vLLM cannot, because {reason}; use merged")
@@ -85,9 +121,9 @@ def serves_adapters_apart(config: Config, policy: Policy, device: Any) -> bool:
     return wanted == "adapter" or (wanted == "auto" and reason is None and str(device) != "cpu")
 
 
-def engine_precision(config: Config) -> dict[str, Any]:
+def engine_precision(model: ModelConfig, rollout: SamplingConfig) -> dict[str, Any]:
     """How exactly the engine computes: what `WeightSync` expects of it."""
-    options = config.rollout.vllm
+    options = rollout.vllm
     if options is None:
-        return {"dtype": config.model.dtype}
-    return {"dtype": options.dtype or config.model.dtype, "quantized": options.quantization is not None}
+        return {"dtype": model.dtype}
+    return {"dtype": options.dtype or model.dtype, "quantized": options.quantization is not None}

@@ -18,15 +18,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from llmrl.config import Config, EvalRun, parse
-from llmrl.config.evaluation import validate_evaluation
+from llmrl.config import EvalRun, parse
+from llmrl.config.evaluation import check_evaluation
 from llmrl.errors import LlmrlError, RunFailed, UserError
 from llmrl.track.metrics import majority_rates, pass_rates, rollout_metrics
+from llmrl.track.ranking import mean_logprob_scores, ranking_rates
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Status, Task, Turn
+from llmrl.verify.budget import check_scores
 
 if TYPE_CHECKING:
     from llmrl.data.chat import Chat
-    from llmrl.engines.base import Engine
     from llmrl.rollout.collector import Collector
     from llmrl.verify.rubric import Rubric
 
@@ -70,7 +71,7 @@ def read_arguments(argv: list[str]) -> EvalRun:
     if specs:
         plain.append("--rewards=" + json.dumps([{"fn": spec} for spec in specs]))
     options = parse(plain, config_class=EvalRun, prog="llmrl eval")
-    validate_evaluation(options)
+    check_evaluation(options)
     return options
 
 
@@ -80,22 +81,20 @@ def read_arguments(argv: list[str]) -> EvalRun:
 class Evaluator:
     """A model behind an engine, and what scores it. Use it as `async with Evaluator(options) as evaluator`."""
 
-    engine: Engine
     rubric: Rubric
     chat: Chat
     collector: Collector
     tasks: list[Task]
 
     def __init__(self, options: EvalRun) -> None:
-        from accelerate import Accelerator
-
         from llmrl.data.chat import Chat, filter_long
         from llmrl.data.tasks import load_tasks
         from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+        from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
         from llmrl.rollout.collector import Collector
         from llmrl.run.build import quieten_libraries
-        from llmrl.run.engines import make_engine
+        from llmrl.run.engines import start_engine
         from llmrl.verify.rubric import Rubric
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -114,23 +113,19 @@ class Evaluator:
             generation_config=load_generation_config(options.model),
         )
         self.tasks, self.num_dropped = filter_long(tasks, self.chat, options.data.max_prompt_length)
-        accelerator: Any = Accelerator()
-        model: Any = load_model(options.model, tokenizer, seed=options.seed).to(accelerator.device)
+        parallel = make_parallel(seed=options.seed, output_dir="")
+        model: Any = load_model(options.model, tokenizer, seed=options.seed).to(parallel.device)
         self.policy = Policy(model, temperature=1.0, keep_reference=False)
-        self.config = Config(model=options.model, data=options.data, rollout=options.rollout, rewards=options.rewards)
-        self.engine = make_engine(self.config, model, self.policy, accelerator)
-        self.collector = Collector(self.engine, self.chat, self.rubric, options.rollout, seed=options.seed)
+        engine, push = start_engine(options.model, options.rollout, self.policy, parallel, log_dir=Path("servers"))
+        self.collector = Collector(engine, self.chat, self.rubric, options.rollout, seed=options.seed, push=push)
 
     async def __aenter__(self) -> Evaluator:
         """Serve the weights, proved as in training, and warm the verifiers up."""
-        from llmrl.run.engines import engine_precision
-        from llmrl.run.sync import WeightSync
+        from llmrl.train.selfcheck import check_forward
 
         try:
-            self.policy.check_forward(packing=False)
-            vocab_size = self.policy.bare.causal_lm.config.get_text_config().vocab_size
-            sync = WeightSync(self.policy, self.engine, vocab_size=vocab_size, **engine_precision(self.config))
-            await sync.push(0)
+            check_forward(self.policy, packing=False)
+            await self.collector.serve(0)
             await self.rubric.warm()
         except BaseException:
             await self.__aexit__()
@@ -138,8 +133,7 @@ class Evaluator:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self.engine.close()
-        await self.rubric.close()
+        await self.collector.close()
 
     async def sample(self, advance: Callable[[], None] = lambda: None) -> list[RolloutGroup]:
         """The scored samples of all tasks, in order; `advance` is called after each task.
@@ -160,10 +154,7 @@ class Evaluator:
 
     def _check(self, groups: list[RolloutGroup]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        errors = [r.error or (r.score.error if r.score else None) for r in rollouts]
-        errors = [error for error in errors if error]
-        if len(errors) > max(1, int(self.options.verify.max_unscored_frac * len(rollouts))):
-            raise RunFailed(f"{len(errors)} of {len(rollouts)} samples have no score; an error:\n{errors[0]}")
+        check_scores(rollouts, self.options.verify, what="samples")
         if all(r.score is None or r.score.reward is None for r in rollouts):
             raise RunFailed(f"none of the {len(rollouts)} samples could be judged: the rewards abstained")
 
@@ -185,9 +176,9 @@ async def evaluate(options: EvalRun) -> dict[str, Any]:
     """
     start = time.perf_counter()
     if options.rerank_model is not None:
-        from llmrl.methods.bcoder.rerank import check_folder
+        from llmrl.run.methods import RANKERS
 
-        check_folder(options.rerank_model)
+        RANKERS[options.rerank or ""].check(options.rerank_model)
     async with Evaluator(options) as evaluator:
         ready = time.perf_counter()
         with _progress(len(evaluator.tasks)) as advance:
@@ -231,15 +222,14 @@ def summarise(groups: list[RolloutGroup], options: EvalRun, accuracy: str) -> di
 
 def _ranked(groups: list[RolloutGroup], options: EvalRun, accuracy: str) -> dict[str, Any]:
     """pass@1 of each task's first-ranked sample, beside random choice among the same samples and a perfect one."""
-    from llmrl.methods.bcoder.rerank import mean_logprob_scores, ranking_rates
-
-    if options.rerank == "logprob":
+    if options.rerank_model is None:
         scores = mean_logprob_scores(groups)
     else:
-        from llmrl.methods.bcoder.rerank import Ranker
+        from llmrl.run.methods import RANKERS
 
-        assert options.rerank_model is not None
-        ranker = Ranker.load(options.rerank_model, device=best_device(), exact=options.rerank_exact)
+        ranker = RANKERS[options.rerank or ""].load(
+            options.rerank_model, device=best_device(), exact=options.rerank_exact
+        )
         scores = ranker.score_groups(groups)
     return {"by": options.rerank, "model": options.rerank_model} | ranking_rates(groups, scores, accuracy=accuracy)
 

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from llmrl.errors import RunFailed
+from llmrl.rollout.staleness import staleness
 from llmrl.types import RolloutGroup, Task
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from llmrl.data.sampler import Sampler
+    from llmrl.model.parallel import Parallel
     from llmrl.run.ledger import Ledger
 
 T = TypeVar("T")
@@ -59,11 +59,10 @@ class RolloutQueue:
         sampler: where tasks come from.
         collect: rollouts, scored, of one task at its position in the run.
         num_prompts: P.
-        max_staleness: k.
+        max_staleness: k; None where no policy writes the completions, so that their age means nothing.
         max_steps: of the run; nothing is begun that it will not train on.
-        accelerator: which of the processes this is.
-        ledger: told of every task that is begun (on the main process).
-        sampled: whether a policy draws the rollouts (and not a dataset), so that their versions mean something.
+        parallel: the processes.
+        ledger: records every task that is begun (on the main process).
     """
 
     def __init__(
@@ -72,18 +71,18 @@ class RolloutQueue:
         collect: Callable[[Task, int], Awaitable[RolloutGroup]],
         *,
         num_prompts: int,
-        max_staleness: int,
+        max_staleness: int | None,
         max_steps: int,
-        accelerator: Accelerator,
+        parallel: Parallel,
         ledger: Ledger | None = None,
-        sampled: bool = True,
     ) -> None:
-        self.sampler, self.collect, self.ledger, self.sampled = sampler, collect, ledger, sampled
+        self.sampler, self.collect, self.ledger, self.parallel = sampler, collect, ledger, parallel
         self.num_prompts, self.max_staleness, self.max_steps = num_prompts, max_staleness, max_steps
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        overtaking = int(WINDOW * num_prompts) if max_staleness > 1 and self.world == 1 else 0
+        self.rank, self.world = parallel.rank, parallel.world
+        allowed = max_staleness or 0
+        overtaking = int(WINDOW * num_prompts) if allowed > 1 and self.world == 1 else 0
         self.window = 1 + overtaking
-        self.ahead = max_staleness * num_prompts - overtaking
+        self.ahead = allowed * num_prompts - overtaking
         self.entries: list[Entry] = []
 
     async def take(self, count: int, *, step: int, version: int) -> list[RolloutGroup]:
@@ -107,8 +106,8 @@ class RolloutQueue:
         self.entries = [entry for entry in self.entries if entry not in chosen]
         groups = self._share({entry.position: entry.work.result() for entry in chosen if entry.work is not None})
         taken = [groups[position] for position in sorted(groups)]
-        oldest = max(staleness(taken, version), default=0) if self.sampled else 0
-        if oldest > self.max_staleness:
+        oldest = max(staleness(taken, version), default=0)
+        if self.max_staleness is not None and oldest > self.max_staleness:
             raise RunFailed(
                 f"a rollout of step {step} was begun by policy version {version - oldest}, {oldest} versions ago, but "
                 f"rollout.max_staleness is {self.max_staleness}: the engine serves, or names, the wrong weights"
@@ -151,11 +150,7 @@ class RolloutQueue:
                 entry.work.result()
 
     def _share(self, groups: dict[int, RolloutGroup]) -> dict[int, RolloutGroup]:
-        if self.world == 1:
-            return groups
-        from accelerate.utils import gather_object
-
-        return dict(gather_object(list(groups.items())))
+        return dict(self.parallel.gather_objects(list(groups.items())))
 
     async def close(self) -> None:
         """Cancel what is under way and wait until it has ended."""
@@ -170,7 +165,7 @@ class RolloutQueue:
         return {"under_way": [[entry.position, entry.task.id] for entry in self.entries]}
 
     def load_state_dict(self, state: dict[str, Any], tasks: Mapping[str, Task]) -> None:
-        """Undo `state_dict`; `tasks` by their id."""
+        """Restore from `state_dict`; `tasks` by their id."""
         self.entries = []
         self._add([(position, tasks[task_id]) for position, task_id in state["under_way"]])
 
@@ -179,18 +174,3 @@ def on_device(device: torch.device, function: Callable[..., T], *args: Any) -> T
     """Call `function` with `device` as this thread's own: each thread begins with the first GPU."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return function(*args)
-
-
-def staleness(groups: Sequence[RolloutGroup], version: int) -> list[int]:
-    """Of each rollout: `version` less that of the oldest weights that gave it a token."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts if rollout.turns]
-    return [version - min(turn.policy_version[0] for turn in rollout.turns) for rollout in rollouts]
-
-
-def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
-    """rollout/staleness/mean and /max over the rollouts, in policy versions."""
-    ages = staleness(groups, version)
-    return {
-        "rollout/staleness/mean": sum(ages) / max(1, len(ages)),
-        "rollout/staleness/max": float(max(ages, default=0)),
-    }

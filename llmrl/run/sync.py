@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrl.errors import RunFailed
-from llmrl.model.adapters import current_adapter, scaled
+from llmrl.tolerance import served_gap
 from llmrl.types import Receipt
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from llmrl.model.policy import Policy
 
 PROBE_LENGTH = 16
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest gap (nats) between two correct implementations, by the type the engine computes in."""
-QUANTIZED_TOLERANCE = 1.0
 HISTORY = 8
 """Versions remembered, to say which one is served instead."""
 ROUNDING = 1e-6
@@ -44,7 +41,7 @@ class WeightSync:
     ) -> None:
         self.policy = policy
         self.engine = engine
-        self.tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE[dtype]
+        self.tolerance = served_gap(dtype, quantized=quantized)
         self.probe = np.random.Generator(np.random.Philox(key=0)).integers(0, vocab_size, PROBE_LENGTH).tolist()
         self.exact = dtype == "float32" and not quantized
         self.history: deque[tuple[int, np.ndarray]] = deque(maxlen=HISTORY)
@@ -62,7 +59,7 @@ class WeightSync:
         """
         start = time.perf_counter()
         if self.engine.takes_adapters:
-            await self.engine.load_adapter(current_adapter(self.policy.bare.model), version=version)
+            await self.engine.load_adapter(self.policy.adapter(), version=version)
         else:
             await self.engine.load_weights(self.policy.weights, version=version)
         pushed = time.perf_counter()
@@ -110,7 +107,7 @@ class WeightSync:
                 (0.0, "match the base model without its adapter", "the adapter was not delivered, or not asked for"),
                 (2.0, "match the adapter counted twice", "it was put on top of weights that hold it already"),
             ]:
-                with scaled(self.policy.bare.model, factor):
+                with self.policy.scaled(factor):
                     causes.append((self._learner(), what, why))
         causes += older[1:]
         distances = [float(np.abs(served - row).max()) for row, _, _ in causes]

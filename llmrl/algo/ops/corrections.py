@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from llmrl.config import AlgoConfig
     from llmrl.types import Counts, MicroBatch
 
 WEIGHTS, SQUARES = "kl/mismatch/weights", "kl/mismatch/squares"
@@ -66,31 +65,29 @@ def correction_weights(
 
 
 def of_batch(
-    config: AlgoConfig, old_logprobs: Float[Tensor, " M"], batch: MicroBatch, counts: Counts
-) -> tuple[Float[Tensor, " M"] | None, dict[str, Tensor]]:
-    """Weights that `config` (resolved) asks for, None where it asks for none, and shares of their metrics.
+    mode: str, bounds: tuple[float, float], old_logprobs: Float[Tensor, " M"], batch: MicroBatch, counts: Counts
+) -> tuple[Float[Tensor, " M"], dict[str, Tensor]]:
+    """Compute the weights of a micro-batch, and shares of their metrics.
 
     Multiply the policy loss of each token by them, before a KL penalty is added. Tokens that are masked stay in the
     denominators.
 
     Args:
-        config: `vllm_importance_sampling_mode` and its bounds are read.
+        mode: as in `correction_weights`.
+        bounds: (low, high).
         old_logprobs: `batch.old_logprobs`, or the policy's own where the batch has none: with a single optimizer step
             per batch they are the same.
         batch: gives the sampler's log-probabilities.
         counts: the global denominators.
     """
-    mode = config.vllm_importance_sampling_mode
-    if mode in (None, "none", "bypass"):
-        return None, {}
     weights, outside = correction_weights(
         old_logprobs,
         batch.rollout_logprobs,
         batch.sequence_ids,
         batch.sequence_lengths,
         mode=mode,
-        clip_min=config.vllm_importance_sampling_clip_min or 0.0,
-        clip_max=config.vllm_importance_sampling_clip_max or float("inf"),
+        clip_min=bounds[0],
+        clip_max=bounds[1],
     )
     key = "loss/sampler_masked_frac" if mode.endswith("mask") else "loss/sampler_truncated_frac"
     return weights, {key: outside.sum() / counts.num_tokens, "loss/sampler_weight": weights.sum() / counts.num_tokens}

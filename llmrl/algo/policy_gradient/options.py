@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from llmrl.algo.options import DynamicSampling
+from llmrl.algo.options import DynamicSampling, Setting
 from llmrl.option import KIND, Count, NotNegative, Positive, PositiveShare, Share, option
 
 # --- the baseline of a reward, and its scale ---
@@ -416,7 +416,7 @@ class PolicyLossOptions:
         return self.kl if isinstance(self.kl, KlInReward) and self.kl.beta > 0 else None
 
     def loss_findings(self, per_token: str | None) -> list[str]:
-        """What no single option can see; `per_token` names what gives every token its own advantage, if anything does."""
+        """What no single option can see; `per_token` names what gives each token its own advantage, if anything."""
         loss, sampler = self.loss, self.sampler
         rules = [
             (
@@ -534,6 +534,31 @@ class PolicyGradient(PolicyLossOptions):
             ),
         ]
         return self.loss_findings(per_token) + [text for wrong, text in rules if wrong]
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Contradictions with the other sections, one line each, with the fix."""
+        size, baseline = setting.num_generations or 1, self.baseline
+        weighted = [spec for spec, weight in setting.rewards.items() if weight > 0]
+        rules = [
+            (
+                size < 2 and baseline.kind not in ("none", "batch", "greedy", "token_rewards"),
+                f"rollout.num_generations is {size}: a group-relative advantage needs at least 2 rollouts",
+            ),
+            (
+                isinstance(baseline, PassK) and baseline.k > size,
+                f"algo.baseline.k {getattr(baseline, 'k', None)} exceeds rollout.num_generations {size}: lower it",
+            ),
+            (
+                isinstance(baseline, EachReward) and bool(setting.rewards) and len(weighted) < 2,
+                "algo.baseline each_reward needs at least two rewards with weight above 0",
+            ),
+            (
+                self.rubric is not None and any(spec.endswith(":score_group") for spec in setting.rewards),
+                "algo.rubric mixes outcome and rubric, and so does the reward `score_group`: name "
+                "`rewards/citation_rubric.py:citation_rubric`, or set algo.rubric null",
+            ),
+        ]
+        return [text for wrong, text in rules if wrong] + setting.mini_batch_findings(self.num_mini_batches)
 
     def cautions(self) -> list[str]:
         """What may well be meant, but rarely is."""

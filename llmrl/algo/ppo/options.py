@@ -10,6 +10,7 @@ from typing import Annotated
 
 from annotated_types import Le
 
+from llmrl.algo.options import Setting
 from llmrl.algo.policy_gradient.options import Clip, PolicyLossOptions
 from llmrl.option import Count, NotNegative, Positive, Share, option
 
@@ -70,6 +71,16 @@ class PPO(PolicyLossOptions):
         found = self.loss_findings("a critic")
         if self.value.lam is not None and self.value.length_alpha is not None:
             found.append("algo.value.lam and algo.value.length_alpha are two ways to say the same: set one to null")
+        return found
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Contradictions with the other sections, one line each, with the fix."""
+        found = setting.mini_batch_findings(self.num_mini_batches)
+        if self.warmup is not None and self.warmup.steps >= setting.max_steps:
+            found.append(
+                f"algo.warmup.steps {self.warmup.steps} leaves nothing of train.max_steps {setting.max_steps} to train "
+                "the policy: they are steps of it; lower it, or raise train.max_steps"
+            )
         return found
 
     def cautions(self) -> list[str]:

@@ -6,20 +6,21 @@ the logits and a residual value, with the greedy tokens of the model before trai
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.samples import samples_of
 from llmrl.methods.bcoder import bellman
+from llmrl.methods.bcoder.options import PolicyStage
 from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.config.bcoder import BCoderConfig
-    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
+    from llmrl.methods.bcoder.options import BCoderOptions
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, Rollout, RolloutGroup
 
 REWARDS, REAL = "rewards", "real"
 """Streams: the reward of each token; 1 on the tokens of right programs that were given, 0 on sampled ones."""
@@ -29,15 +30,16 @@ class BCoder(Algorithm):
     """B-Coder's two stages.
 
     Args:
-        config: resolved, see `bcoder_options`.
+        options: what is chosen.
         max_completion_length: recorded in the batch.
 
     References:
         Yu et al. 2024, arXiv:2310.03173.
     """
 
-    def __init__(self, config: BCoderConfig, *, max_completion_length: int) -> None:
-        self.config: Any = config
+    def __init__(self, options: BCoderOptions, *, max_completion_length: int) -> None:
+        self.options = options
+        self.num_iterations, self.num_mini_batches = options.num_iterations, options.num_mini_batches
         self.max_completion_length = max_completion_length
         self.needs = Needs(every_sample=True, policy_streams=True)
 
@@ -69,12 +71,12 @@ class BCoder(Algorithm):
 
         L_adv and L_ce are means over the given programs (a share `real_frac` of all) of sums over their tokens.
         """
-        c, ids = self.config, batch.sequence_ids
+        o, ids = self.options, batch.sequence_ids
         assert outputs.values is not None
-        advantages, values = c.alpha * outputs.extras["advantages"], outputs.values
+        advantages, values = o.alpha * outputs.extras["advantages"], outputs.values
         q = advantages + values
-        anchor_q = c.alpha * outputs.extras["anchor_advantages"] + values
-        targets = bellman.bellman_targets(batch.extras[REWARDS], anchor_q, ids, gamma=c.gamma)
+        anchor_q = o.alpha * outputs.extras["anchor_advantages"] + values
+        targets = bellman.bellman_targets(batch.extras[REWARDS], anchor_q, ids, gamma=o.gamma)
         q_loss = bellman.td_loss(q, targets, ids, batch.sequence_lengths).sum() / counts.num_sequences
         total, real = q_loss, batch.extras[REAL]
         metrics = {
@@ -83,15 +85,16 @@ class BCoder(Algorithm):
             "value/target/mean": targets.sum() / counts.num_tokens,
             "value/q/max": q.detach().max() if len(q) else q.new_full((), -np.inf),
         }
-        if c.stage == "policy":
-            num_real = max(1.0, c.real_frac * counts.num_sequences)
+        if isinstance(o.stage, PolicyStage):
+            num_real = max(1.0, o.real_frac * counts.num_sequences)
+            q_coef, adv_coef, ce_coef = o.coefs
             adv_loss = (advantages.abs() * real).sum() / num_real
             ce_loss = -(outputs.logprobs * real).sum() / num_real
-            total = c.q_coef * q_loss + c.adv_coef * adv_loss + c.ce_coef * ce_loss
+            total = q_coef * q_loss + adv_coef * adv_loss + ce_coef * ce_loss
             metrics |= {"loss/adv": adv_loss.detach(), "loss/ce": ce_loss.detach()}
         return total, metrics
 
 
-def is_real(rollout: Any) -> bool:
+def is_real(rollout: Rollout) -> bool:
     """Whether a program was given as right, and not sampled."""
-    return rollout.score.info.get("real", False)
+    return rollout.score is not None and bool(rollout.score.info.get("real", False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
+from llmrl.algo.options import Setting
 from llmrl.option import KIND, Count, NotNegative, Positive, Share, option
 
 
@@ -82,6 +83,24 @@ class BCoderOptions:
                 "or leave them out"
             ]
         return []
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Contradictions with the other sections, one line each, with the fix."""
+        size = setting.num_generations or 1
+        rules = [
+            (
+                self.real_frac * size % 1 != 0,
+                f"algo.real_frac {self.real_frac} of rollout.num_generations {size} is not a whole number of programs: "
+                "change either",
+            ),
+            (setting.max_staleness > 0, "rollout.max_staleness is not read by algo.name bcoder: leave it out"),
+            (setting.temperature != 1.0, "rollout.temperature is not read by algo.name bcoder: leave it out"),
+            (
+                isinstance(self.stage, ValueStage) and setting.has_adapters,
+                "model.lora is given, but algo.stage value trains the value head alone: leave it out",
+            ),
+        ]
+        return [text for wrong, text in rules if wrong] + setting.mini_batch_findings(self.num_mini_batches)
 
     def cautions(self) -> list[str]:
         """What may well be meant, but rarely is."""

@@ -6,20 +6,20 @@ The folder of a trained model holds, beside the model, `bcoder/heads.safetensors
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmrl.config.bcoder import BCoderConfig
 from llmrl.errors import UserError
 from llmrl.methods.bcoder.bellman import SOUND_SOFTABS, capped_value, raw_of_value
+from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
 from llmrl.model.logprob_head import greedy_tokens, token_logprobs
 from llmrl.model.policy import Policy, PolicyModule
 from llmrl.types import ForwardOutputs
@@ -52,17 +52,17 @@ class ValueHead(nn.Module):
 class QModule(PolicyModule):
     """The language model, V_phi, and the residual value head1 - head2, whose second half never changes."""
 
-    def __init__(self, model: nn.Module, config: BCoderConfig) -> None:
+    def __init__(self, model: nn.Module, options: BCoderOptions, *, hidden_size: int | None) -> None:
         super().__init__(model, temperature=1.0)
-        self.stage = config.stage
-        self.const = SOUND_SOFTABS if config.softabs_const is None else config.softabs_const
+        self.stage = options.stage.kind
+        self.const = SOUND_SOFTABS if options.softabs_const is None else options.softabs_const
         size = self.causal_lm.config.get_text_config().hidden_size
-        width = config.value_hidden_size or size
+        self.width = width = hidden_size or size
         self.value_head = ValueHead(size, width, bias=raw_of_value(0.0, self.const))
         self.residual_head = ValueHead(size, width)
         nn.init.normal_(self.residual_head.outer.weight, std=width**-0.5)
         self.residual_anchor = copy.deepcopy(self.residual_head).requires_grad_(False)
-        if config.stage == "value":
+        if self.stage == "value":
             model.requires_grad_(False)
             self.residual_head.requires_grad_(False)
         else:
@@ -84,7 +84,7 @@ class QModule(PolicyModule):
             logprobs, entropy = self._head(hidden, targets)
             # log p differs from l by a constant of the state, and so do l - max l and log p - max log p.
             with torch.no_grad():
-                greedy = greedy_tokens(hidden, self.head_weight, **self.head_options())
+                greedy = greedy_tokens(hidden, self.head())
                 highest = self._head(hidden, greedy)[0]
                 anchor = highest if anchors is None else self._head(hidden, anchors)[0]
             advantages = logprobs - (self._head(hidden, greedy)[0] if hidden.requires_grad else highest)
@@ -96,7 +96,7 @@ class QModule(PolicyModule):
         return {"logprobs": logprobs, "entropy": entropy, "values": capped_value(raw, self.const), "extras": extras}
 
     def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, self.head_weight, targets, **self.head_options())
+        return token_logprobs(hidden, self.head(), targets)
 
     def heads(self) -> dict[str, Tensor]:
         """The parameters of the value heads, by name."""
@@ -113,16 +113,25 @@ class QModule(PolicyModule):
 
 
 class QPolicy(Policy):
-    """A `Policy` that also computes what the Bellman error needs."""
+    """A `Policy` that also computes what the Bellman error needs.
 
-    def __init__(self, model: nn.Module, config: BCoderConfig, *, base_model: str, chat: dict[str, Any]) -> None:
+    Args:
+        model: the language model; in stage policy that of a run of stage value.
+        options: the algorithm's.
+        base_model: folder of the model before training.
+        chat: `prompt_format` and `chat_template`, which ranking needs too.
+    """
+
+    def __init__(self, model: nn.Module, options: BCoderOptions, *, base_model: str, chat: dict[str, Any]) -> None:
         super().__init__(model, temperature=1.0, keep_reference=False)
-        self.config, self.base_model, self.chat = config, base_model, chat
+        self.options, self.base_model, self.chat = options, base_model, chat
+        stage = options.stage
+        hidden_size = stage.hidden_size if isinstance(stage, ValueStage) else read_description(base_model)["width"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.bare = self.module = QModule(model, config).to(self.device)
-        if config.stage == "policy":
-            self.bare.load_heads(Path(base_model))
+            self.wrapped = self.module = QModule(model, options, hidden_size=hidden_size).to(self.device)
+        if isinstance(stage, PolicyStage):
+            self.module.load_heads(Path(base_model))
             if not self.has_adapters:
                 self.set_reference(copy.deepcopy(model))
 
@@ -134,26 +143,26 @@ class QPolicy(Policy):
         """Log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
         anchors, base_values = batch.extras[ANCHORS].long(), batch.extras[BASE_VALUES]
         rows = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
-        return ForwardOutputs(**self.module(*rows, anchors, base_values))
+        return ForwardOutputs(**self.wrapped(*rows, anchors, base_values))
 
     @torch.no_grad()
     def streams(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The greedy token and V_phi (before the cap) of the model before training; they never change."""
-        module = self._reference or self.bare
-        before = self.bare.model.disable_adapter() if self.has_adapters else contextlib.nullcontext()  # pyright: ignore
-        with before:
+        module = self._reference or self.module
+        with self.without_adapter():
             hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
         hidden = hidden.flatten(0, 1)[batch.predict_from]
-        greedy = greedy_tokens(hidden, module.head_weight, **module.head_options())
-        return {ANCHORS: greedy.float(), BASE_VALUES: self.bare.value_head(hidden)}
+        greedy = greedy_tokens(hidden, module.head())
+        return {ANCHORS: greedy.float(), BASE_VALUES: self.module.value_head(hidden)}
 
     def save_pretrained(self, folder: Path) -> None:
         """The model (or adapter), the value heads, and what ranking with them has to know."""
         super().save_pretrained(folder)
         (folder / FOLDER).mkdir(exist_ok=True)
-        save_file(self.bare.heads(), folder / FOLDER / HEADS)
-        said = {**asdict(self.config), "base_model": str(Path(self.base_model).resolve()), **self.chat}
-        (folder / FOLDER / DESCRIPTION).write_text(json.dumps(said, indent=2) + "\n")
+        save_file(self.module.heads(), folder / FOLDER / HEADS)
+        base = str(Path(self.base_model).resolve())
+        description = {"options": asdict(self.options), "width": self.module.width, "base_model": base, **self.chat}
+        (folder / FOLDER / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:
@@ -170,49 +179,51 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat, dict[str, Any]]:
-    """A trained Q function, what renders prompts for it, and its description.
+def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat]:
+    """A trained Q function, and what renders prompts for it.
 
     Raises:
         UserError: `folder` holds none, or the model that it was trained from is gone.
     """
-    from llmrl.config import ModelConfig
     from llmrl.data.chat import Chat
     from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+    from llmrl.model.options import ModelConfig
 
-    said = read_description(folder)
-    config = BCoderConfig(**{f.name: said[f.name] for f in fields(BCoderConfig)})
-    base = said["base_model"]
-    if config.stage == "policy" and not Path(base).is_dir():
+    description = read_description(folder)
+    options, base = saved_options(description), description["base_model"]
+    if isinstance(options.stage, PolicyStage) and not Path(base).is_dir():
         raise UserError(f"{folder}: the model it was trained from, {base}, is gone: correct {DESCRIPTION}")
     source = ModelConfig(path=str(folder))
     tokenizer = load_tokenizer(source)
-    template = {"prompt_format": said["prompt_format"], "chat_template": said["chat_template"]}
+    template = {name: description[name] for name in ("prompt_format", "chat_template")}
     chat = Chat(tokenizer, generation_config=load_generation_config(source), **template)
     target = torch.device(device)
     model = load_model(source, tokenizer, seed=0).to(target)  # pyright: ignore[reportArgumentType]
-    q = QPolicy(model, config, base_model=base, chat=template)
-    if config.stage == "policy":
+    q = QPolicy(model, options, base_model=base, chat=template)
+    if isinstance(options.stage, PolicyStage):
         before = load_model(ModelConfig(path=base), tokenizer, seed=0).to(target)  # pyright: ignore[reportArgumentType]
         q.set_reference(before)
-    q.bare.load_heads(folder)
-    return q, chat, said
+    q.module.load_heads(folder)
+    return q, chat
 
 
-def with_saved(config: BCoderConfig, model_path: str) -> BCoderConfig:
-    """The second stage's configuration, with what the first one has fixed.
+def saved_options(description: dict[str, Any]) -> BCoderOptions:
+    """The options that a model was trained with."""
+    return TypeAdapter(BCoderOptions).validate_python(description["options"])
+
+
+def check_start(options: BCoderOptions, model_path: str) -> None:
+    """Check that stage policy starts from a run of stage value with the same constants.
 
     Raises:
         UserError: `model_path` is not the model of a first stage, or alpha, gamma or softabs_const differ from it.
     """
-    if config.stage == "value":
-        return config
-    saved = read_description(model_path)
-    if saved["stage"] != "value":
-        raise UserError(f"model.path {model_path} is of the second stage; bcoder.stage policy starts from the first")
+    if isinstance(options.stage, ValueStage):
+        return
+    saved = saved_options(read_description(model_path))
+    if not isinstance(saved.stage, ValueStage):
+        raise UserError(f"model.path {model_path} is of stage policy; algo.stage policy starts from stage value")
     for name in ("alpha", "gamma", "softabs_const"):
-        if saved[name] != getattr(config, name):
-            raise UserError(
-                f"bcoder.{name} is {getattr(config, name)}, but {model_path} was trained with {saved[name]}: use that"
-            )
-    return replace(config, value_hidden_size=saved["value_hidden_size"])
+        mine, theirs = getattr(options, name), getattr(saved, name)
+        if mine != theirs:
+            raise UserError(f"algo.{name} is {mine}, but {model_path} was trained with {theirs}: use that")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
+from llmrl.track.ranking import order
 from llmrl.types import Message, RolloutGroup, Status
 
 if TYPE_CHECKING:
@@ -21,54 +21,6 @@ if TYPE_CHECKING:
 
 RANK_TOKENS = 16_384
 """Tokens in one forward pass of a ranker."""
-
-
-def mean_logprob_scores(groups: Sequence[RolloutGroup]) -> list[list[float]]:
-    """Mean log-probability (nats per token) that each sample was drawn with: the baseline any ranker has to beat."""
-    return [
-        [
-            fmean(values) if (values := [x for turn in rollout.turns for x in turn.rollout_logprobs]) else -1e9
-            for rollout in group.rollouts
-        ]
-        for group in groups
-    ]
-
-
-def order(scores: Sequence[float], ties: Sequence[float] | None = None) -> list[int]:
-    """Indices by falling score; equal scores by falling `ties` (a log-probability), then by index."""
-    ties = [0.0] * len(scores) if ties is None else ties
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], -ties[i], i))
-
-
-def ranking_rates(
-    groups: Sequence[RolloutGroup], scores: Sequence[Sequence[float]], *, accuracy: str, top_ks: Sequence[int] = (1, 2)
-) -> dict[str, float]:
-    """How often one of the first k samples of a task is right, averaged over tasks.
-
-    Args:
-        groups: scored samples; those without a score are left out.
-        scores: what the samples are ranked by, in the shape of the groups.
-        accuracy: name of the reward part that is 1 or more where a sample is right.
-        top_ks: further k than the first.
-
-    Returns:
-        ranked: rate of the first one; ranked@k; random: of a randomly chosen one; oracle: of the best one (pass@N).
-    """
-    ties = mean_logprob_scores(groups)
-    tasks: list[list[bool]] = []
-    """Right or wrong, in the order of the ranking."""
-    for group, values, likely in zip(groups, scores, ties, strict=True):
-        right = [r.score.parts.get(accuracy) if r.score is not None else None for r in group.rollouts]
-        ranked = [right[i] for i in order(values, likely)]
-        if known := [value >= 1 for value in ranked if value is not None]:
-            tasks.append(known)
-    rates = {f"ranked@{k}": fmean(any(task[:k]) for task in tasks) for k in top_ks if k > 1}
-    return {
-        "ranked": fmean(task[0] for task in tasks),
-        **rates,
-        "random": fmean(fmean(task) for task in tasks),
-        "oracle": fmean(any(task) for task in tasks),
-    }
 
 
 class Ranker:
@@ -94,8 +46,15 @@ class Ranker:
         """
         from llmrl.methods.bcoder.policy import load_q
 
-        q, chat, description = load_q(Path(folder), device=device)
-        return cls(q, chat, gamma=description["gamma"], alpha=description["alpha"], exact=exact)
+        q, chat = load_q(Path(folder), device=device)
+        return cls(q, chat, gamma=q.options.gamma, alpha=q.options.alpha, exact=exact)
+
+    @staticmethod
+    def check(folder: str | Path) -> None:
+        """Raise a UserError unless `folder` holds what `load` needs."""
+        from llmrl.methods.bcoder.policy import read_description
+
+        read_description(folder)
 
     def rank(
         self, messages: list[Message], programs: Sequence[str], *, finished: Sequence[bool] | None = None
@@ -139,7 +98,7 @@ class Ranker:
 
         lengths = [len(sample.input_ids) for sample in samples]
         found = [0.0] * len(samples)
-        with torch.no_grad(), evaluating(self.q.bare):
+        with torch.no_grad(), evaluating(self.q.module):
             for rows in plan_micro_batches(lengths, max_tokens=RANK_TOKENS, packing=False)[0]:
                 batch = build_micro_batch(samples, rows, device=self.q.device)
                 batch.extras = self.q.streams(batch)
@@ -173,10 +132,3 @@ def _sample(prompt_ids: list[int], completion_ids: list[int]) -> Sample:
         group=0,
         index=0,
     )
-
-
-def check_folder(folder: str) -> None:
-    """Raise UserError unless `folder` holds what `Ranker.load` needs."""
-    from llmrl.methods.bcoder.policy import read_description
-
-    read_description(folder)

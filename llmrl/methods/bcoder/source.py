@@ -1,7 +1,6 @@
-"""Programs that were sampled and scored before -> groups of rollouts, without an engine.
+"""Programs that were sampled and scored before -> groups of rollouts. No engine runs unless held-out tasks are sampled.
 
-Rows carry `samples` (as `llmrl eval --save_samples` writes them) and a column with a right program. Evaluation still
-samples from the policy.
+Rows carry `samples` (as `llmrl eval --save_samples` writes them) and a column with a right program.
 """
 
 from __future__ import annotations
@@ -13,48 +12,117 @@ import numpy as np
 from llmrl.errors import UserError
 from llmrl.methods.bcoder.bellman import MAX_REWARD
 from llmrl.rollout.collector import Collector, request_seed
+from llmrl.rollout.source import Source, StartEngine
+from llmrl.rollout.tasks import TaskFeed
 from llmrl.types import Rollout, RolloutGroup, Score, Status, Task, Turn
 
 if TYPE_CHECKING:
-    from llmrl.config.bcoder import BCoderConfig
+    from llmrl.data.chat import Chat
+    from llmrl.methods.bcoder.options import BCoderOptions
+    from llmrl.train.learner import Learner
+    from llmrl.types import Receipt
 
 
-class StoredCollector(Collector):
-    """Draws each task's programs from its row: a share `real_frac` of the group is its right program."""
+class ProgramFeed(TaskFeed):
+    """Tasks with stored programs.
 
-    def __init__(self, *parts: Any, bcoder: BCoderConfig, **options: Any) -> None:
-        super().__init__(*parts, **options)
-        self.bcoder = bcoder
+    Args:
+        parts, names: as for `TaskFeed`.
+        options: B-Coder's.
 
-    async def collect(self, tasks: list[Task], positions: list[int], *, salt: str = "train", **options: Any):
-        """G programs of each task: right ones first, then samples, drawn without replacement while there are enough."""
-        if salt != "train":
-            return await super().collect(tasks, positions, salt=salt, **options)
-        return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
+    Raises:
+        UserError: rows without samples, or without a right program.
+    """
+
+    def __init__(self, *parts: Any, options: BCoderOptions, **names: Any) -> None:
+        super().__init__(*parts, **names)
+        check_rows(self.tasks)
+        self.options = options
+
+    def source(self, start_engine: StartEngine) -> Source:
+        """Stored programs; with held-out tasks also the engine that samples for them."""
+        live = self.collector(start_engine) if self.eval_tasks else None
+        return StoredPrograms(
+            self.chat, self.options, num_generations=self.rollout.num_generations, seed=self.seed, live=live
+        )
+
+
+class StoredPrograms(Source):
+    """Draws each task's programs from its row: a share `real_frac` of the group is its right program.
+
+    Args:
+        chat: renders prompts and encodes programs.
+        options: B-Coder's.
+        num_generations: programs of each task.
+        seed: of the run.
+        live: samples for held-out tasks; None where there are none.
+    """
+
+    def __init__(
+        self, chat: Chat, options: BCoderOptions, *, num_generations: int, seed: int, live: Collector | None = None
+    ) -> None:
+        self.chat, self.options, self.num_generations, self.seed = chat, options, num_generations, seed
+        self.live = live
+        self.accuracy = live.accuracy if live is not None else ""
+        self.version, self.served = 0, -1
+
+    async def collect(
+        self, tasks: list[Task], positions: list[int], *, salt: str = "train", **options: Any
+    ) -> list[RolloutGroup]:
+        """G programs of each task: right ones first, then samples, drawn without replacement while there are enough.
+
+        For other uses than training the policy samples, from its weights of now.
+        """
+        if salt == "train":
+            return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
+        assert self.live is not None, "held-out tasks are sampled, but there is no engine"
+        if self.served != self.version:  # pushed only when somebody samples: training asks the engine for nothing
+            await self.live.serve(self.version)
+            self.served = self.version
+        return await self.live.collect(tasks, positions, salt=salt, **options)
+
+    async def open(self, learner: Learner) -> list[str]:
+        """Start the verifiers, where held-out tasks are scored."""
+        return await self.live.open(learner) if self.live is not None else []
+
+    async def rest(self) -> None:
+        """Let the engine, if there is one, give its device memory to the learner."""
+        if self.live is not None:
+            await self.live.rest()
+
+    async def serve(self, version: int) -> Receipt | None:
+        """Note the version; it is pushed when held-out tasks are sampled."""
+        self.version = version
+        return None
+
+    async def close(self) -> None:
+        """End the engine, if there is one."""
+        if self.live is not None:
+            await self.live.close()
 
     def group(self, task: Task, position: int) -> RolloutGroup:
         """The programs that `task` contributes at `position` of the run."""
-        size = self.config.num_generations
-        num_real = round(self.bcoder.real_frac * size)
+        size = self.num_generations
+        num_real = round(self.options.real_frac * size)
         random = np.random.Generator(np.random.Philox(key=request_seed(self.seed, "stored", position, 0)))
         samples, num_drawn = _samples(task), size - num_real
         if num_drawn and not samples:
-            raise UserError(f"task {task.id}: `samples` is empty; leave the row out, or set bcoder.real_frac 1")
+            raise UserError(f"task {task.id}: `samples` is empty; leave the row out, or set algo.real_frac 1")
         chosen: list[int] = []
         while len(chosen) < num_drawn:
             chosen += random.permutation(len(samples)).tolist()
         prompt_ids = self.chat.render(task.messages)
         rollouts = [self._real(task, index, prompt_ids) for index in range(num_real)]
         rollouts += [self._sampled(task, num_real + i, prompt_ids, k) for i, k in enumerate(chosen[:num_drawn])]
-        return RolloutGroup(task=task, rollouts=rollouts)
+        return RolloutGroup(task=task, rollouts=rollouts, position=position)
 
     def _real(self, task: Task, index: int, prompt_ids: list[int]) -> Rollout:
-        column = self.bcoder.solution_column
+        column = self.options.solution_column
         solution = task.meta.get(column)
         if not isinstance(solution, str) or not solution:
             raise UserError(
-                f"task {task.id}: no right program in column {column!r} (bcoder.solution_column); its columns are "
-                f"{', '.join(task.meta)}. Without any, set bcoder.real_frac 0"
+                f"task {task.id}: no right program in column {column!r} (algo.solution_column); its columns are "
+                f"{', '.join(task.meta)}. Without any, set algo.real_frac 0"
             )
         completion_ids = [*self.chat.encode(solution), self.chat.stop_token_ids[0]]
         score = Score(reward=MAX_REWARD, parts={"stored": 1.0}, info={"real": True})
@@ -87,7 +155,7 @@ def _samples(task: Task) -> list[dict[str, Any]]:
     return [sample for sample in task.meta["samples"] if sample.get("reward") is not None]
 
 
-def check_rows(tasks: list[Task], config: BCoderConfig) -> None:
+def check_rows(tasks: list[Task]) -> None:
     """Look at the rows before a model is loaded.
 
     Raises:

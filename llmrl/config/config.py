@@ -1,0 +1,233 @@
+"""The options of a run: the sections of each kind of run, the defaults that span sections, and what clashes.
+
+The option classes live in the packages that read them; this module puts them together. Nothing here needs torch, so
+that whatever is wrong with the arguments is reported before a model loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, replace
+from typing import Any
+
+from llmrl.algo.options import Setting
+from llmrl.algo.policy_gradient import options as policy_gradient
+from llmrl.algo.policy_gradient.options import Correction, PolicyGradient, PolicyLossOptions
+from llmrl.algo.ppo import options as ppo
+from llmrl.algo.ppo.options import PPO
+from llmrl.algo.preference import options as preference
+from llmrl.algo.preference.options import DPO, KTO, OnlineDPO, OnlineKTO
+from llmrl.data.options import DataConfig, RowsConfig
+from llmrl.engines.options import staleness_findings
+from llmrl.errors import UserError
+from llmrl.methods.bcoder import options as bcoder
+from llmrl.methods.bcoder.options import BCoderOptions
+from llmrl.model.options import AdapterCritic, Critic, ModelConfig, SeparateCritic, SharedCritic
+from llmrl.option import MISSING, Count, Natural, NotNegative, option
+from llmrl.rollout.options import BatchConfig, RolloutConfig
+from llmrl.track.options import TrackConfig
+from llmrl.train.options import TrainConfig
+from llmrl.verify.options import RewardConfig, VerifyConfig
+
+AlgoOptions = PolicyGradient | PPO | DPO | OnlineDPO | KTO | OnlineKTO | BCoderOptions
+PRESETS: dict[str, AlgoOptions] = {
+    **policy_gradient.PRESETS,
+    **ppo.PRESETS,
+    **preference.PRESETS,
+    **bcoder.PRESETS,
+}
+"""What `algo.name` can be."""
+
+
+@option
+class OfflineEvalConfig:
+    """Evaluation on held-out rows while training."""
+
+    data: RowsConfig | None = None
+    """Held-out rows."""
+    steps: Natural = 0
+    """Evaluate every `steps` steps (and at the end); 0 never."""
+
+
+@option
+class EvalConfig(OfflineEvalConfig):
+    """Evaluation on held-out tasks while training."""
+
+    data: DataConfig | None = None
+    """Held-out tasks."""
+    num_generations: Count = 1
+    """Rollouts of each task."""
+    temperature: NotNegative = 0.0
+    """Softmax temperature; 0 is greedy."""
+
+
+@option
+class RunConfig:
+    """A run on stored preferences: what every run reads."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy."""
+    data: RowsConfig = field(default_factory=RowsConfig)
+    """Where rows come from."""
+    rollout: BatchConfig = field(default_factory=BatchConfig)
+    """The size of a batch."""
+    algo: AlgoOptions = field(default_factory=PolicyGradient)
+    """What turns rewards or preferences into a gradient."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimizer, the length of the run, and what is saved."""
+    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
+    """Evaluation while training."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """What is written and shown."""
+
+
+@option
+class Config(RunConfig):
+    """A run whose policy samples, and is evaluated by sampling."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where tasks come from."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How completions are drawn."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation while training."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """The reward functions."""
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    """How rewards are computed."""
+    critic: Critic | None = None
+    """What the critic is made of. Read by ppo and vapo."""
+
+
+ORDER = ("model", "data", "rollout", "rewards", "verify", "algo", "critic", "train", "eval", "track")
+"""Sections as they are written and shown."""
+
+
+def run_class(algo: AlgoOptions) -> type[RunConfig]:
+    """The sections that a run of this algorithm has: those without an engine have fewer."""
+    return RunConfig if isinstance(algo, DPO | KTO) else Config
+
+
+def unread_sections(algo: AlgoOptions) -> set[str]:
+    """Sections of `Config` that this algorithm does not read."""
+    return set() if isinstance(algo, PPO) else {"critic"}
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """Fill the defaults that depend on other sections. Completing twice changes nothing."""
+    algo = config.algo
+    if not isinstance(config, Config):
+        return config
+    if isinstance(algo, PolicyLossOptions) and algo.sampler is None and config.rollout.max_staleness > 0:
+        algo = replace(algo, sampler=Correction())
+    critic = config.critic
+    if isinstance(algo, PPO):
+        critic = critic or SeparateCritic()
+        if critic.learning_rate is None:
+            critic = replace(critic, learning_rate=config.train.learning_rate)
+        if isinstance(critic, AdapterCritic) and critic.lora is None:
+            critic = replace(critic, lora=config.model.lora)
+        if algo.value.coef is None and isinstance(critic, SharedCritic) and critic.train_trunk:
+            algo = replace(algo, value=replace(algo.value, coef=0.1))
+    return replace(config, algo=algo, critic=critic)
+
+
+def findings(config: RunConfig) -> list[str]:
+    """What types cannot express about a completed configuration, one line each, with the fix."""
+    found = config.algo.findings() + config.algo.findings_with(_setting(config))
+    if config.model.path == MISSING:
+        found.append("model.path is not set: give a hub id or a local folder")
+    if config.data.path == MISSING:
+        found.append("data.path is not set: give a hub id or a local file")
+    if config.eval.steps and config.eval.data is None:
+        found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
+    if config.eval.data is not None:
+        if config.eval.data.path == MISSING:
+            found.append("eval.data.path is not set: give a hub id or a local file")
+        if not config.eval.steps:
+            found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
+    return found + (_sampling_findings(config) if isinstance(config, Config) else [])
+
+
+def check(config: RunConfig) -> None:
+    """Raise a UserError that lists all findings."""
+    if found := findings(config):
+        raise UserError(listed(found))
+
+
+def listed(found: list[str]) -> str:
+    """Findings as one message."""
+    if len(found) == 1:
+        return f"configuration: {found[0]}"
+    return "configuration:\n" + "\n".join(f"  - {line}" for line in found)
+
+
+def _setting(config: RunConfig) -> Setting:
+    """What the options of an algorithm have to fit to."""
+    if not isinstance(config, Config):
+        return Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.lora is not None)
+    return Setting(
+        num_prompts=config.rollout.num_prompts,
+        has_adapters=config.model.lora is not None,
+        num_generations=config.rollout.num_generations,
+        temperature=config.rollout.temperature,
+        max_staleness=config.rollout.max_staleness,
+        rewards={f"{i} {reward.fn}": reward.weight for i, reward in enumerate(config.rewards)},
+        max_steps=config.train.max_steps,
+    )
+
+
+def _sampling_findings(c: Config) -> list[str]:
+    found = [*c.rollout.findings(), *staleness_findings(c.rollout, c.rollout.max_staleness)]
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            found.append(message)
+
+    check(bool(c.rewards), "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
+    for i, reward in enumerate(c.rewards):
+        check(reward.fn != MISSING, f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")
+    check(
+        c.rollout.temperature > 0,
+        f"rollout.temperature is {c.rollout.temperature}: greedy rollouts are all alike and carry no signal; use 1.0",
+    )
+    check(
+        c.rollout.top_p == 1.0 and c.rollout.top_k == 0,
+        f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
+        "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
+    )
+    return found + _critic_findings(c)
+
+
+def _critic_findings(c: Config) -> list[str]:
+    algo, found = c.algo, []
+    if not isinstance(algo, PPO):
+        if c.critic is not None:
+            found.append(f"critic is given, but algo.name {algo.name} has none: leave it out, or use ppo or vapo")
+        return found
+    shared = isinstance(c.critic, SharedCritic) and c.critic.train_trunk
+    if algo.value.coef is not None and not shared:
+        found.append(
+            f"algo.value.coef {algo.value.coef} weighs the value loss beside the policy loss on a shared trunk: set "
+            "critic.kind shared, or leave it out"
+        )
+    if isinstance(c.critic, AdapterCritic) and c.model.lora is None:
+        found.append(
+            "critic.kind adapter is a second adapter on a frozen base, but the policy is trained whole: set "
+            "model.lora, or use critic.kind separate or shared"
+        )
+    return found
+
+
+def preset(name: str, **over: Any) -> AlgoOptions:
+    """The options of the preset `name` with `over` on top; nested options are given as dictionaries.
+
+    Example:
+        >>> preset("dapo", loss={"epsilon_high": 0.3}).loss.dual_clip
+        10.0
+
+    Raises:
+        UserError: unknown name or option, or a wrong value.
+    """
+    from llmrl.config.parsing import build_algo
+
+    return build_algo({"name": name, **over})

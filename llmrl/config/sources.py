@@ -1,0 +1,180 @@
+"""YAML files and command lines -> one tree of given values, each with the place it comes from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrl.errors import UserError
+
+TYPED = 1_000_000
+"""The source of what is typed: after all files."""
+Tree = dict[str, Any]
+"""Names -> trees or `Given`."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody gave."""
+
+    value: Any
+    where: str
+    """For messages: a file and line, or the option as it was typed."""
+    source: int = 0
+    """Sources are numbered in the order in which they are read; a later one wins."""
+    typed: bool = False
+    """On the command line or in Python, so for this run alone."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, sorted."""
+
+    tree: Tree
+    help: str | None = None
+    """The section asked for with `--help`; "" is all."""
+    print_config: bool = False
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """`--config FILE.yaml` (any number, later ones win), dotted overrides, `--help [SECTION]`, `--print_config`.
+
+    Raises:
+        UserError: a file that is missing or is not YAML, or an option without a value.
+    """
+    tree: Tree = {}
+    shown, print_config = None, False
+    waiting, num_files = list(argv), 0
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name in ("-h", "--help"):
+            shown = waiting.pop(0) if waiting and not waiting[0].startswith("-") else ""
+            continue
+        if name == "--print_config":
+            print_config = True
+            continue
+        if not name.startswith("--"):
+            raise UserError(f"{name!r}: options begin with --, such as --train.max_steps 100")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise UserError(f"{name} needs a value, such as {name} VALUE")
+            value = waiting.pop(0)
+        if name == "--config":
+            num_files += 1
+            merge(tree, read_yaml(value, num_files))
+        else:
+            merge(tree, nested(name[2:], typed_value(value, name, TYPED)))
+    return Arguments(tree, shown, print_config)
+
+
+def from_python(values: dict[str, Any]) -> Tree:
+    """Dotted names with Python values."""
+    tree: Tree = {}
+    for name, value in values.items():
+        merge(tree, nested(name, given_tree(value, name, TYPED, typed=True)))
+    return tree
+
+
+def nested(path: str, inner: Any) -> Tree:
+    """`a.b` and a value -> {"a": {"b": value}}."""
+    for part in reversed(path.split(".")):
+        inner = {part: inner}
+    return inner
+
+
+def typed_value(text: str, where: str, source: int) -> Any:
+    """A value from the command line: JSON or YAML in brackets is parsed, anything else stays text until its type is
+    known.
+    """
+    if text[:1] in "[{" and text:
+        import yaml
+
+        try:
+            return given_tree(yaml.load(text, Loader=_loader()), where, source, typed=True)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where} {text}: not valid YAML or JSON ({_problem(error)}); put it in quotes") from None
+    return Given(None if text == "null" else text, where, source, typed=True)
+
+
+def given_tree(value: Any, where: str, source: int, *, typed: bool) -> Any:
+    """Mappings as trees, anything else as `Given`."""
+    if isinstance(value, dict):
+        return {str(k): given_tree(v, where, source, typed=typed) for k, v in value.items()}
+    return Given(value, where, source, typed)
+
+
+def merge(tree: Tree, over: Tree) -> None:
+    """Put `over` on top; mappings are merged, other values replaced. A text beside a mapping is its `kind`."""
+    for name, value in over.items():
+        before = tree.get(name)
+        if isinstance(value, dict) and _is_text(before):
+            before = tree[name] = {"kind": before}
+        elif isinstance(before, dict) and _is_text(value):
+            value = {"kind": value}
+        if isinstance(value, dict) and isinstance(before, dict):
+            merge(before, value)
+        else:
+            tree[name] = value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Given) and isinstance(value.value, str)
+
+
+def read_yaml(file: str, source: int) -> Tree:
+    """A YAML file as a tree.
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping, or a key that is there twice.
+    """
+    import yaml
+
+    if not Path(file).is_file():
+        raise UserError(f"--config {file}: no such file")
+    loader = _loader()(Path(file).read_text())
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"--config {file}: must be a mapping of sections (model, data, train ...)")
+        return _mapping(loader, root, file, source)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file}: not valid YAML ({_problem(error)})") from None
+    finally:
+        loader.dispose()
+
+
+def _mapping(loader: Any, node: Any, file: str, source: int) -> Tree:
+    import yaml
+
+    tree: Tree = {}
+    for key, value in node.value:
+        name, where = str(key.value), f"{file}, line {key.start_mark.line + 1}"
+        if name in tree:
+            raise UserError(f"{where}: {name} is there twice; remove one")
+        if isinstance(value, yaml.MappingNode):
+            tree[name] = _mapping(loader, value, file, source)
+        else:
+            tree[name] = Given(loader.construct_object(value, deep=True), where, source)
+    return tree
+
+
+def _problem(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}: " if mark is not None else ""
+    return place + str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader with numbers such as 1e-6, which YAML 1.1 reads as text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader

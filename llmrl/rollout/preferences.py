@@ -1,0 +1,201 @@
+"""Preferences from a dataset in place of rollouts: nothing is sampled, the loop stays as it is.
+
+A row becomes a group of two "rollouts" with rewards 1 (chosen) and 0 (rejected), or of one with its label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrl.algo.samples import samples_of
+from llmrl.data.chat import Chat
+from llmrl.data.preferences import PreferenceRow, encode_preferences
+from llmrl.data.sampler import TaskSampler
+from llmrl.errors import UserError
+from llmrl.rollout.source import Feed, Source, StartEngine
+from llmrl.types import Message, Rollout, RolloutGroup, Score, Turn
+
+if TYPE_CHECKING:
+    from llmrl.algo.preference.options import DPO, KTO
+    from llmrl.data.options import RowsConfig
+    from llmrl.train.learner import Learner
+    from llmrl.types import Sample, Task
+
+CHUNK = 512
+"""Rows whose reference log-probabilities are computed at once."""
+
+
+class PreferenceFeed(Feed):
+    """The rows of a run on stored preferences.
+
+    Args:
+        rows: to train on.
+        eval_rows: held out.
+        data: how rows are rendered and ordered.
+        options: the algorithm's: how sequences are cut, and whether the reference is computed beforehand.
+        folder: keeps the reference's log-probabilities where `ref_cache_dir` names no other.
+        seed: of the run.
+
+    Raises:
+        UserError: rows of the wrong kind for the loss.
+    """
+
+    def __init__(
+        self,
+        rows: list[PreferenceRow],
+        eval_rows: list[PreferenceRow],
+        *,
+        data: RowsConfig,
+        options: DPO | KTO,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self.rows, self.eval_rows, self.data, self.options = rows, eval_rows, data, options
+        self.folder, self.seed, self.rewards = folder, seed, {}
+        self.has_reference = options.precompute_ref_log_probs
+        for row in (*rows[:1], *eval_rows[:1]):
+            if len(row.completions) == 1 and options.compares_pairs:
+                raise UserError(
+                    f"{row.place}: single completions with a label, but algo.name {options.name} compares pairs: use "
+                    "algo.name kto, or rows with chosen and rejected"
+                )
+
+    def encode(self, tokenizer: Any, generation: Any) -> list[str]:
+        """Render all rows and cut them to `max_length` tokens."""
+        conversational = self.rows[0].is_conversational
+        if self.eval_rows and self.eval_rows[0].is_conversational != conversational:
+            raise UserError(f"{self.eval_rows[0].place}: training and evaluation rows must both be text, or messages")
+        chat = Chat(
+            tokenizer,
+            prompt_format="chat" if conversational else "text",
+            chat_template=self.data.chat_template,
+            generation_config=generation,
+        )
+        limit = self.options.max_length
+        notes = [f"{len(self.rows)} preferences from {self.data.path}"]
+        self.rows, more = encode_preferences(self.rows, chat, max_length=limit)
+        self.eval_rows, about_eval = encode_preferences(self.eval_rows, chat, max_length=limit)
+        self.tasks, self.eval_tasks = [row.task for row in self.rows], [row.task for row in self.eval_rows]
+        return notes + more + [f"evaluation: {note}" for note in about_eval]
+
+    def sampler(self, num_prompts: int) -> TaskSampler:
+        """The order of the rows."""
+        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle)
+        sampler.check(num_prompts)
+        return sampler
+
+    def source(self, start_engine: StartEngine) -> Source:
+        """A source without an engine."""
+        folder = Path(self.options.ref_cache_dir or self.folder) if self.has_reference else None
+        return PreferenceSource([*self.rows, *self.eval_rows], reference_folder=folder)
+
+
+class PreferenceSource(Source):
+    """Gives rows of a dataset in the shape of scored rollouts.
+
+    Args:
+        rows: all that may be asked for, training and evaluation, with token ids.
+        reference_folder: compute the reference's log-probabilities of all rows before the first step and keep them
+            here.
+    """
+
+    def __init__(self, rows: Iterable[PreferenceRow], *, reference_folder: Path | None = None) -> None:
+        self.rows = {row.task.id: row for row in rows}
+        self.reference_folder = reference_folder
+
+    async def open(self, learner: Learner) -> list[str]:
+        """Compute the reference's log-probabilities, where they are wanted beforehand."""
+        if self.reference_folder is None:
+            return []
+        return [precompute_reference(self, learner, self.reference_folder)]
+
+    async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
+        """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
+        return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
+
+    def group(self, task: Task, position: int = 0) -> RolloutGroup:
+        """The group of one task."""
+        row = self.rows[task.id]
+        rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
+        return RolloutGroup(task=task, rollouts=rollouts, position=position)
+
+    def _rollout(self, row: PreferenceRow, index: int) -> Rollout:
+        text, ids = row.completions[index], row.completion_ids[index]
+        messages = [Message(role="assistant", content=text)] if isinstance(text, str) else text
+        turn = Turn(
+            prompt_ids=row.prompt_ids,
+            completion_ids=ids,
+            rollout_logprobs=[0.0] * len(ids),  # no sampler drew them: `TrainBatch.sampled` is False
+            finish="stop",
+            policy_version=(0, 0),
+            message=messages[0],
+            replies=messages[1:],
+        )
+        return Rollout(
+            task=row.task,
+            index=index,
+            turns=[turn],
+            score=Score(reward=row.rewards[index]),
+            ref_logprobs=None if row.ref_logprobs is None else row.ref_logprobs[index],
+        )
+
+
+# --- the reference, computed once -------------------------------------------------------------------------------------
+
+
+def precompute_reference(source: PreferenceSource, learner: Learner, folder: Path) -> str:
+    """Set `ref_logprobs` of every row, from a file of `folder` where the same model has scored the same tokens.
+
+    It must run before the first update: without adapters the policy is its own reference then.
+
+    Returns:
+        A line to show.
+    """
+    rows = list(source.rows.values())
+    samples = _samples(source, rows)
+    file = folder / f"reference-{_fingerprint(learner, samples)}.npy"
+    lengths = [sample.num_tokens for sample in samples]
+    if known := file.is_file():
+        flat = np.load(file)
+    else:
+        for start in range(0, len(samples), CHUNK):
+            learner.fill_reference(samples[start : start + CHUNK])
+        flat = np.concatenate([sample.ref_logprobs for sample in samples])  # pyright: ignore
+        if learner.parallel.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".writing.npy")
+            np.save(unfinished, flat)
+            unfinished.rename(file)
+    learner.parallel.barrier()
+    parts = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+    for row in rows:
+        row.ref_logprobs = [next(parts) for _ in row.completions]
+    return f"reference log-probabilities of {len(samples)} completions {'from' if known else 'saved in'} {file}"
+
+
+def _samples(source: PreferenceSource, rows: list[PreferenceRow]) -> list[Sample]:
+    groups = [source.group(row.task) for row in rows]
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.advantage = 0.0
+    return samples_of(groups)
+
+
+def _fingerprint(learner: Learner, samples: list[Sample]) -> str:
+    """A hash of the model's parameters and of all tokens."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in learner.policy.named_parameters():
+        if "lora_" in name:  # the reference is the model without its adapters
+            continue
+        digest.update(f"{name} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for sample in samples:
+        digest.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
+    return digest.hexdigest()[:24]

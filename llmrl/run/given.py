@@ -1,0 +1,69 @@
+"""Python objects that were handed to `Trainer` in place of names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, RunConfig, check, complete
+from llmrl.config.parsing import from_dotted, with_algorithm
+from llmrl.errors import UserError
+
+GIVEN = "(given in Python)"
+"""Stands in the configuration for an object that was handed over instead of named."""
+GIVEN_DATASET = "dataset"
+"""Names rows that were handed over, in messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """The arguments of `Trainer` besides its configuration; see there."""
+
+    model: Any = None
+    reward: Any = None
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    processing_class: Any = None
+    peft_config: Any = None
+    algorithm: str | None = None
+
+
+def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> RunConfig:
+    """The configuration with what was given in Python put in its place, completed and checked.
+
+    Raises:
+        UserError: with all findings.
+    """
+    if isinstance(args, RunConfig):
+        config = args if given.algorithm in (None, args.algo.name) else with_algorithm(args, given.algorithm)
+    else:
+        config = from_dotted(dict(args or {}) | ({"algo.name": given.algorithm} if given.algorithm else {}))
+    model = config.model
+    if given.model is not None:
+        path = given.model if isinstance(given.model, str) else GIVEN
+        if path == GIVEN and given.processing_class is None:
+            raise UserError("a loaded model needs its tokenizer too: Trainer(model=..., processing_class=tokenizer)")
+        model = replace(model, path=path)
+    if isinstance(given.peft_config, LoraConfig):
+        model = replace(model, lora=given.peft_config)
+    config = replace(config, model=model, data=_data(config.data, given.train_dataset))
+    if given.eval_dataset is not None:
+        data = config.eval.data or (DataConfig() if isinstance(config, Config) else type(config.data)())
+        config = replace(config, eval=replace(config.eval, data=_data(data, given.eval_dataset)))
+    if given.reward is not None:
+        if not isinstance(config, Config):
+            raise UserError(
+                f"a reward is given, but algo.name {config.algo.name} does not score anything: leave it out"
+            )
+        rewards = given.reward if isinstance(given.reward, (list, tuple)) else [given.reward]
+        names = [r if isinstance(r, str) else getattr(r, "__name__", GIVEN) for r in rewards]
+        config = replace(config, rewards=[RewardConfig(fn=name) for name in names])
+    config = complete(config)
+    check(config)
+    return config
+
+
+def _data(options: Any, dataset: Any) -> Any:
+    if dataset is None:
+        return options
+    return replace(options, path=dataset if isinstance(dataset, str) else GIVEN)
