@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.config import Config
@@ -22,10 +23,23 @@ def make_engine(
     """The engine that `rollout.engine` names, serving the policy's weights."""
     device = accelerator.device
     if config.rollout.engine == "vllm_server":
+        from accelerate.utils import broadcast_object_list
+
         from llmrl.engines.vllm.servers import VllmServerEngine
 
         apart = serves_adapters_apart(config, policy, device)
-        return VllmServerEngine.from_config(config, accelerator, takes_adapters=apart, say=say)
+        return VllmServerEngine.from_options(
+            config.model,
+            config.rollout,
+            log_dir=Path(config.train.output_dir) / "servers",
+            device=device,
+            is_main=accelerator.is_main_process,
+            broadcast=lambda urls: broadcast_object_list([urls])[0],
+            barrier=accelerator.wait_for_everyone,
+            slack=config.rollout.num_generations,
+            takes_adapters=apart,
+            say=say,
+        )
     if config.rollout.engine == "vllm":
         return _vllm_engine(config, model, policy, device)
     import torch
@@ -43,8 +57,8 @@ def make_engine(
 
 
 def _vllm_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
-    from llmrl.config import VllmConfig
     from llmrl.engines.vllm.engine import VllmEngine
+    from llmrl.engines.vllm.options import VllmConfig
     from llmrl.model.adapters import active_config
 
     options = config.rollout.vllm or VllmConfig()

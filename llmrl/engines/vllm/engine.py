@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.config.vllm import VllmConfig
 from llmrl.engines.sampling import check_sampling, check_tokens
 from llmrl.engines.vllm.adapters import AdapterFolders, save_base
+from llmrl.engines.vllm.options import VllmConfig
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
 from llmrl.errors import RunFailed, UserError

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from llmrl.config import Config
+    from llmrl.engines.options import EngineConfig
+    from llmrl.model.options import LoraConfig, ModelConfig
 
 MODULE = "vllm.entrypoints.openai.api_server"
 END_WITH_PARENT = (
@@ -54,14 +54,17 @@ class Launch:
         return f"{settings} {shlex.join(['python', *self.command[1:]])}"
 
 
-def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> list[Launch]:
-    """The servers that `rollout.server` and `rollout.vllm` describe.
+def plan(
+    model: ModelConfig, options: EngineConfig, *, lora_rank: int | None = None, while_training: bool = False
+) -> list[Launch]:
+    """Return what starts the servers that `options` describes.
 
     Args:
-        config: of the run.
-        lora_rank: serve adapters of this rank beside the model. Default: that of `model.lora`, where a run of this
-            configuration would push adapters alone.
-        own: the training run starts them itself, on a machine whose GPUs it trains on.
+        model: what the servers load.
+        options: reads `server`, `vllm` and `max_num_seqs`.
+        lora_rank: serve adapters of this rank on top of the model. Default: the rank of `model.lora`, if a run with
+            these options would push only the adapter.
+        while_training: a training run starts the servers on its own machine, so they may not take its GPUs.
 
     Raises:
         UserError: no model, or not enough GPUs or ports.
@@ -70,26 +73,26 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
 
     from llmrl.engines.vllm.start import engine_arguments, vllm_environment
 
-    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
+    server, vllm = options.server or VllmServerConfig(), options.vllm or VllmConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = engine_arguments(
-        options,
-        config.model.path,
-        dtype=config.model.dtype,
+        vllm,
+        model.path,
+        dtype=model.dtype,
         device=device,
-        max_num_seqs=config.rollout.max_num_seqs,
-        lora_rank=_lora_rank(config, device) if lora_rank is None else lora_rank,
+        max_num_seqs=options.max_num_seqs,
+        lora_rank=_lora_rank(model.lora, vllm, device) if lora_rank is None else lora_rank,
     )
     for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
         arguments.pop(name, None)
-    if options.gpu_memory_utilization is None:
+    if vllm.gpu_memory_utilization is None:
         arguments.pop("gpu_memory_utilization", None)
     if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):
         arguments["weight_transfer_config"] = {"backend": "nccl"}
     arguments |= {
-        "revision": config.model.revision,
-        "tokenizer": config.model.tokenizer,
-        "trust_remote_code": config.model.trust_remote_code or None,
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
+        "trust_remote_code": model.trust_remote_code or None,
         "enable_scale_out": True,
         "disable_uvicorn_access_log": True,
         "host": server.host,
@@ -100,7 +103,10 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
         env["VLLM_API_KEY"] = key
     ports = free_ports(server.num_replicas, first=server.port, host=server.host)
     reachable = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    gpus = deal_gpus(config, own=own) if device == "cuda" else [""] * len(ports)
+    gpus_per_server = vllm.tensor_parallel_size * vllm.data_parallel_size
+    gpus = [""] * len(ports)
+    if device == "cuda":
+        gpus = deal_gpus(server, gpus_per_server, while_training=while_training)
     return [
         Launch(
             command=[sys.executable, "-m", MODULE, *flags(arguments | {"port": port})],
@@ -111,25 +117,27 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
     ]
 
 
-def start_servers(config: Config, *, say: Callable[[str], None]) -> ServerProcesses:
-    """The servers of a training run, started beside it; they need a while before they answer.
+def start_servers(
+    model: ModelConfig, options: EngineConfig, log_dir: Path, *, say: Callable[[str], None]
+) -> ServerProcesses:
+    """Start the servers of a training run on its machine. They need a while before they answer.
 
     Raises:
         UserError: a model that lies in no folder and on no hub, or that vLLM cannot serve here; or GPUs or ports are
             missing.
     """
-    if not Path(config.model.path).is_dir() and (":" in config.model.path or "(" in config.model.path):
+    if not Path(model.path).is_dir() and (":" in model.path or "(" in model.path):
         raise UserError(
-            f"vLLM servers load the model themselves, and cannot load {config.model.path}: save it in a folder "
+            f"vLLM servers load the model themselves, and cannot load {model.path}: save it in a folder "
             "(model.save_pretrained, tokenizer.save_pretrained) and give that as model.path"
         )
-    check_model(config)
-    options = config.rollout.server or VllmServerConfig()
-    folder = Path(config.train.output_dir) / "servers"
-    return ServerProcesses(plan(config, own=True), folder, max_restarts=options.max_restarts, say=say).start()
+    check_model(model)
+    launches = plan(model, options, while_training=True)
+    server = options.server or VllmServerConfig()
+    return ServerProcesses(launches, log_dir, max_restarts=server.max_restarts, say=say).start()
 
 
-def check_model(config: Config) -> None:
+def check_model(model: ModelConfig) -> None:
     """Before servers start: whether vLLM has attention for the model's heads on this machine.
 
     Raises:
@@ -140,7 +148,7 @@ def check_model(config: Config) -> None:
 
     from llmrl.engines.vllm.start import check_head_dim, undisturbed, vllm_environment
 
-    model, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         served = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -167,22 +175,33 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def _lora_rank(config: Config, device: str) -> int | None:
-    """Rank of the adapters that a run pushes by themselves (`llmrl.run.engines.serves_adapters_apart`)."""
-    lora, wanted = config.model.lora, (config.rollout.vllm or VllmConfig()).lora_sync
+def _lora_rank(lora: LoraConfig | None, options: VllmConfig, device: str) -> int | None:
+    """Return the rank of adapters that a run pushes by themselves, or None if it pushes merged weights.
+
+    It must decide as `llmrl.run.engines.serves_adapters_apart` does for the trainer's side.
+    """
+    wanted = options.lora_sync
     if lora is None or lora.use_dora or wanted == "merged" or (wanted == "auto" and device == "cpu"):
         return None
     return lora.r
 
 
-def deal_gpus(config: Config, *, own: bool) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each server."""
+def deal_gpus(server: VllmServerConfig, gpus_per_server: int, *, while_training: bool) -> list[str]:
+    """Return CUDA_VISIBLE_DEVICES for each server to start.
+
+    Args:
+        server: reads `gpus` and `num_replicas`.
+        gpus_per_server: GPUs each of them needs.
+        while_training: take only the GPUs that `server` names, since a trainer uses the others.
+
+    Raises:
+        UserError: not enough GPUs.
+    """
     import torch
 
-    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
-    each = options.tensor_parallel_size * options.data_parallel_size
+    each = gpus_per_server
     gpus = [str(gpu) for gpu in server.gpus]
-    if not gpus and not own:
+    if not gpus and not while_training:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = [gpu for gpu in visible.split(",") if gpu] or [str(i) for i in range(torch.cuda.device_count())]
     wanted = each * server.num_replicas
@@ -190,7 +209,7 @@ def deal_gpus(config: Config, *, own: bool) -> list[str]:
         raise UserError(
             f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, there are {len(gpus)}: "
             "name more in rollout.server.gpus, or start fewer or smaller servers"
-            + (" (the GPUs that are trained on cannot be taken; run the trainer on the others)" if own else "")
+            + (" (they may not take the GPUs you train on; run the trainer on the others)" if while_training else "")
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
 

@@ -15,23 +15,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.engines.sampling import check_sampling
 from llmrl.engines.vllm.adapters import AdapterFolders
 from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.errors import RunFailed, UserError
 from llmrl.tolerance import same_weights_gap
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    import torch
 
-    from llmrl.config import Config
+    from llmrl.engines.options import EngineConfig
+    from llmrl.model.options import ModelConfig
 
 DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
 MAX_ABORTS = 100
@@ -106,41 +106,61 @@ class VllmServerEngine:
         self._closed = False
 
     @classmethod
-    def from_config(
-        cls, config: Config, accelerator: Accelerator, *, takes_adapters: bool, say: Callable[[str], None]
+    def from_options(
+        cls,
+        model: ModelConfig,
+        options: EngineConfig,
+        *,
+        log_dir: Path,
+        device: torch.device,
+        slack: int,
+        takes_adapters: bool,
+        say: Callable[[str], None],
+        is_main: bool = True,
+        broadcast: Callable[[list[str]], list[str]] = lambda urls: urls,
+        barrier: Callable[[], Any] = lambda: None,
     ) -> VllmServerEngine:
-        """The engine of a run: its servers run already, or are started here, by the main process.
+        """Build the engine of a run, on servers that run already or that its main process starts.
+
+        Args:
+            model: what the servers serve.
+            options: reads `server`, `vllm` and `max_num_seqs`.
+            log_dir: where started servers write their logs.
+            device: where the learner holds its weights.
+            slack: see `Replicas`; about the size of a group.
+            takes_adapters: pushes bring the adapter alone.
+            say: called with each line that a person should read.
+            is_main: whether this is the process that starts the servers and pushes.
+            broadcast: returns in every process what the main process passes to it.
+            barrier: returns when every process of the run has called it.
 
         Raises:
-            UserError: a model that servers cannot load, or machines that cannot reach the servers.
+            UserError: a model that servers cannot load, or not enough GPUs or ports for them.
         """
-        from accelerate.utils import broadcast_object_list
-
-        options, vllm = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
-        urls, processes = list(options.urls), None
+        server, vllm = options.server or VllmServerConfig(), options.vllm or VllmConfig()
+        urls, processes = list(server.urls), None
         if not urls:
-            if accelerator.is_main_process:
-                processes = start_servers(config, say=say)
+            if is_main:
+                processes = start_servers(model, options, log_dir, say=say)
                 urls = processes.urls
-            (urls,) = broadcast_object_list([urls])
-        on_gpu = accelerator.device.type == "cuda"
-        nccl = options.weight_transfer == "nccl" or (options.weight_transfer == "auto" and on_gpu)
+            urls = broadcast(urls)
+        nccl = server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device.type == "cuda")
         return cls(
             urls,
-            delivery=NcclDelivery(host=options.nccl_host, device=accelerator.device) if nccl else None,
+            delivery=NcclDelivery(host=server.nccl_host, device=device) if nccl else None,
             on_update=vllm.on_update,
-            dtype=vllm.dtype or config.model.dtype,
-            api_key=os.environ.get(options.api_key_env),
-            slack=config.rollout.num_generations,
-            request_timeout_s=options.request_timeout_s,
-            health_timeout_s=options.health_timeout_s,
-            return_timeout_s=options.return_timeout_s,
+            dtype=vllm.dtype or model.dtype,
+            api_key=os.environ.get(server.api_key_env),
+            slack=slack,
+            request_timeout_s=server.request_timeout_s,
+            health_timeout_s=server.health_timeout_s,
+            return_timeout_s=server.return_timeout_s,
             start_timeout_s=vllm.start_timeout_s,
             takes_adapters=takes_adapters,
-            is_sender=accelerator.is_main_process,
-            barrier=accelerator.wait_for_everyone,
-            processes=processes,
+            is_sender=is_main,
+            barrier=barrier,
             say=say,
+            processes=processes,
         )
 
     # --- sampling -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmrl.config.vllm import VllmConfig
+    from llmrl.engines.vllm.options import VllmConfig
 
 IPC_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

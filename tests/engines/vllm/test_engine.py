@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.config import VllmConfig
+from llmrl.engines.vllm.options import VllmConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
