@@ -1,7 +1,7 @@
-"""Starts vLLM servers and ends them: the configuration of a run in, processes that serve its model out.
+"""Starts and stops vLLM servers: options of model and engine in, processes that serve the model out.
 
-`llmrl serve` runs this in the foreground; the `vllm_server` engine without `rollout.server.urls` runs it beside the
-training. Nothing that is started here outlives the process that started it.
+`llmrl serve` runs them in the foreground; the `vllm_server` engine without `rollout.server.urls` runs them beside the
+training. No server outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ END_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
 )
-"""Run by the child before it becomes the server: the kernel ends it when the starting process is gone, however."""
+"""The child runs this before it becomes the server. The kernel then ends it when the parent is gone, for any reason."""
 STOP_TIMEOUT_S = 15.0
+"""How long servers may take to end before they are killed."""
 LOG_TAIL = 25
-"""Lines of a server's log that are shown when it fails."""
+"""Lines of a server's log to show when it fails."""
 
 
 @dataclass(kw_only=True)
 class Launch:
-    """What it takes to start one server."""
+    """How to start one server."""
 
     command: list[str]
     env: dict[str, str]
@@ -49,7 +50,7 @@ class Launch:
     url: str
 
     def shell(self) -> str:
-        """The same as a line for a shell."""
+        """Return the same as a line for a shell."""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
         return f"{settings} {shlex.join(['python', *self.command[1:]])}"
 
@@ -57,7 +58,7 @@ class Launch:
 def plan(
     model: ModelConfig, options: EngineConfig, *, lora_rank: int | None = None, while_training: bool = False
 ) -> list[Launch]:
-    """Return what starts the servers that `options` describes.
+    """Return how to start the servers that `options` describes.
 
     Args:
         model: what the servers load.
@@ -83,7 +84,8 @@ def plan(
         max_num_seqs=options.max_num_seqs,
         lora_rank=_lora_rank(model.lora, vllm, device) if lora_rank is None else lora_rank,
     )
-    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
+    # These are for an engine beside its trainer.
+    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):
         arguments.pop(name, None)
     if vllm.gpu_memory_utilization is None:
         arguments.pop("gpu_memory_utilization", None)
@@ -138,7 +140,7 @@ def start_servers(
 
 
 def check_model(model: ModelConfig) -> None:
-    """Before servers start: whether vLLM has attention for the model's heads on this machine.
+    """Check, before servers start, that vLLM has attention for the model's heads on this machine.
 
     Raises:
         UserError: it has none, or there is no such model.
@@ -146,7 +148,7 @@ def check_model(model: ModelConfig) -> None:
     import torch
     from transformers import AutoConfig
 
-    from llmrl.engines.vllm.start import check_head_dim, undisturbed, vllm_environment
+    from llmrl.engines.vllm.start import check_head_dim, process_state_kept, vllm_environment
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -155,12 +157,12 @@ def check_model(model: ModelConfig) -> None:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
-    with undisturbed({**vllm_environment(device)}):
+    with process_state_kept({**vllm_environment(device)}):
         check_head_dim(served, on_cpu=device == "cpu")
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """`vllm serve` flags for arguments of `EngineArgs`: None leaves one out, false is `--no-...`."""
+    """Return `vllm serve` flags for arguments of `EngineArgs`. None leaves a flag out; False gives `--no-...`."""
     words: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
@@ -215,10 +217,10 @@ def deal_gpus(server: VllmServerConfig, gpus_per_server: int, *, while_training:
 
 
 def free_ports(count: int, *, first: int, host: str = "127.0.0.1") -> list[int]:
-    """`count` ports nobody listens on: `first` and the following, or any where `first` is 0.
+    """Return `count` ports that nobody listens on: `first` and the following ones, or any if `first` is 0.
 
     Raises:
-        UserError: one of them is taken.
+        UserError: one of these ports is taken.
     """
     bind_to = "" if host in ("0.0.0.0", "::") else host
     ports = []
@@ -249,7 +251,7 @@ class Process:
 
 @dataclass
 class ServerProcesses:
-    """Running servers; `close` (or the end of this process, of whatever kind) ends them."""
+    """Running servers. `close` ends them, and so does the end of this process, for any reason."""
 
     launches: list[Launch]
     log_dir: Path
@@ -258,13 +260,13 @@ class ServerProcesses:
     processes: list[Process] = field(default_factory=list)
 
     def start(self) -> ServerProcesses:
-        """Start all; they need some time before they answer."""
+        """Start all servers. They need some time before they answer."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         atexit.register(self.close)
         for launch in self.launches:
             log = self.log_dir / f"vllm_{launch.url.rpartition(':')[2]}.log"
             self.processes.append(Process(launch, log, _spawn(launch, log)))
-            self.say(f"vLLM server {launch.url} starts, log in {log}")
+            self.say(f"starting the vLLM server {launch.url}, log in {log}")
         return self
 
     @property
@@ -272,7 +274,7 @@ class ServerProcesses:
         return [process.launch.url for process in self.processes]
 
     def check(self) -> None:
-        """Raise RunFailed, with the end of its log, if a server has ended."""
+        """Raise RunFailed if a server has ended; the message shows the end of its log."""
         for process in self.processes:
             code = process.popen.poll()
             if code is not None:
@@ -282,30 +284,30 @@ class ServerProcesses:
                 )
 
     def revive(self, url: str) -> None:
-        """Start the server at `url` again if it has ended.
+        """Restart the server at `url` if it has ended.
 
         Raises:
-            RunFailed: it has been started again too often.
+            RunFailed: it has been restarted too often.
         """
         process = next((p for p in self.processes if p.launch.url == url), None)
         if process is None or process.popen.poll() is None:
             return
         if process.restarts >= self.max_restarts:
             self.check()
-        _kill_group(process.popen, signal.SIGKILL)  # what the dead server left behind holds memory and the port
+        _kill_group(process.popen, signal.SIGKILL)  # its helpers may still hold memory and the port
         process.restarts += 1
         process.popen = _spawn(process.launch, process.log)
-        self.say(f"vLLM server {url} had ended and is started again (restart {process.restarts})")
+        self.say(f"the vLLM server {url} had ended; restarting it (restart {process.restarts})")
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Block until all answer, telling how it goes.
+        """Block until all servers answer, and report progress.
 
         Raises:
-            RunFailed: one ended, or did not answer in time.
+            RunFailed: a server ended, or did not answer in time.
         """
         import httpx
 
-        started = told = time.monotonic()
+        started = last_report = time.monotonic()
         waiting = list(self.processes)
         while waiting:
             self.check()
@@ -322,14 +324,14 @@ class ServerProcesses:
                     f"the vLLM server {process.launch.url} does not answer after {timeout_s:g} s "
                     f"(rollout.vllm.start_timeout_s); the end of {process.log}:\n{log_tail(process.log)}"
                 )
-            if waiting and now - told > 10:
-                told = now
+            if waiting and now - last_report > 10:
+                last_report = now
                 last = log_tail(waiting[0].log, 1).strip()[-120:]
                 self.say(f"waiting for {len(waiting)} vLLM server(s), {now - started:.0f} s so far: {last}")
             time.sleep(0.5 if waiting else 0)
 
     def close(self) -> None:
-        """End all servers, first kindly. Safe to call twice."""
+        """Terminate all servers, then kill those that do not end. Safe to call twice."""
         atexit.unregister(self.close)
         for process in self.processes:
             _kill_group(process.popen, signal.SIGTERM)
@@ -342,13 +344,14 @@ class ServerProcesses:
 
 
 def log_tail(log: Path, lines: int = LOG_TAIL) -> str:
+    """Return the last `lines` of a log file; "" if it cannot be read."""
     with contextlib.suppress(OSError):
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     return ""
 
 
 def _spawn(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
-    """In a process group of its own, so that its helpers can be ended with it."""
+    """Start a server in its own process group, so that its helpers can be ended with it."""
     from llmrl.engines.vllm.start import LAUNCHER_VARIABLES
 
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
