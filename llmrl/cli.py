@@ -76,8 +76,8 @@ def evaluate(argv: list[str]) -> int:
 
 
 def serve(argv: list[str]) -> int:
-    """`llmrl serve`: see `llmrl.engines.vllm.serve`."""
-    from llmrl.engines.vllm.serve import run as run_serve
+    """`llmrl serve`: see `llmrl.run.serve`."""
+    from llmrl.run.serve import run as run_serve
 
     if argv and not argv[0].startswith("-"):
         argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]

@@ -1,68 +1,50 @@
-"""The Engine protocol: token ids in, token ids and their log-probabilities out; and a scripted engine for tests."""
+"""The Engine protocol: token ids in, token ids and their log-probabilities out. Also a scripted engine for tests."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from llmrl.types import Completion, Sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WeightSource = Callable[[], Iterable[tuple[str, "Tensor"]]]
-"""Yields (Hugging Face parameter name, full tensor) of the policy, adapters merged in; one parameter at a time, so that
-nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Adapter:
-    """Low-rank adapters as peft saves them, for engines that keep the base weights themselves."""
-
-    config: dict[str, Any]
-    """What stands in adapter_config.json."""
-    tensors: dict[str, Tensor]
-    """What stands in adapter_model.safetensors."""
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 
 class Engine(Protocol):
-    """Samples from the policy. It owns the weights it serves; what is pushed is the only way they change."""
+    """Samples from the policy. It owns the weights it serves, and they change only by a push."""
 
     takes_adapters: bool
-    """It keeps the base weights, and a push brings the adapter alone: `load_adapter` instead of `load_weights`."""
+    """The engine keeps the base weights, and a push brings only the adapter: `load_adapter`, not `load_weights`."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
         """Draw one completion.
 
         Requests are submitted concurrently and each returns as soon as it is finished, so that verification can start
-        while others still generate. The tokens depend on `prompt_ids`, `sampling` and the weights only.
+        while others still generate. The tokens depend only on `prompt_ids`, `sampling` and the weights.
 
         Args:
             prompt_ids: what the completion continues; requests with equal prompts share its computation.
             sampling: how tokens are drawn, with this request's own seed.
-            session: names the conversation, so that an engine with replicas can keep it where its cache is.
+            session: names the conversation, so that an engine with replicas can send it where its cache is.
         """
         ...
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities (temperature 1) that the served weights give to each token after the first.
+        """Return the log-probabilities (temperature 1) that the served weights give to each token after the first.
 
-        Entry t of a row is log p(sequence[t + 1] | sequence[: t + 1]). Used to prove which weights are served.
+        Entry t of a row is log p(sequence[t + 1] | sequence[: t + 1]). They prove which weights are served.
         """
         ...
 
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
-        """Serve the weights of `source` from now on, as policy `version`; prefix caches of older weights go."""
+        """Serve the weights of `source` from now on, as policy `version`, and drop prefix caches of older weights."""
         ...
 
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
-        """Serve the base weights with `adapter` from now on; only where `takes_adapters`."""
+        """Serve the base weights with `adapter` from now on. Only for an engine with `takes_adapters`."""
         ...
 
     async def sleep(self) -> None:
-        """No request comes before the next push: give the device's memory to the learner, if told to."""
+        """Lend the device's memory to the learner, if the options ask for it. No request comes before the next push."""
         ...
 
     async def close(self) -> None:
@@ -74,8 +56,8 @@ class FakeEngine:
     """Scripted completions and latencies, for tests and for trying a schedule without a model.
 
     Args:
-        script: from (prompt_ids, sampling) to the token ids of the completion (stop token included if it stopped).
-        latency: seconds each completion takes, as a function of the same; default none.
+        script: maps (prompt_ids, sampling) to the token ids of the completion, including the stop token if it stopped.
+        latency: maps the same arguments to the seconds that the completion takes. Default: no time.
         logprob: log-probability reported for every token.
     """
 

@@ -1,6 +1,7 @@
-"""Next-token logits in, sampled tokens and the log-probabilities they were drawn with out.
+"""Sampling: next-token logits in, tokens and the log-probabilities they were drawn with out.
 
-Each row uses one number of its own stream of uniforms per token, so a sample does not depend on the rest of the batch.
+Each row takes one number per token from its own stream of uniforms, so a sample does not depend on the rest of the
+batch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from llmrl.errors import UserError
 from llmrl.types import Sampling
 
 ONE_LEVEL_VOCABULARY = 1024
-"""Up to this many tokens one cumulative sum over the row is cheapest."""
+"""Up to this size of the vocabulary, one cumulative sum over the row is cheapest."""
 
 
 def uniform_stream(seed: int, length: int) -> np.ndarray:
-    """The uniforms in [0, 1) of one request, float64 [length]; the t-th sampled token uses the t-th number.
+    """Return the uniforms in [0, 1) of one request, float64 [length]. The t-th sampled token uses the t-th number.
 
     A longer stream of the same seed begins with the shorter one. Philox is counter-based (Salmon et al. 2011, "Parallel
     random numbers: as easy as 1, 2, 3"), so neighbouring seeds give independent streams.
@@ -30,11 +31,11 @@ def uniform_stream(seed: int, length: int) -> np.ndarray:
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise UserError for a setting that no distribution corresponds to."""
+    """Raise UserError for settings that do not describe a distribution."""
     rules = {
         "max_tokens must be at least 1": sampling.max_tokens >= 1,
         "temperature must be 0 (greedy) or above": sampling.temperature >= 0,
-        "top_p must lie above 0 and not above 1": 0 < sampling.top_p <= 1,
+        "top_p must be above 0 and at most 1": 0 < sampling.top_p <= 1,
         "top_k must be 0 (off) or above": sampling.top_k >= 0,
     }
     for rule, holds in rules.items():
@@ -43,7 +44,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def check_tokens(token_ids: list[int], vocab_size: int) -> None:
-    """Raise UserError for a prompt that is empty or holds tokens outside the vocabulary."""
+    """Raise UserError if the prompt is empty or has tokens outside the vocabulary."""
     if not token_ids:
         raise UserError("the prompt is empty: give at least one token (such as the tokenizer's bos token)")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
@@ -58,17 +59,17 @@ class SamplingRows:
     """The sampling settings of the rows of a batch, as tensors."""
 
     inverse_temperature: Float32[Tensor, "N 1"] | None
-    """None where every row samples at temperature 1 or is greedy."""
+    """None if every row samples at temperature 1 or is greedy."""
     greedy: Bool[Tensor, " N"] | None
-    """Rows that take the most probable token; None where there are none."""
+    """Rows that take the most probable token. None if there are none."""
     truncated: Int[Tensor, " K"] | None
-    """Rows with a top_k or top_p; None where there are none."""
+    """Indices of the K rows with a top_k or top_p. None if there are none."""
     top_k: Int[Tensor, "K 1"] | None
     top_p: Float32[Tensor, "K 1"] | None
 
     @classmethod
     def build(cls, samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> SamplingRows:
-        """Collect the settings of one request per row."""
+        """Collect the settings of all rows, one request each."""
         greedy = [s.temperature == 0 for s in samplings]
         inverse = [1.0 if s.temperature == 0 else 1.0 / s.temperature for s in samplings]
         cut = [i for i, s in enumerate(samplings) if not greedy[i] and (s.top_k > 0 or s.top_p < 1)]
@@ -93,19 +94,20 @@ def sample_tokens(
     """Draw one token per row by inverting the cumulative distribution at that row's uniform number.
 
     The distribution is softmax(logits / temperature), cut to the top_k most probable tokens and then to the smallest
-    set of them with mass top_p, renormalised. A token of probability 0 (logit -inf, or below the smallest float32) is
+    set of them with mass top_p, renormalized. A token of probability 0 (logit -inf, or below the smallest float32) is
     never drawn. Greedy rows take the argmax and report its log-probability at temperature 1.
 
     Returns:
-        tokens, their natural log-probabilities under the distribution drawn from, and whether each row's logits were
-        usable (no NaN, no +inf, not all -inf); where they were not, the other two are meaningless.
+        The tokens, their natural log-probabilities under the distribution they were drawn from, and whether each row's
+        logits were usable (no NaN, no +inf, not all -inf). For a row whose logits were not, the other two are
+        meaningless.
     """
     peak = logits.amax(-1, keepdim=True).float()
     shifted = logits.float() - peak
     if rows.inverse_temperature is not None:
         shifted *= rows.inverse_temperature
     if rows.truncated is not None:
-        assert rows.top_k is not None and rows.top_p is not None, "the three come together"
+        assert rows.top_k is not None and rows.top_p is not None, "truncated, top_k and top_p are set together"
         kept = _truncate(shifted.index_select(0, rows.truncated), rows.top_k, rows.top_p)
         shifted.index_copy_(0, rows.truncated, kept)
     tokens, total = _inverse_cdf(shifted.exp(), uniforms)
@@ -118,10 +120,10 @@ def sample_tokens(
 def _inverse_cdf(
     weights: Float32[Tensor, "N V"], uniforms: Float64[Tensor, " N"]
 ) -> tuple[Int[Tensor, " N"], Float64[Tensor, " N"]]:
-    """Tokens whose slice of the cumulative weight holds uniforms * total, and the total weight.
+    """Return the tokens whose slice of the cumulative weight holds uniforms * total, and the total weight.
 
-    Over a large vocabulary first the block that holds the point is found from block sums, then the token inside it: one
-    pass over the weights instead of a cumulative sum of all of them.
+    For a large vocabulary, block sums first locate the block that holds the point, then the token is found inside it:
+    one pass over the weights instead of a cumulative sum of all of them.
     """
     vocabulary = weights.shape[1]
     if vocabulary <= ONE_LEVEL_VOCABULARY:
@@ -145,25 +147,25 @@ def _inverse_cdf(
 
 
 def _first_above(cumulative: Float64[Tensor, "N K"], target: Float64[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """First index whose cumulative weight exceeds the target; its own weight is therefore above 0.
+    """Return the first index whose cumulative weight exceeds the target; its own weight is therefore above 0.
 
-    The target is kept below the last cumulative weight, which rounding can otherwise make it reach.
+    The target is kept below the last cumulative weight, because rounding could otherwise make them equal.
     """
     below_total = torch.nextafter(cumulative[:, -1], torch.zeros_like(target))
     target = torch.minimum(target, below_total).clamp_(min=0.0)
     index = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-    return index.clamp_(max=cumulative.shape[1] - 1)  # past the end only where NaN hides the order
+    return index.clamp_(max=cumulative.shape[1] - 1)  # past the end only if NaN breaks the order
 
 
 def _block_size(vocabulary: int) -> int:
-    """A power of two near the square root of the vocabulary, and at least 64 so that block sums vectorise."""
+    """Return a power of two near the square root of the vocabulary, at least 64 so that block sums vectorize."""
     return max(64, 1 << round(vocabulary.bit_length() / 2))
 
 
 def _truncate(
     shifted: Float32[Tensor, "K V"], top_k: Int[Tensor, "K 1"], top_p: Float32[Tensor, "K 1"]
 ) -> Float32[Tensor, "K V"]:
-    """Set to -inf what lies outside the top_k tokens, or outside the smallest set of those with mass top_p."""
+    """Set to -inf all but the top_k tokens, and of these all but the smallest set with mass top_p."""
     ordered, order = shifted.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(shifted.shape[1], device=shifted.device)
     ordered = ordered.masked_fill(rank >= top_k, -torch.inf)

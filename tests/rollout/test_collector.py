@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from llmrl.config import RolloutConfig
 from llmrl.engines.base import FakeEngine
 from llmrl.errors import RunFailed
 from llmrl.rollout.collector import Collector, gather_or_cancel, request_seed
 from llmrl.rollout.env import Reply
+from llmrl.rollout.options import RolloutConfig
 from llmrl.types import Completion, Message, Rollout, RolloutGroup, Sampling, Score, Status, Task
 
 STOP = 2

@@ -14,14 +14,14 @@ from llmrl.engines.vllm.transfer import shared_path
 from llmrl.errors import RunFailed
 
 if TYPE_CHECKING:
-    from llmrl.engines.base import Adapter, WeightSource
+    from llmrl.types import Adapter, WeightSource
 
 ADAPTERS_KEPT = 4
-"""Versions whose requests may still run."""
+"""Newest versions whose folders stay, because requests may still run under them."""
 
 
 class AdapterFolders:
-    """One folder per version, numbered from 1; the oldest go, all of them when it is closed or the process ends."""
+    """One folder per version, numbered from 1. Old ones are removed; `close` or the end of the process removes all."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -33,7 +33,7 @@ class AdapterFolders:
         """Write `adapter` to a new folder, number `count`.
 
         Returns:
-            The folder, and the numbers whose folders are gone now.
+            The folder, and the numbers of the folders that were removed.
         """
         from safetensors.torch import save_file
 
@@ -61,7 +61,7 @@ class AdapterFolders:
 
 @contextlib.contextmanager
 def save_base(source: WeightSource) -> Iterator[str]:
-    """A folder with the tensors of `source` in shared memory, for as long as vLLM needs to load them."""
+    """Provide a folder in shared memory with the tensors of `source`, for as long as vLLM needs to load them."""
     from safetensors.torch import save_file
 
     folder = shared_path("base")

@@ -1,4 +1,4 @@
-"""Whether replicas serve the same weights: told by the log-probabilities they give to the same sequences."""
+"""Checks that replicas serve the same weights, by the log-probabilities they give to the same sequences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from llmrl.errors import RunFailed
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-SAME_WEIGHTS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest gap (nats) between the log-probabilities of two replicas that serve the same weights, by their type."""
-
 
 @dataclass(frozen=True)
 class Served:
-    """What `version` gave on `sequences`: one log-probability per token after the first, one sequence after another."""
+    """What `version` gave for `sequences`: one log-probability per token after the first, all sequences in one row."""
 
     version: int | None
     sequences: list[list[int]]
@@ -27,7 +24,7 @@ class Served:
 
 
 class Agreement:
-    """Compares replicas with each other, and one that returns with what the others gave.
+    """Compares replicas with each other, and a replica that returns with what the others gave.
 
     Args:
         tolerance: largest gap (nats) between replicas that serve the same weights.
@@ -38,10 +35,15 @@ class Agreement:
         self.last: Served | None = None
 
     def check(self, version: int | None, sequences: list[list[int]], answers: list[tuple[str, list]]) -> None:
-        """Compare the `answers` of all replicas, by their names, and remember the first.
+        """Compare the `answers` of all replicas and remember the first one.
+
+        Args:
+            version: the policy version they should serve.
+            sequences: the token ids they were asked about.
+            answers: (name of the replica, log-probabilities per sequence).
 
         Raises:
-            RunFailed: they do not agree; the message names the one that serves something else.
+            RunFailed: they do not agree; the message names the replica that serves something else.
         """
         rows = [(name, _flat(answer)) for name, answer in answers]
         first = rows[0][1]
@@ -50,10 +52,10 @@ class Agreement:
         self.last = Served(version, sequences, first)
 
     def check_one(self, served: Served, answer: list[list[float]]) -> None:
-        """Compare what a replica that returned gives on `served.sequences`.
+        """Compare the answer of a replica that returned, for `served.sequences`, with what the others gave.
 
         Raises:
-            RunFailed: it is something else.
+            RunFailed: it differs by more than the tolerance.
         """
         gap = _gap(_flat(answer), served.logprobs)
         if not gap <= self.tolerance:
@@ -63,14 +65,14 @@ class Agreement:
             )
 
     def _disagreement(self, version: int | None, sequences: list[list[int]], rows: list[tuple[str, np.ndarray]]) -> str:
-        """Which replica is the odd one: the one that gives what was served before, else the one far from most."""
+        """Describe each replica by its distance from the others, and name one that still serves the old weights."""
         before = self.last.logprobs if self.last is not None and self.last.sequences == sequences else None
         lines = []
         for name, row in rows:
             others = [_gap(row, other) for who, other in rows if who != name]
             line = f"{name}: {min(others):.3g} to {max(others):.3g} nats from the others"
             if before is not None and _gap(row, before) <= self.tolerance:
-                line += ", but as before the push: the push did not arrive there"
+                line += ", and the same as before the push: the push did not arrive there"
             lines.append(line)
         return (
             f"the vLLM servers serve different weights (version {version}, tolerance {self.tolerance:g}):\n  "
@@ -83,7 +85,7 @@ def _flat(rows: list[list[float]]) -> np.ndarray:
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference; infinite where the shapes differ or a value is not a number."""
+    """Return the largest difference; infinite if the shapes differ or a value is NaN or infinite."""
     if a.shape != b.shape:
         return math.inf
     gap = float(np.abs(a - b).max(initial=0.0))

@@ -1,6 +1,6 @@
-"""How weights get to vLLM servers: staged once by the trainer, delivered to all, and again to one that came back.
+"""Delivery of weights to vLLM servers: staged once by the trainer, delivered to all, and again to one that returns.
 
-Both ways speak vLLM's weight-transfer protocol; they differ in its backend, which the servers are started with.
+Both ways use vLLM's weight-transfer protocol. They differ in its backend, which the servers are started with.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from llmrl.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.engines.base import WeightSource
     from llmrl.engines.vllm.http import VllmServer
+    from llmrl.types import WeightSource
 
 NCCL_BUFFER_BYTES = 1 << 30
+"""Size of the pieces into which both ends cut the stream of tensors."""
 NCCL_NUM_BUFFERS = 2
-"""Both ends cut the stream of tensors into such pieces."""
 
 
 class Delivery(Protocol):
-    """How weights travel to servers. What was last staged can be delivered again, to a replica that came back."""
+    """How weights travel to servers. The weights staged last can be delivered again, to a replica that returned."""
 
     def stage(self, source: WeightSource) -> None:
-        """Keep a copy of the weights; the learner goes on changing its own."""
+        """Keep a copy of the weights, because the learner keeps changing its own."""
         ...
 
     async def deliver(self, servers: list[VllmServer], label: str) -> dict[VllmServer, str]:
-        """Make paused servers serve what was staged, under the name `label`. Returns those lost meanwhile, and why.
+        """Make paused servers serve the staged weights, under the name `label`.
+
+        Returns:
+            The servers that were lost on the way, and why.
 
         Raises:
-            UserError: a server was not started for this.
+            UserError: a server was not started with the options that this needs.
             RunFailed: a server refused the weights.
         """
         ...
@@ -47,7 +50,7 @@ class Delivery(Protocol):
 
 
 class SharedMemoryDelivery:
-    """Through a file in shared memory, for servers on this machine (see `vllm_transfer`)."""
+    """Delivers through a file in shared memory, to servers on this machine (see `llmrl.engines.vllm.transfer`)."""
 
     def __init__(self) -> None:
         self.staged = StagedWeights()
@@ -73,16 +76,17 @@ class SharedMemoryDelivery:
 
 
 class NcclDelivery:
-    """From GPU to GPU by NCCL, to servers on any machine; the trainer is rank 0 of a group with all their workers.
+    """Delivers from GPU to GPU by NCCL, to servers on any machine. The trainer is rank 0 of a group with their workers.
 
-    The copy that is staged lies in the trainer's main memory. The group is made anew whenever the servers in it change:
-    a server that died takes its ranks with it. One that dies during the transfer itself ends the run, since the others
-    wait in NCCL for it: resume from the checkpoint.
+    The staged copy is in the trainer's main memory. The group is rebuilt whenever its servers change, because a server
+    that dies takes its ranks with it. A server that dies during the transfer itself ends the run, since the others wait
+    for it in NCCL: resume from the checkpoint.
 
     Args:
         host: address of this machine that the servers can reach.
         device: the GPU to send from.
-        open_group, broadcast: vLLM's own; others in tests.
+        open_group: joins the NCCL group (host, port, world size). Default: vLLM's own; tests replace it.
+        broadcast: sends the tensors to the group. Default: vLLM's own; tests replace it.
     """
 
     def __init__(
@@ -120,11 +124,11 @@ class NcclDelivery:
         }
         send = asyncio.to_thread(self.broadcast, self.group, self.tensors)
         updates = [_accepted(server, server.update_weights(info, label=label)) for server in servers]
-        await self._together(send, updates, "the transfer")
+        await self._run_collective(send, updates, "the transfer")
         return lost
 
     async def _join(self, servers: list[VllmServer]) -> None:
-        """A new group: rank 0 here, then the workers of each server."""
+        """Build a new group: this process is rank 0, then come the workers of each server."""
         sizes = [await server.world_size() for server in servers]
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -141,11 +145,11 @@ class NcclDelivery:
             for index, server in enumerate(servers)
         ]
         send = asyncio.to_thread(self.open_group, self.host, port, 1 + sum(sizes))
-        self.group = (await self._together(send, joins, "joining a group"))[0]
+        self.group = (await self._run_collective(send, joins, "joining a group"))[0]
         self.members = servers
 
-    async def _together(self, mine: Awaitable[Any], theirs: Sequence[Awaitable[None]], what: str) -> list[Any]:
-        """Both ends of a collective; the first failure ends the wait, since the others would wait for ever."""
+    async def _run_collective(self, mine: Awaitable[Any], theirs: Sequence[Awaitable[None]], what: str) -> list[Any]:
+        """Run both ends of a collective. The first failure ends the wait, since the other ends would wait forever."""
         tasks = [asyncio.ensure_future(end) for end in (mine, *theirs)]
         try:
             return list(await asyncio.gather(*tasks))
@@ -160,7 +164,7 @@ class NcclDelivery:
         return trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
 
     def _use_device(self) -> None:
-        """Each thread begins with the first GPU; a device without a number means just that."""
+        """Select the GPU in this thread. Every thread starts on the first one, the one that plain `cuda` means."""
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
 
@@ -186,7 +190,7 @@ class NcclDelivery:
 
 
 async def _all(servers: list[VllmServer], work: Callable[[VllmServer], Awaitable[None]]) -> dict[VllmServer, str]:
-    """`work` on all at once; returns those that were lost, and why. Another failure is raised when all have ended."""
+    """Run `work` on all servers at once and return the lost ones, and why. Other failures are raised once all ended."""
     outcomes = await asyncio.gather(*map(work, servers), return_exceptions=True)
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for failure in failures:
@@ -207,7 +211,7 @@ async def _initialise(server: VllmServer, init_info: dict[str, Any], how: str) -
 
 
 async def _accepted(server: VllmServer, update: Awaitable[None]) -> None:
-    """A server that fails at an update and is well otherwise has refused it."""
+    """Await an update. A server that fails at it although it is healthy has refused the weights."""
     try:
         await update
     except ReplicaLost:

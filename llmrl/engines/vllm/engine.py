@@ -1,10 +1,10 @@
-"""The `vllm` engine: vLLM beside the trainer, its core in a process of its own.
+"""The `vllm` engine: vLLM beside the trainer, its core in a separate process.
 
 Prompt token ids and a `Sampling` in, a `Completion` out as soon as that request is finished.
 
-vLLM's core never runs inside the trainer's process: there it would draw from torch's random numbers at every step,
-replace `torch.set_num_threads`, join and later destroy the trainer's process group, and hold the interpreter while the
-learner works. What is left here is vLLM's client, on an event loop in a thread of its own.
+vLLM's core never runs inside the trainer's process. There it would draw from torch's random numbers at every step,
+replace `torch.set_num_threads`, join and later destroy the trainer's process group, and hold the interpreter lock while
+the learner works. Only vLLM's client runs here, on an event loop in its own thread.
 """
 
 # pyright: reportMissingImports=false
@@ -22,40 +22,38 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.config.vllm import VllmConfig
 from llmrl.engines.sampling import check_sampling, check_tokens
 from llmrl.engines.vllm.adapters import AdapterFolders, save_base
+from llmrl.engines.vllm.options import VllmConfig
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
 from llmrl.errors import RunFailed, UserError
-from llmrl.types import Completion, Sampling
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmrl.engines.base import Adapter, WeightSource
 
 SMALLEST_TEMPERATURE = 0.01
-"""vLLM raises lower temperatures to this one, silently."""
+"""vLLM silently raises lower temperatures to this one."""
 
 
 class VllmEngine:
     """An `Engine` over vLLM on this machine, with its own copy of the weights.
 
-    It serves nothing before the first push. Each request has its own seed and its own random numbers, so its tokens do
-    not depend on what else is in the batch; requests with equal prompts share its computation through vLLM's prefix
-    cache.
+    It serves nothing before the first push. Each request has its own seed and random numbers, so its tokens do not
+    depend on what else is in the batch. Requests with equal prompts share its computation through vLLM's prefix cache.
 
     Args:
-        config: of the model.
+        config: transformers' configuration of the model.
         options: `rollout.vllm`.
-        dtype: of the policy; what vLLM computes in unless the options say otherwise.
+        dtype: type of the policy. vLLM computes in it unless the options name another one.
         max_num_seqs: requests decoded together.
-        device: of the trainer: `cpu`, or the GPU that vLLM shares with it.
+        device: the trainer's device: `cpu`, or the GPU that vLLM shares with it.
         trust_remote_code: whether the architecture's code comes with the model.
-        path: folder or hub id to take the architecture from; default: `config` alone.
-        base: the weights below the adapters. Given, the engine keeps them for good and each push brings an adapter
-            alone (`load_adapter`); otherwise each push brings all weights (`load_weights`).
+        path: folder or hub id to take the architecture from. Default: only `config`.
+        base: the weights under the adapters. If given, the engine keeps them and each push brings only an adapter
+            (`load_adapter`); otherwise each push brings all weights (`load_weights`).
         lora_rank: largest rank of those adapters.
 
     Raises:
@@ -118,21 +116,21 @@ class VllmEngine:
         self.max_model_len: int = self._llm.model_config.max_model_len
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
-        """Draw one completion; see `Engine.generate`. Cancelling the call frees its place.
+        """Draw one completion; see `Engine.generate`. Cancelling the call frees its slot.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, an impossible setting, or prompt + max_tokens
                 beyond the engine's length.
-            RunFailed: log-probabilities that are not finite, or an engine that is closed or dead.
+            RunFailed: log-probabilities that are not finite, or an engine that is closed or has died.
         """
         self._check_open()
         if self.version is None or self._asleep:
-            raise RunFailed("the vllm engine has no weights yet, or sleeps: push them first")
+            raise RunFailed("the vllm engine has no weights yet, or is asleep: push weights first")
         self._check_request(prompt_ids, sampling)
         return await self._thread.call(self._generate(prompt_ids, sampling, session))
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
+        """Return log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
         self._check_open()
         for sequence in sequences:
             check_tokens(sequence, self.vocab_size)
@@ -141,7 +139,7 @@ class VllmEngine:
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
         """Serve the weights of `source` from now on, as policy `version`.
 
-        `source` is gone through once. Names and shapes are checked in vLLM's process before any weight changes.
+        `source` is iterated once. Names and shapes are checked in vLLM's process before any weight changes.
 
         Raises:
             RunFailed: names are missing, unexpected or wrongly shaped (the old weights are still served), or vLLM
@@ -149,7 +147,7 @@ class VllmEngine:
         """
         self._check_open()
         if self.takes_adapters:
-            raise RunFailed("this vllm engine keeps its base weights and takes adapters: use load_adapter")
+            raise RunFailed("this vllm engine keeps its base weights and takes adapters: call load_adapter")
         await self._wake("weights")
         if self.options.weight_transfer == "ipc":
             await asyncio.to_thread(self._load_by_ipc, source, version)
@@ -161,7 +159,7 @@ class VllmEngine:
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
         """Serve the base weights with `adapter` from now on, as policy `version`.
 
-        Requests that run go on under the adapter they began with, unless `on_update` is wait or abort.
+        Running requests continue under the adapter they began with, unless `on_update` is wait or abort.
 
         Raises:
             RunFailed: vLLM did not take the adapter; the old one is still served.
@@ -173,13 +171,16 @@ class VllmEngine:
         self.version = version
 
     async def sleep(self) -> None:
-        """Give the GPU's memory to the learner until the next push, where `enable_sleep_mode` asks for it."""
+        """Lend the GPU's memory to the learner until the next push, if `enable_sleep_mode` is set."""
         if self.options.enable_sleep_mode and not self._asleep:
             await self._thread.call(self._llm.sleep(level=1, mode="keep"))
             self._asleep = True
 
     async def _wake(self, *tags: str) -> None:
-        """Weights before the push, the cache after it, so that old and new weights never lie beside a full cache."""
+        """Wake parts of vLLM by their tags: `weights` before a push and `kv_cache` after it.
+
+        So old and new weights are never in memory together with a full cache.
+        """
         if self._asleep:
             awake = await self._thread.call(self._llm.wake_up(list(tags)))
             self._asleep = not awake
@@ -207,7 +208,7 @@ class VllmEngine:
     def _check_request(self, prompt_ids: list[int], sampling: Sampling) -> None:
         check_sampling(sampling)
         if 0 < sampling.temperature < SMALLEST_TEMPERATURE:
-            raise UserError(f"temperature {sampling.temperature}: vLLM knows 0 and from {SMALLEST_TEMPERATURE} upwards")
+            raise UserError(f"temperature {sampling.temperature}: vLLM takes 0 or at least {SMALLEST_TEMPERATURE}")
         check_tokens(prompt_ids, self.vocab_size)
         total = len(prompt_ids) + sampling.max_tokens
         if total > self.max_model_len:
@@ -231,7 +232,7 @@ class VllmEngine:
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
-            finish=finish_of(output.finish_reason),
+            finish=finish_reason(output.finish_reason),
             policy_version=(min(versions), max(versions)),
             version_spans=spans,
         )
@@ -247,7 +248,7 @@ class VllmEngine:
         ]
 
     async def _final(self, prompt_ids: list[int], params: Any) -> Any:
-        """The finished output of one request."""
+        """Return the finished output of one request."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self._count += 1
@@ -264,7 +265,7 @@ class VllmEngine:
     # --- weights --------------------------------------------------------------------------------------------------
 
     async def _load(self, staged: dict[str, Any], version: int) -> None:
-        """Between a pause and a resume: no step may see half of the weights."""
+        """Load staged weights between a pause and a resume, so that no step sees half of them."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
         await self._llm.pause_generation(mode=self.options.on_update, clear_cache=True)
@@ -275,7 +276,7 @@ class VllmEngine:
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=staged))
             await self._llm.finish_weight_update(str(version))
         except Exception as error:
-            if REFUSED not in str(error):  # vLLM may hold half of the weights: the next step would kill it
+            if REFUSED not in str(error):  # vLLM may hold half of the weights, and the next step would kill it
                 self._closed = f"loading the weights of version {version} failed half-way"
             raise RunFailed(f"vLLM did not take the weights of version {version}: {_cause(error)}") from error
         finally:
@@ -298,7 +299,7 @@ class VllmEngine:
             raise RunFailed(f"vLLM did not take the weights of version {version}: {error}") from error
 
     async def _load_adapter(self, folder: str, version: int, old: list[int]) -> None:
-        """A new name and id for every version: a name that vLLM knows would be served as it was."""
+        """Load an adapter under a new name and id, because vLLM would serve the old adapter for a name it knows."""
         from vllm.lora.request import LoRARequest
 
         number = self._adapters.count
@@ -320,7 +321,7 @@ class VllmEngine:
 
 
 def sampling_params(sampling: Sampling) -> Any:
-    """Our request in vLLM's words: ids only, one log-probability per token, the stop token kept, no text."""
+    """Return vLLM's form of a request: ids only, one log-probability per token, the stop token kept, no text."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -340,21 +341,21 @@ def sampling_params(sampling: Sampling) -> Any:
 
 
 def sampled_logprobs(logprobs: Any) -> list[float]:
-    """One number per sampled token, from vLLM's flat list, in which each token has a row of one entry."""
+    """Return one number per sampled token, from vLLM's flat list, in which each token has a row of one entry."""
     return [logprobs.logprobs[start] for start in logprobs.start_indices]
 
 
 def version_spans(spans: Any) -> list[tuple[int, int]]:
-    """(version, number of tokens) in order, from vLLM's spans, whose labels are ours."""
+    """Return (version, number of tokens) in order, from vLLM's spans; their labels are the versions we pushed."""
     return [(int(span.version), span.end - span.start) for span in spans or [] if span.end > span.start]
 
 
-def finish_of(reason: str | None) -> Any:
-    """Give vLLM's finish reason in our words; what is neither stop nor length is a request that was given up."""
+def finish_reason(reason: str | None) -> Any:
+    """Map vLLM's finish reason to ours. Anything but stop and length means that the request was aborted."""
     return reason if reason in ("stop", "length") else "abort"
 
 
 def _cause(error: BaseException) -> str:
-    """Give vLLM's message without what its remote call put before it."""
+    """Return vLLM's message without the prefix that its remote call added."""
     text = str(error)
     return text[text.index(REFUSED) :] if REFUSED in text else text

@@ -1,6 +1,6 @@
 """One vLLM server over HTTP: token ids in, token ids and log-probabilities out; pause, weights, adapters, resume.
 
-Only routes of vLLM itself are used (0.32: `vllm/entrypoints`), so any `vllm serve` with the right flags will do.
+It uses only vLLM's own routes (0.32: `vllm/entrypoints`), so any `vllm serve` with the right flags will do.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ WEIGHT_ROUTES = (
 ADAPTER_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/weight_info")
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TEMPERATURE = 0.5
-HELD_UP_S = 2.0
-"""A limit overrun by this much says that our own event loop stood still, not that the server did not answer."""
+LOOP_STALL_S = 2.0
+"""If a limit is overrun by this much, our own event loop stood still: it does not mean that the server was silent."""
 
 
 class VllmServer:
-    """A client of one server; the replica that `Replicas` balances over.
+    """A client of one server; a replica in `Replicas`.
 
     Args:
         url: such as http://127.0.0.1:8000 (a trailing /v1 is dropped).
-        api_key: sent as a bearer token, where the server wants one.
+        api_key: sent as a bearer token, if the server requires one.
         health_timeout_s: a server that takes longer to answer /health or /weight_info counts as lost.
-        request_timeout_s: ... and one that takes longer for anything else.
+        request_timeout_s: a server that takes longer to answer anything else counts as lost.
 
     Attributes:
         version: the policy version it serves, as far as this process knows.
-        adapter: the adapter requests ask for, by its name there; None asks for the model itself.
-        label: what the server should call the weights it serves, RUN/VERSION; None while nobody can know.
+        adapter: name of the adapter that requests ask for; None asks for the model itself.
+        label: name that the server should give to the weights it serves, RUN/VERSION; None while that is unknown.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class VllmServer:
         paths = (await self._json("GET", "/openapi.json", timeout=self.health_timeout_s)).get("paths", {})
         self.routes = frozenset(paths)
         if COMPLETIONS not in self.routes:
-            raise UserError(f"{self.name} has no {COMPLETIONS}: that is no vLLM server that generates text")
+            raise UserError(f"{self.name} has no {COMPLETIONS}: it is not a vLLM server that generates text")
         models = (await self._json("GET", "/v1/models", timeout=self.health_timeout_s))["data"]
         base = next(model for model in models if not model.get("parent"))
         self.model, self.max_model_len = base["id"], base.get("max_model_len")
@@ -86,7 +86,7 @@ class VllmServer:
         self.ready_to_receive = False
 
     def require(self, routes: tuple[str, ...], fix: str) -> None:
-        """Refuse a server that cannot do what is needed, and say how it has to be started.
+        """Refuse a server that lacks routes; the error says how to start it (`fix`).
 
         Raises:
             UserError: some of `routes` are missing.
@@ -99,9 +99,9 @@ class VllmServer:
             )
 
     async def check(self) -> None:
-        """Raise ReplicaLost unless the server is healthy and serves what it was last given, or a newer version of it.
+        """Raise ReplicaLost unless the server is healthy and serves the weights it last got, or newer ones of this run.
 
-        Newer: another process of this run pushes, and this one has not been told yet.
+        It can serve newer ones if another process of the run pushes, before this process learns of the push.
         """
         await self.check_alive()
         if self.label is None:
@@ -112,16 +112,16 @@ class VllmServer:
             raise ReplicaLost(f"serves weights {serves!r} instead of {self.label!r}: it was restarted")
 
     async def check_alive(self) -> None:
-        """Raise ReplicaFailed unless the server says that it is healthy."""
+        """Raise ReplicaFailed unless the server reports that it is healthy."""
         await self._send("GET", "/health", timeout=self.health_timeout_s)
 
     async def served_label(self) -> str:
-        """What the server calls the weights it serves; `default` until some were pushed."""
+        """Return the server's name for the weights it serves; `default` before the first push."""
         answer = await self._json("GET", "/weight_info", timeout=self.health_timeout_s)
         return str(answer["weight_version"])
 
     async def world_size(self) -> int:
-        """Workers of the server, on all its GPUs."""
+        """Return the number of the server's workers, over all its GPUs."""
         return (await self._json("GET", "/get_world_size", timeout=self.health_timeout_s))["world_size"]
 
     # --- sampling -------------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ class VllmServer:
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
         """Draw one completion.
 
-        Every sampling parameter is said, because a server fills what is left out from the model's generation_config.
-        The versions are vLLM's own record where it has the token route (`--enable-scale-out`); otherwise those served
+        Every sampling parameter is sent, because a server takes missing ones from the model's generation_config. The
+        versions are vLLM's own record if it has the token route (`--enable-scale-out`); otherwise the versions served
         when the request was sent and when it returned, which span at least the true ones.
         """
         settings: dict[str, Any] = {
@@ -158,7 +158,7 @@ class VllmServer:
             logprobs = choice["logprobs"]["token_logprobs"]
         if len(logprobs) != len(choice["token_ids"]):
             raise RunFailed(f"{self.name} returned {len(choice['token_ids'])} tokens and {len(logprobs)} log-probs")
-        if adapter is not None:  # named by the request, so it is served by it to its end
+        if adapter is not None:  # the request names its adapter, so it runs under that one to its end
             spans = [(sent_to, len(logprobs))]
         else:
             spans = self._version_spans(choice.get("weight_versions") or [])
@@ -172,7 +172,7 @@ class VllmServer:
         )
 
     def _version_spans(self, recorded: list[dict[str, Any]]) -> list[tuple[int, int]]:
-        """(version, number of tokens), from the labels under which vLLM recorded them."""
+        """Return (version, number of tokens) in order, from the labels that vLLM recorded."""
         spans = []
         for span in recorded:
             run, _, version = span["version"].rpartition("/")
@@ -182,7 +182,7 @@ class VllmServer:
         return spans
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities (temperature 1) of each token after the first."""
+        """Return the log-probabilities (temperature 1) of each token after the first."""
 
         async def one(sequence: list[int]) -> list[float]:
             body = {
@@ -198,9 +198,9 @@ class VllmServer:
         return list(await asyncio.gather(*(one(sequence) for sequence in sequences)))
 
     async def applies_temperature_to_logprobs(self) -> bool:
-        """Whether reported log-probabilities are those of the distribution sampled from.
+        """Return whether reported log-probabilities are those of the distribution that is sampled from.
 
-        The most probable token's log-probability is the same at two temperatures only where they are not.
+        If they are not, the most probable token has the same log-probability at two temperatures.
         """
 
         async def top(temperature: float) -> float:
@@ -214,7 +214,7 @@ class VllmServer:
     # --- weights --------------------------------------------------------------------------------------------------
 
     async def pause(self, mode: str) -> None:
-        """Stop generating; `mode` says what becomes of running requests (wait, abort, keep). Caches are dropped."""
+        """Stop generating and drop caches; `mode` (wait, abort, keep) decides what happens to running requests."""
         await self._send("POST", "/pause", params={"mode": mode})
 
     async def resume(self) -> None:
@@ -224,26 +224,26 @@ class VllmServer:
         await self._send("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 
     async def update_weights(self, update_info: dict[str, Any], *, label: str) -> None:
-        """One whole update of a paused server; afterwards it calls its weights `label`."""
+        """Replace all weights of a paused server, which names them `label` afterwards."""
         self.label = None
         await self._send("POST", "/start_weight_update")
         try:
             await self._send("POST", "/update_weights", {"update_info": update_info})
         except ReplicaFailed:
-            with contextlib.suppress(ReplicaFailed):  # a refused update is closed too, or no other could be started
+            with contextlib.suppress(ReplicaFailed):  # an open update would keep the server from starting another one
                 await self._send("POST", "/finish_weight_update")
             raise
         await self._send("POST", "/finish_weight_update", {"weight_version": label})
-        self.is_now(label)
+        self.note_label(label)
 
     async def set_label(self, label: str) -> None:
-        """Have the server call what it serves `label`."""
+        """Have the server name the weights it serves `label`."""
         self.label = None
         await self._send("POST", "/update_weight_version", {"new_version": label})
-        self.is_now(label)
+        self.note_label(label)
 
-    def is_now(self, label: str) -> None:
-        """Take note that the server serves `label`."""
+    def note_label(self, label: str) -> None:
+        """Note that the server serves `label`."""
         self.label = label
         self.run, _, version = label.rpartition("/")
         self.version = int(version)
@@ -254,7 +254,7 @@ class VllmServer:
         self.adapter = name
 
     async def unload_adapters(self, names: list[str]) -> None:
-        """Forget adapters; one that the server does not have is no error."""
+        """Remove adapters. Names that the server does not have are ignored."""
         for name in names:
             with contextlib.suppress(RunFailed):
                 await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
@@ -268,7 +268,7 @@ class VllmServer:
             await client.aclose()
 
     def _http(self) -> httpx.AsyncClient:
-        """Connections belong to an event loop; a new loop gets new ones."""
+        """Return the client for this event loop. Connections belong to a loop, so a new loop gets a new client."""
         import httpx
 
         loop = asyncio.get_running_loop()
@@ -286,7 +286,7 @@ class VllmServer:
         try:
             return response.json()
         except ValueError:
-            raise ReplicaFailed(f"{method} {path} answered what is no JSON: {response.text[:200]!r}") from None
+            raise ReplicaFailed(f"{method} {path} did not answer with JSON: {response.text[:200]!r}") from None
 
     async def _send(
         self,
@@ -298,13 +298,13 @@ class VllmServer:
         params: Any = None,
         again: bool = False,
     ) -> httpx.Response:
-        """One request, within its limit; `again`: it was tried before.
+        """Send one request, within its time limit. `again` marks a second attempt.
 
         Raises:
             ReplicaLost: no connection, no answer in time, or a proxy's answer for a server that is not there.
-            ReplicaFailed: an answer of 500 or above.
+            ReplicaFailed: status 500 or above.
             UserError: the server refuses the key.
-            RunFailed: another answer of 400 or above: every server would refuse this request.
+            RunFailed: another status of 400 or above, since every server would refuse this request.
         """
         import httpx
 
@@ -314,11 +314,11 @@ class VllmServer:
             async with asyncio.timeout(limit):
                 response = await self._http().request(method, path, json=body, params=params, timeout=limit)
         except (TimeoutError, httpx.TimeoutException):
-            if method == "GET" and time.monotonic() - started > limit + HELD_UP_S:
+            if method == "GET" and time.monotonic() - started > limit + LOOP_STALL_S:
                 return await self._send(method, path, body, timeout=timeout, params=params)
             raise ReplicaLost(f"no answer to {method} {path} within {limit:g} s") from None
         except httpx.TransportError as error:
-            if method == "GET" and not again:  # a connection that was kept open and that the server has closed
+            if method == "GET" and not again:  # the server has closed a connection that was kept open
                 return await self._send(method, path, body, timeout=timeout, params=params, again=True)
             raise ReplicaLost(f"{type(error).__name__} at {method} {path}: {error}") from None
         status = response.status_code
@@ -332,14 +332,14 @@ class VllmServer:
                 "rollout.server.api_key_env names to the key the server was started with"
             )
         if status == 404 and self.adapter is not None and path in (GENERATE, COMPLETIONS):
-            raise ReplicaLost(f"it has no adapter {self.adapter!r} any more: it was restarted")
+            raise ReplicaLost(f"it no longer has adapter {self.adapter!r}: it was restarted")
         if status >= 400:
             raise RunFailed(f"{self.name} answered {status} to {method} {path}: {_message(response)}")
         return response
 
 
 def _message(response: httpx.Response) -> str:
-    """What went wrong, in the server's words."""
+    """Return the server's own error message."""
     try:
         content = response.json()
     except ValueError:

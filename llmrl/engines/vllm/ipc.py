@@ -1,6 +1,6 @@
 """vLLM's own CUDA IPC transfer: the learner's tensors are mapped into vLLM's process on the same GPU, without a copy.
 
-Needs a GPU; nothing here is covered by the tests, which have none. The receipt after each push is what vouches for it.
+It needs a GPU, which the tests do not have, so they cover nothing here. The receipt after each push checks the result.
 """
 
 # pyright: reportMissingImports=false
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmrl.engines import base as engine
+    from llmrl import types
 
 
-def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], source: engine.WeightSource) -> None:
-    """One push, whole: blocks until vLLM has loaded the weights.
+def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], source: types.WeightSource) -> None:
+    """Push all weights; block until vLLM has loaded them.
 
     Args:
         llm: the engine, paused.
-        run: runs a coroutine on the engine's event loop and waits for it; not to be called from that loop.
-        source: the learner's weights, on the GPU.
+        run: runs a coroutine on the engine's event loop and waits for it. It must not be called from that loop.
+        source: yields the learner's weights, on the GPU.
     """
     sender = WeightTransferTrainerFactory.trainer_init(
         IPCTrainerInitInfo(rank=0, packed=True), client=_Client(llm, run), source=_Source(source)
@@ -41,7 +41,7 @@ def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], s
 
 
 class _Source(WeightSource):
-    def __init__(self, source: engine.WeightSource) -> None:
+    def __init__(self, source: types.WeightSource) -> None:
         self.source = source
 
     def metadata(self) -> list[ParamMeta]:
@@ -52,7 +52,7 @@ class _Source(WeightSource):
 
 
 class _Client:
-    """vLLM's four-method protocol, on an AsyncLLM that lives on another thread's event loop."""
+    """vLLM's four-method protocol, for an AsyncLLM that runs on another thread's event loop."""
 
     def __init__(self, llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         self.llm, self.run = llm, run

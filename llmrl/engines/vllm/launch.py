@@ -1,7 +1,7 @@
-"""Starts vLLM servers and ends them: the configuration of a run in, processes that serve its model out.
+"""Starts and stops vLLM servers: options of model and engine in, processes that serve the model out.
 
-`llmrl serve` runs this in the foreground; the `vllm_server` engine without `rollout.server.urls` runs it beside the
-training. Nothing that is started here outlives the process that started it.
+`llmrl serve` runs them in the foreground; the `vllm_server` engine without `rollout.server.urls` runs them beside the
+training. No server outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from llmrl.config import Config
+    from llmrl.engines.options import EngineConfig
+    from llmrl.model.options import LoraConfig, ModelConfig
 
 MODULE = "vllm.entrypoints.openai.api_server"
 END_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
 )
-"""Run by the child before it becomes the server: the kernel ends it when the starting process is gone, however."""
+"""The child runs this before it becomes the server. The kernel then ends it when the parent is gone, for any reason."""
 STOP_TIMEOUT_S = 15.0
+"""How long servers may take to end before they are killed."""
 LOG_TAIL = 25
-"""Lines of a server's log that are shown when it fails."""
+"""Lines of a server's log to show when it fails."""
 
 
 @dataclass(kw_only=True)
 class Launch:
-    """What it takes to start one server."""
+    """How to start one server."""
 
     command: list[str]
     env: dict[str, str]
@@ -49,19 +50,22 @@ class Launch:
     url: str
 
     def shell(self) -> str:
-        """The same as a line for a shell."""
+        """Return the same as a line for a shell."""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
         return f"{settings} {shlex.join(['python', *self.command[1:]])}"
 
 
-def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> list[Launch]:
-    """The servers that `rollout.server` and `rollout.vllm` describe.
+def plan(
+    model: ModelConfig, options: EngineConfig, *, lora_rank: int | None = None, while_training: bool = False
+) -> list[Launch]:
+    """Return how to start the servers that `options` describes.
 
     Args:
-        config: of the run.
-        lora_rank: serve adapters of this rank beside the model. Default: that of `model.lora`, where a run of this
-            configuration would push adapters alone.
-        own: the training run starts them itself, on a machine whose GPUs it trains on.
+        model: what the servers load.
+        options: reads `server`, `vllm` and `max_num_seqs`.
+        lora_rank: serve adapters of this rank on top of the model. Default: the rank of `model.lora`, if a run with
+            these options would push only the adapter.
+        while_training: a training run starts the servers on its own machine, so they may not take its GPUs.
 
     Raises:
         UserError: no model, or not enough GPUs or ports.
@@ -70,26 +74,27 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
 
     from llmrl.engines.vllm.start import engine_arguments, vllm_environment
 
-    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
+    server, vllm = options.server or VllmServerConfig(), options.vllm or VllmConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = engine_arguments(
-        options,
-        config.model.path,
-        dtype=config.model.dtype,
+        vllm,
+        model.path,
+        dtype=model.dtype,
         device=device,
-        max_num_seqs=config.rollout.max_num_seqs,
-        lora_rank=_lora_rank(config, device) if lora_rank is None else lora_rank,
+        max_num_seqs=options.max_num_seqs,
+        lora_rank=_lora_rank(model.lora, vllm, device) if lora_rank is None else lora_rank,
     )
-    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):  # those of an engine beside its trainer
+    # These are for an engine beside its trainer.
+    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):
         arguments.pop(name, None)
-    if options.gpu_memory_utilization is None:
+    if vllm.gpu_memory_utilization is None:
         arguments.pop("gpu_memory_utilization", None)
     if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):
         arguments["weight_transfer_config"] = {"backend": "nccl"}
     arguments |= {
-        "revision": config.model.revision,
-        "tokenizer": config.model.tokenizer,
-        "trust_remote_code": config.model.trust_remote_code or None,
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
+        "trust_remote_code": model.trust_remote_code or None,
         "enable_scale_out": True,
         "disable_uvicorn_access_log": True,
         "host": server.host,
@@ -100,7 +105,10 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
         env["VLLM_API_KEY"] = key
     ports = free_ports(server.num_replicas, first=server.port, host=server.host)
     reachable = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    gpus = deal_gpus(config, own=own) if device == "cuda" else [""] * len(ports)
+    gpus_per_server = vllm.tensor_parallel_size * vllm.data_parallel_size
+    gpus = [""] * len(ports)
+    if device == "cuda":
+        gpus = deal_gpus(server, gpus_per_server, while_training=while_training)
     return [
         Launch(
             command=[sys.executable, "-m", MODULE, *flags(arguments | {"port": port})],
@@ -111,26 +119,28 @@ def plan(config: Config, *, lora_rank: int | None = None, own: bool = False) -> 
     ]
 
 
-def start_servers(config: Config, *, say: Callable[[str], None]) -> ServerProcesses:
-    """The servers of a training run, started beside it; they need a while before they answer.
+def start_servers(
+    model: ModelConfig, options: EngineConfig, log_dir: Path, *, say: Callable[[str], None]
+) -> ServerProcesses:
+    """Start the servers of a training run on its machine. They need a while before they answer.
 
     Raises:
         UserError: a model that lies in no folder and on no hub, or that vLLM cannot serve here; or GPUs or ports are
             missing.
     """
-    if not Path(config.model.path).is_dir() and (":" in config.model.path or "(" in config.model.path):
+    if not Path(model.path).is_dir() and (":" in model.path or "(" in model.path):
         raise UserError(
-            f"vLLM servers load the model themselves, and cannot load {config.model.path}: save it in a folder "
+            f"vLLM servers load the model themselves, and cannot load {model.path}: save it in a folder "
             "(model.save_pretrained, tokenizer.save_pretrained) and give that as model.path"
         )
-    check_model(config)
-    options = config.rollout.server or VllmServerConfig()
-    folder = Path(config.train.output_dir) / "servers"
-    return ServerProcesses(plan(config, own=True), folder, max_restarts=options.max_restarts, say=say).start()
+    check_model(model)
+    launches = plan(model, options, while_training=True)
+    server = options.server or VllmServerConfig()
+    return ServerProcesses(launches, log_dir, max_restarts=server.max_restarts, say=say).start()
 
 
-def check_model(config: Config) -> None:
-    """Before servers start: whether vLLM has attention for the model's heads on this machine.
+def check_model(model: ModelConfig) -> None:
+    """Check, before servers start, that vLLM has attention for the model's heads on this machine.
 
     Raises:
         UserError: it has none, or there is no such model.
@@ -138,21 +148,21 @@ def check_model(config: Config) -> None:
     import torch
     from transformers import AutoConfig
 
-    from llmrl.engines.vllm.start import check_head_dim, undisturbed, vllm_environment
+    from llmrl.engines.vllm.start import check_head_dim, process_state_kept, vllm_environment
 
-    model, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         served = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
-    with undisturbed({**vllm_environment(device)}):
+    with process_state_kept({**vllm_environment(device)}):
         check_head_dim(served, on_cpu=device == "cpu")
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """`vllm serve` flags for arguments of `EngineArgs`: None leaves one out, false is `--no-...`."""
+    """Return `vllm serve` flags for arguments of `EngineArgs`. None leaves a flag out; False gives `--no-...`."""
     words: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
@@ -167,22 +177,33 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def _lora_rank(config: Config, device: str) -> int | None:
-    """Rank of the adapters that a run pushes by themselves (`llmrl.run.engines.serves_adapters_apart`)."""
-    lora, wanted = config.model.lora, (config.rollout.vllm or VllmConfig()).lora_sync
+def _lora_rank(lora: LoraConfig | None, options: VllmConfig, device: str) -> int | None:
+    """Return the rank of adapters that a run pushes by themselves, or None if it pushes merged weights.
+
+    It must decide as `llmrl.run.engines.serves_adapters_apart` does for the trainer's side.
+    """
+    wanted = options.lora_sync
     if lora is None or lora.use_dora or wanted == "merged" or (wanted == "auto" and device == "cpu"):
         return None
     return lora.r
 
 
-def deal_gpus(config: Config, *, own: bool) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each server."""
+def deal_gpus(server: VllmServerConfig, gpus_per_server: int, *, while_training: bool) -> list[str]:
+    """Return CUDA_VISIBLE_DEVICES for each server to start.
+
+    Args:
+        server: reads `gpus` and `num_replicas`.
+        gpus_per_server: GPUs each of them needs.
+        while_training: take only the GPUs that `server` names, since a trainer uses the others.
+
+    Raises:
+        UserError: not enough GPUs.
+    """
     import torch
 
-    server, options = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
-    each = options.tensor_parallel_size * options.data_parallel_size
+    each = gpus_per_server
     gpus = [str(gpu) for gpu in server.gpus]
-    if not gpus and not own:
+    if not gpus and not while_training:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = [gpu for gpu in visible.split(",") if gpu] or [str(i) for i in range(torch.cuda.device_count())]
     wanted = each * server.num_replicas
@@ -190,16 +211,16 @@ def deal_gpus(config: Config, *, own: bool) -> list[str]:
         raise UserError(
             f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, there are {len(gpus)}: "
             "name more in rollout.server.gpus, or start fewer or smaller servers"
-            + (" (the GPUs that are trained on cannot be taken; run the trainer on the others)" if own else "")
+            + (" (they may not take the GPUs you train on; run the trainer on the others)" if while_training else "")
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
 
 
 def free_ports(count: int, *, first: int, host: str = "127.0.0.1") -> list[int]:
-    """`count` ports nobody listens on: `first` and the following, or any where `first` is 0.
+    """Return `count` ports that nobody listens on: `first` and the following ones, or any if `first` is 0.
 
     Raises:
-        UserError: one of them is taken.
+        UserError: one of these ports is taken.
     """
     bind_to = "" if host in ("0.0.0.0", "::") else host
     ports = []
@@ -230,7 +251,7 @@ class Process:
 
 @dataclass
 class ServerProcesses:
-    """Running servers; `close` (or the end of this process, of whatever kind) ends them."""
+    """Running servers. `close` ends them, and so does the end of this process, for any reason."""
 
     launches: list[Launch]
     log_dir: Path
@@ -239,13 +260,13 @@ class ServerProcesses:
     processes: list[Process] = field(default_factory=list)
 
     def start(self) -> ServerProcesses:
-        """Start all; they need some time before they answer."""
+        """Start all servers. They need some time before they answer."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         atexit.register(self.close)
         for launch in self.launches:
             log = self.log_dir / f"vllm_{launch.url.rpartition(':')[2]}.log"
             self.processes.append(Process(launch, log, _spawn(launch, log)))
-            self.say(f"vLLM server {launch.url} starts, log in {log}")
+            self.say(f"starting the vLLM server {launch.url}, log in {log}")
         return self
 
     @property
@@ -253,7 +274,7 @@ class ServerProcesses:
         return [process.launch.url for process in self.processes]
 
     def check(self) -> None:
-        """Raise RunFailed, with the end of its log, if a server has ended."""
+        """Raise RunFailed if a server has ended; the message shows the end of its log."""
         for process in self.processes:
             code = process.popen.poll()
             if code is not None:
@@ -263,30 +284,30 @@ class ServerProcesses:
                 )
 
     def revive(self, url: str) -> None:
-        """Start the server at `url` again if it has ended.
+        """Restart the server at `url` if it has ended.
 
         Raises:
-            RunFailed: it has been started again too often.
+            RunFailed: it has been restarted too often.
         """
         process = next((p for p in self.processes if p.launch.url == url), None)
         if process is None or process.popen.poll() is None:
             return
         if process.restarts >= self.max_restarts:
             self.check()
-        _kill_group(process.popen, signal.SIGKILL)  # what the dead server left behind holds memory and the port
+        _kill_group(process.popen, signal.SIGKILL)  # its helpers may still hold memory and the port
         process.restarts += 1
         process.popen = _spawn(process.launch, process.log)
-        self.say(f"vLLM server {url} had ended and is started again (restart {process.restarts})")
+        self.say(f"the vLLM server {url} had ended; restarting it (restart {process.restarts})")
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Block until all answer, telling how it goes.
+        """Block until all servers answer, and report progress.
 
         Raises:
-            RunFailed: one ended, or did not answer in time.
+            RunFailed: a server ended, or did not answer in time.
         """
         import httpx
 
-        started = told = time.monotonic()
+        started = last_report = time.monotonic()
         waiting = list(self.processes)
         while waiting:
             self.check()
@@ -303,14 +324,14 @@ class ServerProcesses:
                     f"the vLLM server {process.launch.url} does not answer after {timeout_s:g} s "
                     f"(rollout.vllm.start_timeout_s); the end of {process.log}:\n{log_tail(process.log)}"
                 )
-            if waiting and now - told > 10:
-                told = now
+            if waiting and now - last_report > 10:
+                last_report = now
                 last = log_tail(waiting[0].log, 1).strip()[-120:]
                 self.say(f"waiting for {len(waiting)} vLLM server(s), {now - started:.0f} s so far: {last}")
             time.sleep(0.5 if waiting else 0)
 
     def close(self) -> None:
-        """End all servers, first kindly. Safe to call twice."""
+        """Terminate all servers, then kill those that do not end. Safe to call twice."""
         atexit.unregister(self.close)
         for process in self.processes:
             _kill_group(process.popen, signal.SIGTERM)
@@ -323,13 +344,14 @@ class ServerProcesses:
 
 
 def log_tail(log: Path, lines: int = LOG_TAIL) -> str:
+    """Return the last `lines` of a log file; "" if it cannot be read."""
     with contextlib.suppress(OSError):
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     return ""
 
 
 def _spawn(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
-    """In a process group of its own, so that its helpers can be ended with it."""
+    """Start a server in its own process group, so that its helpers can be ended with it."""
     from llmrl.engines.vllm.start import LAUNCHER_VARIABLES
 
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}

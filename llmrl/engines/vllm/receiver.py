@@ -1,8 +1,8 @@
 """Inside a vLLM worker: receives the weights that `llmrl.engines.vllm.transfer` staged in shared memory.
 
-vLLM imports this module because `worker_extension_cls` names `WeightReceiver`; importing it registers the backend in
-vLLM's own factory. From there on everything is vLLM's protocol (init_weight_transfer_engine, start_weight_update,
-update_weights, finish_weight_update), in process and over HTTP alike.
+vLLM imports this module because `worker_extension_cls` names `WeightReceiver`; the import registers the backend in
+vLLM's own factory. Everything after that is vLLM's protocol (init_weight_transfer_engine, start_weight_update,
+update_weights, finish_weight_update), the same in process and over HTTP.
 """
 
 # pyright: reportMissingImports=false
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class NoInit(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """An empty message: both sides need to agree on nothing beforehand."""
 
 
 @dataclass
@@ -46,8 +46,8 @@ class StagedInfo(WeightTransferUpdateInfo):
 class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
     """Replaces all weights of a worker's model, or none.
 
-    Names and shapes are compared with the architecture's before anything is touched, because vLLM cannot go back: its
-    loader puts the parameters on the meta device first, and the next forward pass after a failure kills the engine.
+    Names and shapes are compared with the architecture's before anything changes, because vLLM cannot undo a load: its
+    loader first puts the parameters on the meta device, and after a failure the next forward pass kills the engine.
     """
 
     init_info_cls = NoInit
@@ -55,26 +55,26 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
     wanted: dict[str, tuple[int, ...]] | None = None
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Learn what the architecture's checkpoint holds.
+        """Note which tensors a checkpoint of the architecture holds.
 
         Raises:
-            ValueError: this vLLM would die over the first seeded request whose prompt is computed in parts.
+            ValueError: this vLLM would crash at the first seeded request whose prompt it computes in parts.
         """
         if self.device.type == "cpu" and self.vllm_config.scheduler_config.enable_chunked_prefill:
             raise ValueError(
-                f"{REFUSED}: on a CPU vLLM dies over a request with a seed whose prompt it computes in parts; start it "
-                "with --no-enable-chunked-prefill"
+                f"{REFUSED}: on a CPU vLLM crashes at a request with a seed whose prompt it computes in parts; start "
+                "it with --no-enable-chunked-prefill"
             )
         self.wanted = checkpoint_shapes(self.model_config.hf_config)
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the old weights stay until the new ones have been checked."""
+        """Keep the old weights: `receive_weights` replaces them once it has checked the new ones."""
 
     def receive_weights(self, update_info: StagedInfo) -> None:
-        """Check, load, and let every layer prepare its weights for its kernels again.
+        """Check the weights, load them, and have every layer prepare them for its kernels again.
 
         Raises:
-            ValueError: names or shapes are not the architecture's; the old weights are still served.
+            ValueError: names or shapes are not those of the architecture; the old weights are still served.
         """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -88,20 +88,20 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
         prepare_heads(self.model)
 
     def finish_weight_update(self) -> None:
-        """Nothing left to do."""
+        """Do nothing: `receive_weights` has finished the update."""
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
 class WeightReceiver:
-    """The worker extension; its methods can be called with `collective_rpc`."""
+    """The worker extension that vLLM looks for. Empty: it exists so that vLLM imports this module."""
 
 
 def checkpoint_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of the tensors a checkpoint of this architecture holds, tied ones once.
+    """Return names and shapes of the tensors in a checkpoint of this architecture, tied ones once.
 
-    None for an architecture that transformers does not know by itself.
+    The result is None for an architecture that transformers cannot build by itself.
     """
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def checkpoint_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]] | 
 
 
 def prepare_heads(model: torch.nn.Module) -> None:
-    """Let output heads pack their weights again: with tied embeddings they would keep the old ones, silently."""
+    """Have output heads pack their weights again; with tied embeddings they would silently keep the old ones."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():

@@ -1,6 +1,7 @@
-"""Requests over replicas: balanced, kept where their prompt is cached, and never lost when a replica is.
+"""Requests over replicas: balanced, sent where their prompt is cached, and never lost when a replica is.
 
-Knows nothing of HTTP or of weights: a replica is anything with a name and a `check`, work is a coroutine on one.
+This module knows nothing about HTTP or weights: a replica is anything with a name and a `check`, and work is a
+coroutine that runs on one.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from typing import Generic, Protocol, TypeVar
 from llmrl.errors import RunFailed
 
 MAX_ATTEMPTS = 5
-"""A request that failed on so many replicas is at fault itself: it must not take one down after the other."""
+"""After this many failures the request itself is at fault: it must not take down one replica after another."""
 FRESH_S = 5.0
-"""A replica that has not been checked for so long is checked before it gets work. No server restarts faster."""
+"""A replica whose last check is older gets a check before it gets work. No server restarts faster than this."""
 MAX_HOMES = 65_536
-"""Prompts and sessions whose replica is remembered."""
+"""Number of prompts and sessions whose replica is remembered."""
 
 
 class ReplicaFailed(Exception):
-    """A replica answered that it failed at this request; it may be well otherwise."""
+    """A replica answered that it failed at this request. It may be healthy otherwise."""
 
 
 class ReplicaLost(ReplicaFailed):
-    """A replica died, hangs, or came back as another: nothing on it can be counted on."""
+    """A replica died, hangs, or was restarted: nothing that was on it can be relied on."""
 
 
 class Replica(Protocol):
-    """What is balanced over."""
+    """What `Replicas` needs of a replica."""
 
     name: str
 
     async def check(self) -> None:
-        """Raise ReplicaLost unless the replica is well and serves what it should."""
+        """Raise ReplicaLost unless the replica is healthy and serves what it should."""
         ...
 
 
@@ -47,32 +48,33 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Slot(Generic[R]):
-    """A replica and what this process knows of it."""
+    """A replica and what this process knows about it."""
 
     replica: R
     up: bool = True
     in_flight: set[asyncio.Future] = field(default_factory=set)
     load: int = 0
-    """Requests given to it, those included that wait for its check."""
+    """Requests assigned to it, including those that wait for its check."""
     checked_at: float = 0.0
     error: str = ""
-    """Why it is down, or what it last failed at."""
+    """Why it is down, or its last failure."""
 
 
 class Replicas(Generic[R]):
-    """Balances requests and survives replicas.
+    """Balances requests over replicas and survives the loss of replicas.
 
-    A request goes where its session or its prompt went before, as long as that replica has at most `slack` requests
-    more in flight than the least busy one; otherwise to the least busy one. When a replica is lost, its requests go to
-    others, or wait until one returns. A replica that answers again is handed to `restore` before it gets work.
+    A request goes where its session or its prompt went before, as long as that replica has at most `slack` more
+    requests in flight than the least busy one; otherwise it goes to the least busy one. When a replica is lost, its
+    requests move to others, or wait until one returns. A replica that answers again is passed to `restore` before it
+    gets work.
 
     Args:
         replicas: at least one.
-        restore: brings a replica that was lost up to date; what it raises keeps the replica out.
+        restore: brings a lost replica up to date. If it raises, the replica stays out.
         slack: about the size of a group, so that one group's requests stay together.
-        return_timeout_s: how long requests wait for any replica to return.
+        return_timeout_s: how long requests wait for a replica to return when none is left.
         interval_s: seconds between checks of replicas that are busy or lost.
-        say: told of replicas that are lost and of those that return.
+        say: called with a line about each replica that is lost or returns.
     """
 
     def __init__(
@@ -95,17 +97,17 @@ class Replicas(Generic[R]):
         self._checks: dict[Slot[R], asyncio.Future[bool]] = {}
         self._changed = asyncio.Event()
         self.lock = asyncio.Lock()
-        """Held while a replica is restored. Whoever changes what `restore` hands over holds it too."""
+        """Held while a replica is restored. Code that changes what `restore` delivers must hold it too."""
 
     @property
     def live(self) -> list[R]:
         return [slot.replica for slot in self.slots if slot.up]
 
     async def call(self, work: Callable[[R], Awaitable[T]], *, session: str, prompt: Sequence[int]) -> T:
-        """Run `work` on a replica, and again on another one as often as that is needed.
+        """Run `work` on a replica, and again on others if that fails.
 
         Raises:
-            RunFailed: no replica returned in time, or the request failed wherever it was tried.
+            RunFailed: no replica returned in time, or the request failed on every replica it was tried on.
         """
         self.watch()
         keys: tuple[Hashable, ...] = (session, hash(tuple(prompt)))
@@ -123,10 +125,10 @@ class Replicas(Generic[R]):
         raise RunFailed(f"a request (session {session!r}, {len(prompt)} prompt tokens) failed everywhere:\n  {tried}")
 
     async def each(self, work: Callable[[R], Awaitable[T]]) -> list[tuple[R, T]]:
-        """Run `work` on all live replicas at once; those that are lost on the way are left out, and restored later.
+        """Run `work` on all live replicas at once. Replicas lost on the way are left out, and restored later.
 
         Raises:
-            RunFailed: one failed at this and is well otherwise: so would the others.
+            RunFailed: a healthy replica failed at it, so the others would fail too.
         """
         self.watch()
 
@@ -134,7 +136,7 @@ class Replicas(Generic[R]):
             try:
                 return slot.replica, await work(slot.replica)
             except ReplicaFailed as error:
-                if not isinstance(error, ReplicaLost) and await self._is_well(slot):
+                if not isinstance(error, ReplicaLost) and await self._is_healthy(slot):
                     raise RunFailed(f"{slot.replica.name}: {error}") from None
                 self.lost(slot.replica, str(error))
                 return None
@@ -143,10 +145,10 @@ class Replicas(Generic[R]):
         return [result for result in results if result is not None]
 
     async def wait_for_one(self) -> None:
-        """Wait until some replica is up.
+        """Wait until at least one replica is up.
 
         Raises:
-            RunFailed: none returned in time.
+            RunFailed: no replica returned in time.
         """
         self.watch()
         deadline = time.monotonic() + self.return_timeout_s
@@ -162,7 +164,7 @@ class Replicas(Generic[R]):
                 await asyncio.wait_for(self._changed.wait(), timeout=min(1.0, self.return_timeout_s))
 
     def lost(self, replica: R, reason: str) -> None:
-        """Take a replica out; what runs there goes elsewhere."""
+        """Take a replica out; its requests move to others."""
         slot = next(slot for slot in self.slots if slot.replica is replica)
         if not slot.up:
             return
@@ -184,13 +186,14 @@ class Replicas(Generic[R]):
     # --- one request ------------------------------------------------------------------------------------------------
 
     async def _run(self, slot: Slot[R], work: Callable[[R], Awaitable[T]]) -> T:
-        """`work` on one replica; raises ReplicaFailed when the replica is lost meanwhile, for whatever reason."""
+        """Run `work` on one replica. Raises ReplicaFailed if the replica is lost meanwhile, for any reason."""
         task = asyncio.ensure_future(work(slot.replica))
         slot.in_flight.add(task)
         try:
             return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
+            # `lost` cancels the task of a replica that is down; any other cancellation comes from the caller.
             if slot.up or (current is not None and current.cancelling()):
                 task.cancel()
                 raise
@@ -199,7 +202,7 @@ class Replicas(Generic[R]):
             self.lost(slot.replica, str(error))
             raise
         except ReplicaFailed:
-            if not await self._is_well(slot):
+            if not await self._is_healthy(slot):
                 self.lost(slot.replica, slot.error)
             raise
         finally:
@@ -207,7 +210,7 @@ class Replicas(Generic[R]):
             slot.load -= 1
 
     async def _choose(self, keys: tuple[Hashable, ...], avoid: Slot[R] | None) -> Slot[R]:
-        """The replica for a request, checked a moment ago. `avoid` failed at it; it is taken if there is no other."""
+        """Choose a replica for a request and check it. `avoid` failed at it and is taken only if no other is up."""
         while True:
             candidates = [slot for slot in self.slots if slot.up and slot is not avoid]
             candidates = candidates or [slot for slot in self.slots if slot.up]
@@ -234,7 +237,7 @@ class Replicas(Generic[R]):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    async def _is_well(self, slot: Slot[R]) -> bool:
+    async def _is_healthy(self, slot: Slot[R]) -> bool:
         try:
             await slot.replica.check()
         except ReplicaFailed as error:
@@ -244,19 +247,19 @@ class Replicas(Generic[R]):
         return True
 
     async def _check(self, slot: Slot[R]) -> bool:
-        """Whether the replica is well; if not it is out."""
-        # Many requests ask at once: the first one's answer is everyone's.
+        """Return whether the replica is healthy, and take it out if it is not."""
+        # Many requests ask at once; one check answers all of them.
         pending = self._checks.get(slot)
         if pending is None:
-            pending = self._checks[slot] = asyncio.ensure_future(self._is_well(slot))
+            pending = self._checks[slot] = asyncio.ensure_future(self._is_healthy(slot))
             pending.add_done_callback(lambda _: self._checks.pop(slot, None))
-        well = await asyncio.shield(pending)
-        if not well:
+        healthy = await asyncio.shield(pending)
+        if not healthy:
             self.lost(slot.replica, slot.error)
-        return well
+        return healthy
 
     def watch(self) -> None:
-        """Have every replica watched on this event loop."""
+        """Start watching every replica on this event loop, if that is not running yet."""
         loop = asyncio.get_running_loop()
         if self._watchers and self._watchers[0].get_loop() is loop and not self._watchers[0].done():
             return
@@ -264,7 +267,7 @@ class Replicas(Generic[R]):
         self._watchers = [asyncio.create_task(self._watch_one(slot), name=slot.replica.name) for slot in self.slots]
 
     async def _watch_one(self, slot: Slot[R]) -> None:
-        """Find out that a busy replica hangs; bring a lost one back."""
+        """Check a replica while it is busy, since it may hang, and restore it after it was lost."""
         while True:
             await asyncio.sleep(self.interval_s)
             if slot.up:

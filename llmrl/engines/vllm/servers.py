@@ -1,7 +1,7 @@
 """The `vllm_server` engine: samples from one or many `vllm serve` replicas, on this machine or on others.
 
-Prompt token ids and a `Sampling` in, a `Completion` out as soon as that request is finished. Who started the servers
-does not matter; how is said in docs/scaling.md.
+Prompt token ids and a `Sampling` in, a `Completion` out as soon as that request is finished. It does not matter who
+started the servers; docs/scaling.md describes how.
 """
 
 from __future__ import annotations
@@ -15,51 +15,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.engines.sampling import check_sampling
 from llmrl.engines.vllm.adapters import AdapterFolders
-from llmrl.engines.vllm.agreement import SAME_WEIGHTS, Agreement
+from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.errors import RunFailed, UserError
-from llmrl.types import Completion, Sampling
+from llmrl.tolerance import same_weights_gap
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    import torch
 
-    from llmrl.config import Config
-    from llmrl.engines.base import Adapter, WeightSource
+    from llmrl.engines.options import EngineConfig
+    from llmrl.model.options import ModelConfig
 
 DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
 MAX_ABORTS = 100
-"""A request that pushes aborted so often is given up: it would never end."""
+"""A request that pushes have aborted this often is given up, because it would never end."""
 
 
 class VllmServerEngine:
     """An `Engine` over vLLM servers.
 
-    Every replica serves the same policy version. One that is lost costs no rollout (see `Replicas`); one that returns
-    is given the current weights, and has to give the same log-probabilities as the others, before it gets work.
+    Every replica serves the same policy version. A replica that is lost costs no rollout (see `Replicas`). A replica
+    that returns gets the current weights, and must give the same log-probabilities as the others, before it gets work.
 
     Args:
-        urls: of the servers.
-        delivery: how weights travel; default: through shared memory, for servers on this machine.
-        on_update: what becomes of requests that run when new weights arrive: they finish first (wait), go on under the
-            new weights (keep), or are drawn again from the start (abort).
-        dtype: the servers compute in; sets how far replicas may differ.
-        api_key: where the servers want one.
+        urls: addresses of the servers.
+        delivery: how weights travel. Default: through shared memory, for servers on this machine.
+        on_update: what happens to running requests when new weights arrive: they finish first (wait), continue under
+            the new weights (keep), or are drawn again from the start (abort).
+        dtype: type the servers compute in; it sets how far replicas may differ.
+        api_key: sent to servers that require one.
         slack: see `Replicas`; about the size of a group.
-        request_timeout_s, health_timeout_s, return_timeout_s: limits of one request, of a health check, and of the time
-            all requests wait when no replica is left.
+        request_timeout_s: limit of one request.
+        health_timeout_s: limit of one health check.
+        return_timeout_s: how long requests wait for a replica to return when none is left.
         start_timeout_s: how long to wait for the servers to come up.
-        takes_adapters: pushes bring the adapter alone; the servers keep the base weights they were started with.
-        is_sender: whether this process pushes. The others of a distributed run see what arrived.
-        barrier: called when a push is over; returns when every process of the run is there.
-        say: told what a person should know.
-        processes: the servers, where this run started them: they are started again when they die, and ended by `close`.
+        takes_adapters: pushes bring only the adapter; the servers keep the base weights they were started with.
+        is_sender: whether this process pushes. The other processes of a distributed run only see what arrived.
+        barrier: called after a push; returns when every process of the run has called it.
+        say: called with each line that a person should read.
+        processes: the servers, if this run started them. They are restarted when they die, and ended by `close`.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class VllmServerEngine:
         self.delivery = delivery or SharedMemoryDelivery()
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
         self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
-        self.agreement = Agreement(SAME_WEIGHTS[dtype])
+        self.agreement = Agreement(same_weights_gap(dtype))
         self.takes_adapters = takes_adapters
         self._adapters = AdapterFolders()
         self._adapter: Path | None = None
@@ -106,41 +107,61 @@ class VllmServerEngine:
         self._closed = False
 
     @classmethod
-    def from_config(
-        cls, config: Config, accelerator: Accelerator, *, takes_adapters: bool, say: Callable[[str], None]
+    def from_options(
+        cls,
+        model: ModelConfig,
+        options: EngineConfig,
+        *,
+        log_dir: Path,
+        device: torch.device,
+        slack: int,
+        takes_adapters: bool,
+        say: Callable[[str], None],
+        is_main: bool = True,
+        broadcast: Callable[[list[str]], list[str]] = lambda urls: urls,
+        barrier: Callable[[], Any] = lambda: None,
     ) -> VllmServerEngine:
-        """The engine of a run: its servers run already, or are started here, by the main process.
+        """Build the engine of a run, over servers that run already or that its main process starts.
+
+        Args:
+            model: what the servers serve.
+            options: reads `server`, `vllm` and `max_num_seqs`.
+            log_dir: where started servers write their logs.
+            device: where the learner holds its weights.
+            slack: see `Replicas`; about the size of a group.
+            takes_adapters: pushes bring only the adapter.
+            say: called with each line that a person should read.
+            is_main: whether this is the process that starts the servers and pushes.
+            broadcast: returns in every process what the main process passes to it.
+            barrier: returns when every process of the run has called it.
 
         Raises:
-            UserError: a model that servers cannot load, or machines that cannot reach the servers.
+            UserError: a model that servers cannot load, or not enough GPUs or ports for them.
         """
-        from accelerate.utils import broadcast_object_list
-
-        options, vllm = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
-        urls, processes = list(options.urls), None
+        server, vllm = options.server or VllmServerConfig(), options.vllm or VllmConfig()
+        urls, processes = list(server.urls), None
         if not urls:
-            if accelerator.is_main_process:
-                processes = start_servers(config, say=say)
+            if is_main:
+                processes = start_servers(model, options, log_dir, say=say)
                 urls = processes.urls
-            (urls,) = broadcast_object_list([urls])
-        on_gpu = accelerator.device.type == "cuda"
-        nccl = options.weight_transfer == "nccl" or (options.weight_transfer == "auto" and on_gpu)
+            urls = broadcast(urls)
+        nccl = server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device.type == "cuda")
         return cls(
             urls,
-            delivery=NcclDelivery(host=options.nccl_host, device=accelerator.device) if nccl else None,
+            delivery=NcclDelivery(host=server.nccl_host, device=device) if nccl else None,
             on_update=vllm.on_update,
-            dtype=vllm.dtype or config.model.dtype,
-            api_key=os.environ.get(options.api_key_env),
-            slack=config.rollout.num_generations,
-            request_timeout_s=options.request_timeout_s,
-            health_timeout_s=options.health_timeout_s,
-            return_timeout_s=options.return_timeout_s,
+            dtype=vllm.dtype or model.dtype,
+            api_key=os.environ.get(server.api_key_env),
+            slack=slack,
+            request_timeout_s=server.request_timeout_s,
+            health_timeout_s=server.health_timeout_s,
+            return_timeout_s=server.return_timeout_s,
             start_timeout_s=vllm.start_timeout_s,
             takes_adapters=takes_adapters,
-            is_sender=accelerator.is_main_process,
-            barrier=accelerator.wait_for_everyone,
-            processes=processes,
+            is_sender=is_main,
+            barrier=barrier,
             say=say,
+            processes=processes,
         )
 
     # --- sampling -------------------------------------------------------------------------------------------------
@@ -175,10 +196,10 @@ class VllmServerEngine:
         return completion
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities that every replica gives; see `Engine.logprobs`.
+        """Return log-probabilities on which all replicas agree; see `Engine.logprobs`.
 
         Raises:
-            RunFailed: the replicas do not agree; the message names the one that serves something else.
+            RunFailed: the replicas do not agree; the message names the replica that serves something else.
         """
         while True:
             answers = await self.replicas.each(lambda server: server.logprobs(sequences))
@@ -195,7 +216,7 @@ class VllmServerEngine:
 
         Raises:
             UserError: servers that cannot take weights; the message says how to start them.
-            RunFailed: names or shapes are not the model's, or no server is left.
+            RunFailed: names or shapes are not those of the model, or no server is left.
         """
         await self._connect()
         async with self.replicas.lock:
@@ -204,7 +225,7 @@ class VllmServerEngine:
                 self.delivery.stage(source)
                 await self._push()
             else:
-                for _ in source():  # gathering sharded weights takes all processes
+                for _ in source():  # gathering sharded weights needs all processes
                     pass
         if not self.replicas.live:
             await self.replicas.wait_for_one()
@@ -215,8 +236,8 @@ class VllmServerEngine:
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
         """Serve the base weights with `adapter` from now on, as policy `version`, on every replica.
 
-        Each version has a name of its own, so requests that run finish under the adapter they began with, and nothing
-        has to pause.
+        Each version has its own name, so running requests finish under the adapter they began with, and nothing has to
+        pause.
 
         Raises:
             UserError: servers that cannot load adapters; the message says how to start them.
@@ -246,7 +267,7 @@ class VllmServerEngine:
             await server.check_alive()
             raise UserError(
                 f"the vLLM server {server.name} did not load the adapter ({error}): it must be started with "
-                "--enable-lora --max-lora-rank R --max-loras 2, and see the folder (LLMRL_SHARED_MEMORY, where it runs "
+                "--enable-lora --max-lora-rank R --max-loras 2, and see the folder (set LLMRL_SHARED_MEMORY if it runs "
                 "on another machine)"
             ) from None
         await server.set_label(self.label)
@@ -255,14 +276,15 @@ class VllmServerEngine:
         return f"{self.run}-adapter-{number}"
 
     async def sleep(self) -> None:
-        """Nothing to give back: servers have their devices to themselves."""
+        """Do nothing: servers do not share their devices with the learner."""
 
     @property
     def label(self) -> str:
+        """Name of the current weights on the servers: RUN/VERSION."""
         return f"{self.run}/{self.version}"
 
     async def _push(self) -> None:
-        """What is staged to every live server, while none of them generates."""
+        """Deliver the staged weights to every live server, while none of them generates."""
         await self.replicas.each(lambda server: server.pause(self.on_update))
         try:
             lost = await self.delivery.deliver(self.replicas.live, self.label)
@@ -272,34 +294,34 @@ class VllmServerEngine:
             self.replicas.lost(server, reason)
 
     async def _adopt_label(self) -> None:
-        """In a process that does not push: what all servers serve now is the new version."""
+        """Take what all servers serve as the new version, in a process that does not push."""
         answers = await self.replicas.each(lambda server: server.served_label())
         labels = {label for _, label in answers}
         if len(labels) != 1:
             raise RunFailed(f"after a push the vLLM servers serve different weights: {sorted(labels)}")
         self.run = labels.pop().rpartition("/")[0]
         for server, _ in answers:
-            self._take_note(server)
+            self._expect_current(server)
 
-    def _take_note(self, server: VllmServer) -> None:
-        """In a process that does not push: what `server` serves when it is up to date."""
-        server.is_now(self.label)
+    def _expect_current(self, server: VllmServer) -> None:
+        """Note what `server` serves when it is up to date, in a process that does not push."""
+        server.note_label(self.label)
         server.adapter = self._adapter_name(self._num_adapters) if self.takes_adapters else None
 
     async def _restore(self, server: VllmServer) -> None:
-        """Bring a server that was lost up to date, and have it prove that before it gets work."""
+        """Bring a lost server up to date, and check that it is before it gets work."""
         if self.processes is not None:
             self.processes.revive(server.name)
         await server.connect()
         if self.version is None:
             return
-        if not self.is_sender:  # whoever pushes brings it up to date
-            self._take_note(server)
+        if not self.is_sender:  # the process that pushes brings it up to date
+            self._expect_current(server)
             await server.check()
             return
         await server.check_alive()
         if self.takes_adapters:
-            # Where it hung and was not restarted, it has the adapter still, and would not load it again.
+            # If it only hung, it still has the adapter and would refuse to load it a second time.
             await server.unload_adapters([self._adapter_name(self._num_adapters)])
             await self._serve_adapter(server)
         else:
@@ -314,7 +336,7 @@ class VllmServerEngine:
     # --- the servers ----------------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        """Wait for the servers to come up, once, and see that they can do what is needed."""
+        """Wait, the first time, for the servers to come up, and check that they can do what is needed."""
         self.replicas.watch()
         if self._connected:
             return
@@ -327,7 +349,7 @@ class VllmServerEngine:
         self._connected = True
 
     async def _connect_one(self, server: VllmServer, deadline: float) -> None:
-        started = told = time.monotonic()
+        started = last_report = time.monotonic()
         while True:
             try:
                 await server.connect()
@@ -341,8 +363,8 @@ class VllmServerEngine:
                         f"no vLLM server answers at {server.name} ({error}) after {self.start_timeout_s:g} s "
                         "(rollout.vllm.start_timeout_s): start it with `llmrl serve`, or correct rollout.server.urls"
                     ) from None
-                if now - told > 10:
-                    told = now
+                if now - last_report > 10:
+                    last_report = now
                     self.say(f"waiting for the vLLM server {server.name}, {now - started:.0f} s so far")
                 await asyncio.sleep(0.5)
         if self.takes_adapters:
@@ -363,19 +385,19 @@ class VllmServerEngine:
             )
 
     async def _check_temperature(self, temperature: float) -> None:
-        """Once per temperature: see that servers report log-probabilities of what they sample from."""
+        """Check, once per temperature, that servers report log-probabilities of the distribution they sample from."""
         if temperature in self._temperatures:
             return
         self._temperatures.add(temperature)
         for server, applied in await self.replicas.each(lambda server: server.applies_temperature_to_logprobs()):
             if not applied:
                 raise UserError(
-                    f"{server.name} reports log-probabilities at temperature 1 whatever it samples at, and "
-                    f"temperature {temperature} is asked for: start it with --logprobs-mode processed_logprobs"
+                    f"{server.name} reports log-probabilities at temperature 1 whatever temperature it samples at, and "
+                    f"this run needs temperature {temperature}: start it with --logprobs-mode processed_logprobs"
                 )
 
     async def close(self) -> None:
-        """Close connections, remove what was staged, and end the servers this run started. Safe to call twice."""
+        """Close connections, remove staged files, and end the servers this run started. Safe to call twice."""
         if self._closed:
             return
         self._closed = True

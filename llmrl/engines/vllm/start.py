@@ -1,7 +1,7 @@
-"""Starting vLLM: its arguments, the environment its processes get, and leaving ours as it was.
+"""Starting vLLM: its arguments, the environment of its processes, and restoring the state of this process.
 
-vLLM changes the process it is imported into: it seeds torch's random numbers, sets environment variables, replaces
-`torch.set_num_threads`. All of that is dealt with here.
+vLLM changes the process that imports it: it seeds torch's random numbers, sets environment variables, and replaces
+`torch.set_num_threads`. This module undoes all of that.
 """
 
 # pyright: reportMissingImports=false
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmrl.config.vllm import VllmConfig
+    from llmrl.engines.vllm.options import VllmConfig
 
 IPC_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What accelerate tells the trainer's processes about each other is not meant for vLLM's."""
+"""A launcher sets these for the trainer's processes. vLLM's processes must not take them for their own."""
 SHARE_BESIDE_TRAINER = 0.4
-"""Of a GPU's memory, where the trainer uses the same GPU."""
+"""Share of a GPU's memory that vLLM takes if the trainer uses the same GPU."""
 CPU_CACHE_BYTES = 512 << 20
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can make room for."""
+"""Adapter ranks that vLLM can reserve room for."""
 CPU_BLOCK_SIZE = 32
-"""A multiple of it is what vLLM's kernels for CPUs want; the smallest shares most of a prompt."""
+"""vLLM's CPU kernels need a multiple of this; the smallest lets requests share most of a prompt."""
 
 
 def engine_arguments(
     options: VllmConfig, model: str, *, dtype: str, device: str, max_num_seqs: int, lora_rank: int | None = None
 ) -> dict[str, Any]:
-    """Arguments of vLLM's `EngineArgs` for an engine that serves `model` to a trainer.
+    """Return arguments of vLLM's `EngineArgs` for an engine that serves `model` to a trainer.
 
-    Without `lora_rank` only its architecture is taken and weights are pushed later; with it the weights are loaded too,
-    and adapters of that rank are.
+    Without `lora_rank`, vLLM takes only the architecture from `model`, and weights are pushed later. With it, vLLM also
+    loads the weights, and accepts adapters of that rank.
     """
     on_cpu = device == "cpu"
     arguments: dict[str, Any] = {
@@ -76,8 +76,8 @@ def engine_arguments(
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_memory_bytes or CPU_CACHE_BYTES
         arguments["block_size"] = CPU_BLOCK_SIZE
-        # A prompt computed in parts gives no token before the last one, and vLLM then steps the request's generator
-        # back. Torch's generators for CPUs cannot: its core would die ("CPU Generator does not use offset").
+        # A prompt computed in parts yields no token before the last part, and vLLM then steps the request's generator
+        # back. Torch's CPU generators cannot do that, so vLLM's core would die ("CPU Generator does not use offset").
         arguments["enable_chunked_prefill"] = False
     else:
         share = options.gpu_memory_utilization
@@ -85,14 +85,14 @@ def engine_arguments(
         arguments["enable_sleep_mode"] = options.enable_sleep_mode
     if lora_rank is not None:
         rank = next((known for known in LORA_RANKS if known >= lora_rank), lora_rank)
-        # Two in a batch: requests that began under the last version go on beside those of the new one.
+        # Two adapters in a batch: requests that began under the previous version continue beside those of the new one.
         arguments |= {"load_format": "auto", "enable_lora": True, "max_lora_rank": rank}
         arguments |= {"max_loras": 2, "max_cpu_loras": ADAPTERS_KEPT}
     return arguments | options.extra
 
 
 def save_config(config: PretrainedConfig, folder: str) -> None:
-    """Write config.json with the causal language model's class in it, which a model made from a configuration lacks."""
+    """Write config.json and name the causal language model's class in it, which a model built from a config lacks."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     written = copy.deepcopy(config)
@@ -103,13 +103,13 @@ def save_config(config: PretrainedConfig, folder: str) -> None:
 
 
 async def start(arguments: dict[str, Any], config: PretrainedConfig, device: torch.device) -> AsyncLLM:
-    """Start vLLM's process; this one's environment and random numbers are as before afterwards.
+    """Start vLLM's process, and leave environment and random numbers of this process as they were.
 
     Raises:
         UserError: vLLM is not installed, or refuses the model or the arguments.
     """
-    replicas = arguments["tensor_parallel_size"] * arguments["data_parallel_size"]
-    with undisturbed(beside_trainer(device, alone=replicas == 1)):
+    num_workers = arguments["tensor_parallel_size"] * arguments["data_parallel_size"]
+    with process_state_kept(trainer_environment(device, single_worker=num_workers == 1)):
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -123,6 +123,7 @@ async def start(arguments: dict[str, Any], config: PretrainedConfig, device: tor
 
 
 def not_installed(error: ImportError) -> UserError:
+    """Return the error that says how to install vLLM."""
     return UserError(
         f"vLLM cannot be imported ({error}). On a GPU: pip install 'llmrl[vllm]'; without one see the README, section "
         "vLLM on a CPU"
@@ -130,17 +131,17 @@ def not_installed(error: ImportError) -> UserError:
 
 
 def check_head_dim(config: PretrainedConfig, *, on_cpu: bool) -> None:
-    """Refuse heads of a width that vLLM would get wrong, or has no attention for on a CPU.
+    """Refuse heads of a width that vLLM computes wrongly, or has no attention for on a CPU.
 
     Raises:
-        UserError: with the width and what to do; or vLLM is needed to tell, and is not installed.
+        UserError: vLLM cannot serve the width; or answering this takes vLLM, and it is not installed.
     """
     text = config.get_text_config()
     derived = text.hidden_size // text.num_attention_heads
     width = getattr(text, "head_dim", None) or derived
     if text.model_type == "qwen2" and width != derived:
         raise UserError(
-            f"vLLM takes the width of a qwen2 model's heads to be hidden_size / num_attention_heads = {derived}, but "
+            f"vLLM assumes that heads of a qwen2 model have width hidden_size / num_attention_heads = {derived}, but "
             f"its head_dim is {width}: use rollout.engine hf for this model"
         )
     if not on_cpu:
@@ -157,24 +158,25 @@ def check_head_dim(config: PretrainedConfig, *, on_cpu: bool) -> None:
 
 
 async def stop(llm: AsyncLLM) -> None:
+    """End vLLM's processes; a coroutine, because it must run on the engine's own event loop."""
     llm.shutdown()
 
 
-def vllm_environment(device: str, *, alone: bool = True) -> dict[str, str]:
-    """Environment variables vLLM's processes want; what the user has set stays.
+def vllm_environment(device: str, *, single_worker: bool = True) -> dict[str, str]:
+    """Return the environment variables for vLLM's processes. A value that the user has set takes precedence.
 
     Args:
-        device: type of the one vLLM runs on.
-        alone: with one worker.
+        device: type of the device vLLM runs on.
+        single_worker: whether the engine has only one worker.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
-        # Its warnings are about libraries it wants preloaded. Asking for log-probabilities compiles a kernel at the
-        # first request unless dynamo is off; threads bound to cores would fight over the same ones. "Multiprocessing"
-        # would put the model into a second process below that of the core, which is apart from ours in any case.
+        # vLLM's warnings here are about libraries it wants preloaded. With dynamo on, the first request for
+        # log-probabilities compiles a kernel. Threads bound to cores would all compete for the same ones.
+        # "Multiprocessing" would put the model into one more process below the core's, which is a separate one anyway.
         wanted |= {
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if alone else "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if single_worker else "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "TORCHDYNAMO_DISABLE": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -185,11 +187,11 @@ def vllm_environment(device: str, *, alone: bool = True) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def beside_trainer(device: torch.device, *, alone: bool) -> dict[str, str | None]:
-    """The same for vLLM's processes below a trainer's (None: without that variable): one worker belongs on its GPU."""
-    environment: dict[str, str | None] = dict(vllm_environment(device.type, alone=alone))
+def trainer_environment(device: torch.device, *, single_worker: bool) -> dict[str, str | None]:
+    """Return the same for a trainer's child processes; None removes a variable. One worker gets the trainer's GPU."""
+    environment: dict[str, str | None] = dict(vllm_environment(device.type, single_worker=single_worker))
     environment |= dict.fromkeys(LAUNCHER_VARIABLES)
-    if device.type == "cuda" and alone:
+    if device.type == "cuda" and single_worker:
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         index = device.index or 0
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
@@ -197,8 +199,8 @@ def beside_trainer(device: torch.device, *, alone: bool) -> dict[str, str | None
 
 
 @contextlib.contextmanager
-def undisturbed(environment: dict[str, str | None]) -> Iterator[None]:
-    """Set variables for what is inside; put environment, random numbers and thread settings back afterwards."""
+def process_state_kept(environment: dict[str, str | None]) -> Iterator[None]:
+    """Set variables inside the block; afterwards restore environment, random numbers and thread settings."""
     before, numbers = dict(os.environ), (random.getstate(), np.random.get_state(), torch.get_rng_state())
     set_num_threads = torch.set_num_threads
     for name, value in environment.items():
@@ -208,7 +210,7 @@ def undisturbed(environment: dict[str, str | None]) -> Iterator[None]:
             os.environ[name] = value
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # importing vLLM gives several, about its own code
+            warnings.simplefilter("ignore")  # importing vLLM raises several about its own code
             yield
     finally:
         for name in set(os.environ) - set(before):
@@ -221,7 +223,7 @@ def undisturbed(environment: dict[str, str | None]) -> Iterator[None]:
 
 
 class LoopThread:
-    """An event loop in a thread of its own."""
+    """An event loop that runs in its own thread."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -229,15 +231,15 @@ class LoopThread:
         self._thread.start()
 
     async def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there and await it here; cancelling one cancels the other."""
+        """Run a coroutine on that loop and await it here. Cancelling one cancels the other."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float) -> Any:
-        """Run a coroutine there and block until it is done."""
+        """Run a coroutine on that loop and block until it is done, at most `timeout` seconds."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
 
     def stop(self) -> None:
-        """Cancel what runs there and end the thread."""
+        """Cancel what runs on that loop and end the thread."""
         if not self._thread.is_alive():
             return
         with contextlib.suppress(FutureTimeout):

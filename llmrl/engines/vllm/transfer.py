@@ -1,6 +1,6 @@
 """Weights through shared memory, the trainer's half: tensors in, a file and its description out. Needs no vLLM.
 
-The other half, inside vLLM's workers, is `llmrl.engines.vllm.receiver`. Together they are a weight-transfer backend
+The other half, inside vLLM's workers, is `llmrl.engines.vllm.receiver`. Together they form a weight-transfer backend
 that works without a GPU: start vLLM with `RECEIVER_ARGS` (in Python) or `RECEIVER_FLAGS` (`vllm serve`), then for
 every push
 
@@ -28,7 +28,7 @@ from llmrl.errors import RunFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.engines.base import WeightSource
+    from llmrl.types import WeightSource
 
 BACKEND = "llmrl_shared_memory"
 WORKER_EXTENSION = "llmrl.engines.vllm.receiver.WeightReceiver"
@@ -36,33 +36,34 @@ RECEIVER_ARGS: dict[str, Any] = {
     "weight_transfer_config": {"backend": BACKEND},
     "worker_extension_cls": WORKER_EXTENSION,
 }
-"""What makes a vLLM engine accept `StagedWeights`: arguments of `EngineArgs`."""
+"""Arguments of `EngineArgs` that make a vLLM engine accept `StagedWeights`."""
 RECEIVER_FLAGS = (
     "--weight-transfer-config",
     f'{{"backend": "{BACKEND}"}}',
     "--worker-extension-cls",
     WORKER_EXTENSION,
 )
-"""The same for `vllm serve`. The server must run on the trainer's machine and see its shared memory."""
+"""The same as flags of `vllm serve`. The server must run on the trainer's machine and see its shared memory."""
 REFUSED = "weights refused, the old ones are still served"
-"""How a worker's error begins when it has changed nothing."""
+"""Start of a worker's error message when it has changed nothing."""
 ALIGNMENT = 64
+"""Each tensor starts at a multiple of this many bytes, so that it can be viewed in its type."""
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "llmrl-"
 
 
 class StagedWeights:
-    """A file in shared memory that each push overwrites; removed by `close`, and when the process ends."""
+    """A file in shared memory that each push overwrites. `close` or the end of the process removes it."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self._remove: weakref.finalize | None = None
 
     def stage(self, source: WeightSource) -> dict[str, Any]:
-        """Write every tensor of `source`, gone through once.
+        """Write every tensor of `source`, which is iterated once.
 
         Returns:
-            What the worker needs: path, and for each tensor its name, type, shape and offset in bytes.
+            What the worker needs: the path, and for each tensor its name, type, shape and offset in bytes.
 
         Raises:
             RunFailed: there is no room for the weights.
@@ -94,11 +95,11 @@ class StagedWeights:
 
 
 def read_staged(info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs that `StagedWeights.stage` described; views of the file."""
+    """Yield the (name, tensor) pairs that `StagedWeights.stage` described, as views of the file."""
     import mmap
 
     with open(info["path"], "rb") as file:
-        # Never closed by hand: the tensors keep the mapping alive, and vLLM keeps some tensors for a while.
+        # Not closed here: the tensors keep the mapping alive, and vLLM keeps some tensors for a while.
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     for name, dtype, shape, offset in zip(info["names"], info["dtypes"], info["shapes"], info["offsets"], strict=True):
@@ -108,7 +109,7 @@ def read_staged(info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def shared_path(kind: str) -> Path:
-    """An unused path in shared memory (or the temporary folder); what dead processes left there is removed."""
+    """Return an unused path in shared memory (or the temporary folder), and remove what dead processes left there."""
     default = SHARED_MEMORY if SHARED_MEMORY.is_dir() else tempfile.gettempdir()
     folder = Path(os.environ.get("LLMRL_SHARED_MEMORY") or default)
     for left in folder.glob(f"{PREFIX}*"):
@@ -120,7 +121,7 @@ def shared_path(kind: str) -> Path:
 
 
 def check_names_and_shapes(given: Iterable[tuple[str, Any]], wanted: dict[str, tuple[int, ...]]) -> str:
-    """What is missing, unexpected, given twice or wrongly shaped, one per line; "" when nothing is."""
+    """Describe what is missing, unexpected, given twice or wrongly shaped, one per line. "" means all is right."""
     seen: dict[str, tuple[int, ...]] = {}
     wrong = []
     for name, shape in given:

@@ -1,4 +1,4 @@
-"""Whether replicas agree, on numbers by hand."""
+"""Agreement of replicas, on numbers set by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_odd_one_is_named_and_nothing_is_remembered() -> None:
         agreement.check(8, SEQUENCES, [("a", rows), ("b", [[-1.0, -2.0], [-3.0]]), ("c", rows)])
     _, a, b, c = str(refused.value).split("\n  ")
     assert a == c.replace("c:", "a:") == "a: 0 to 2 nats from the others"
-    assert b == "b: 2 to 2 nats from the others, but as before the push: the push did not arrive there"
+    assert b == "b: 2 to 2 nats from the others, and the same as before the push: the push did not arrive there"
     assert agreement.last is not None and agreement.last.version == 7
 
 

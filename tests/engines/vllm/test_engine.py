@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.config import VllmConfig
+from llmrl.engines.vllm.options import VllmConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
@@ -202,7 +202,7 @@ def test_impossible_requests_are_refused(engine):
         ([], Sampling(max_tokens=1), "prompt is empty"),
         ([VOCABULARY], Sampling(max_tokens=1), "do not fit the model's vocabulary"),
         ([1, 2], Sampling(max_tokens=255), "make 257, but vLLM was started for 256"),
-        ([1], Sampling(max_tokens=1, temperature=0.001), "vLLM knows 0 and from 0.01 upwards"),
+        ([1], Sampling(max_tokens=1, temperature=0.001), "vLLM takes 0 or at least 0.01"),
         ([1], Sampling(max_tokens=0), "max_tokens must be at least 1"),
     ]:
         with pytest.raises(UserError, match=message):

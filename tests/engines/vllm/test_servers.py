@@ -21,11 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmrl import Trainer
-from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig, VllmConfig, VllmServerConfig
+from llmrl.engines.options import EngineConfig
 from llmrl.engines.vllm.launch import ServerProcesses, free_ports, plan
+from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.servers import VllmServerEngine
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.load import add_lora
+from llmrl.model.options import LoraConfig, ModelConfig
 from llmrl.model.policy import Policy
 from llmrl.run.ledger import audit
 from llmrl.run.sync import WeightSync
@@ -64,10 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def model_config(folder: Path) -> ModelConfig:
-    return ModelConfig(path=str(folder))
-
-
 @pytest.fixture(scope="module")
 def by_hand(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`vllm serve MODEL` with the flags of docs/scaling.md and nothing else (besides what a CPU needs)."""
@@ -94,10 +92,9 @@ def by_hand(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcesses]:
     server = VllmServerConfig(port=0, max_restarts=2)
-    config = Config(model=model_config(folder), rollout=RolloutConfig(vllm=OPTIONS, server=server, max_num_seqs=32))
-    started = ServerProcesses(
-        plan(config, lora_rank=8), tmp_path_factory.mktemp("servers"), max_restarts=2, say=lambda text: None
-    )
+    options = EngineConfig(vllm=OPTIONS, server=server, max_num_seqs=32)
+    launches = plan(ModelConfig(path=str(folder)), options, lora_rank=8)
+    started = ServerProcesses(launches, tmp_path_factory.mktemp("servers"), max_restarts=2, say=lambda text: None)
     yield started.start()
     started.close()
 

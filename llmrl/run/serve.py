@@ -31,8 +31,10 @@ def run(argv: list[str]) -> int:
         UserError: the arguments are wrong, vLLM cannot serve the model here, or a port or a GPU is missing.
         RunFailed: a server ended and could not be started again.
     """
-    from llmrl.config import MISSING, VllmConfig, VllmServerConfig, parse
+    from llmrl.config import parse
     from llmrl.engines.vllm.launch import ServerProcesses, check_model, plan
+    from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
+    from llmrl.option import MISSING
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -41,11 +43,11 @@ def run(argv: list[str]) -> int:
     config: Any = parse([a for a in argv if a != "--print_command"], prog="llmrl serve RECIPE.yaml")
     if config.model.path == MISSING:
         raise UserError("llmrl serve: model.path is not set: name a recipe, or give --model.path")
-    launches = plan(config)
+    launches = plan(config.model, config.rollout)
     if only_print:
         print("\n".join(launch.shell() for launch in launches))
         return 0
-    check_model(config)
+    check_model(config.model)
     options, vllm = config.rollout.server or VllmServerConfig(), config.rollout.vllm or VllmConfig()
     folder = Path(config.train.output_dir) / "servers"
     processes = ServerProcesses(launches, folder, max_restarts=options.max_restarts, say=say)
