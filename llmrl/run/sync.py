@@ -10,6 +10,7 @@ import numpy as np
 
 from llmrl.errors import RunFailed
 from llmrl.model.adapters import current_adapter, scaled
+from llmrl.tolerance import served_gap
 from llmrl.types import Receipt
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from llmrl.model.policy import Policy
 
 PROBE_LENGTH = 16
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest gap (nats) between two correct implementations, by the type the engine computes in."""
-QUANTIZED_TOLERANCE = 1.0
 HISTORY = 8
 """Versions remembered, to say which one is served instead."""
 ROUNDING = 1e-6
@@ -44,7 +42,7 @@ class WeightSync:
     ) -> None:
         self.policy = policy
         self.engine = engine
-        self.tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE[dtype]
+        self.tolerance = served_gap(dtype, quantized=quantized)
         self.probe = np.random.Generator(np.random.Philox(key=0)).integers(0, vocab_size, PROBE_LENGTH).tolist()
         self.exact = dtype == "float32" and not quantized
         self.history: deque[tuple[int, np.ndarray]] = deque(maxlen=HISTORY)

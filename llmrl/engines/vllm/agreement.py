@@ -13,9 +13,6 @@ from llmrl.errors import RunFailed
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-SAME_WEIGHTS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
-"""Largest gap (nats) between the log-probabilities of two replicas that serve the same weights, by their type."""
-
 
 @dataclass(frozen=True)
 class Served:

@@ -19,12 +19,13 @@ from llmrl.config.vllm import VllmConfig
 from llmrl.config.vllm_server import VllmServerConfig
 from llmrl.engines.sampling import check_sampling
 from llmrl.engines.vllm.adapters import AdapterFolders
-from llmrl.engines.vllm.agreement import SAME_WEIGHTS, Agreement
+from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.errors import RunFailed, UserError
+from llmrl.tolerance import same_weights_gap
 from llmrl.types import Completion, Sampling
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class VllmServerEngine:
         self.delivery = delivery or SharedMemoryDelivery()
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
         self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
-        self.agreement = Agreement(SAME_WEIGHTS[dtype])
+        self.agreement = Agreement(same_weights_gap(dtype))
         self.takes_adapters = takes_adapters
         self._adapters = AdapterFolders()
         self._adapter: Path | None = None
