@@ -10,6 +10,7 @@ Four names, never mixed: `rollout_logprobs` (the sampler's), `old_logprobs` (the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -360,6 +361,21 @@ class ForwardOutputs:
 
 
 # --- 6 weight sync ----------------------------------------------------------------------------------------------------
+
+
+WeightSource = Callable[[], Iterable[tuple[str, "Tensor"]]]
+"""Yields (Hugging Face parameter name, full tensor) of the policy, adapters merged in. It yields one parameter at a
+time, so that nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Adapter:
+    """Low-rank adapters as peft saves them, for engines that keep the base weights themselves."""
+
+    config: dict[str, Any]
+    """Contents of adapter_config.json."""
+    tensors: dict[str, Tensor]
+    """Contents of adapter_model.safetensors."""
 
 
 @dataclass(kw_only=True, slots=True)

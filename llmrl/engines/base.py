@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from llmrl.types import Completion, Sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WeightSource = Callable[[], Iterable[tuple[str, "Tensor"]]]
-"""Yields (Hugging Face parameter name, full tensor) of the policy, adapters merged in; one parameter at a time, so that
-nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Adapter:
-    """Low-rank adapters as peft saves them, for engines that keep the base weights themselves."""
-
-    config: dict[str, Any]
-    """What stands in adapter_config.json."""
-    tensors: dict[str, Tensor]
-    """What stands in adapter_model.safetensors."""
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmrl.engines.base import Adapter
+from llmrl.types import Adapter
 
 if TYPE_CHECKING:
     from torch import nn

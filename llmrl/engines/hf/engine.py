@@ -21,12 +21,11 @@ from llmrl.engines.hf.rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
 from llmrl.engines.hf.weights import unsupported_reason
 from llmrl.engines.sampling import SamplingRows, check_sampling, check_tokens, sample_tokens
 from llmrl.errors import RunFailed, UserError
-from llmrl.types import Completion, Sampling
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmrl.engines.base import Adapter, WeightSource
 
 SELF_CHECK_PARAMETERS = 50_000_000
 """Up to this size the fast decoder is compared with transformers when an engine is built."""

@@ -14,7 +14,7 @@ from llmrl.engines.vllm.transfer import shared_path
 from llmrl.errors import RunFailed
 
 if TYPE_CHECKING:
-    from llmrl.engines.base import Adapter, WeightSource
+    from llmrl.types import Adapter, WeightSource
 
 ADAPTERS_KEPT = 4
 """Versions whose requests may still run."""

@@ -19,8 +19,8 @@ from llmrl.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.engines.base import WeightSource
     from llmrl.engines.vllm.http import VllmServer
+    from llmrl.types import WeightSource
 
 NCCL_BUFFER_BYTES = 1 << 30
 NCCL_NUM_BUFFERS = 2

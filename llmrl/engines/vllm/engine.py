@@ -28,12 +28,11 @@ from llmrl.engines.vllm.adapters import AdapterFolders, save_base
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
 from llmrl.errors import RunFailed, UserError
-from llmrl.types import Completion, Sampling
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmrl.engines.base import Adapter, WeightSource
 
 SMALLEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this one, silently."""

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmrl.engines import base as engine
+    from llmrl import types
 
 
-def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], source: engine.WeightSource) -> None:
+def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], source: types.WeightSource) -> None:
     """One push, whole: blocks until vLLM has loaded the weights.
 
     Args:
@@ -41,7 +41,7 @@ def send_by_ipc(llm: AsyncLLM, run: Callable[[Coroutine[Any, Any, Any]], Any], s
 
 
 class _Source(WeightSource):
-    def __init__(self, source: engine.WeightSource) -> None:
+    def __init__(self, source: types.WeightSource) -> None:
         self.source = source
 
     def metadata(self) -> list[ParamMeta]:

@@ -26,13 +26,12 @@ from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.errors import RunFailed, UserError
 from llmrl.tolerance import same_weights_gap
-from llmrl.types import Completion, Sampling
+from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llmrl.config import Config
-    from llmrl.engines.base import Adapter, WeightSource
 
 DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
 MAX_ABORTS = 100

@@ -28,7 +28,7 @@ from llmrl.errors import RunFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.engines.base import WeightSource
+    from llmrl.types import WeightSource
 
 BACKEND = "llmrl_shared_memory"
 WORKER_EXTENSION = "llmrl.engines.vllm.receiver.WeightReceiver"

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmrl.engines.base import Adapter
 from llmrl.engines.vllm.delivery import NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.servers import VllmServerEngine
 from llmrl.errors import RunFailed, UserError
-from llmrl.types import Sampling
+from llmrl.types import Adapter, Sampling
 from tests.engines.vllm.fake_vllm import ROUTES, FakeVllm, assert_each_answered_once, draw, engine_on, nothing
 
 pytestmark = pytest.mark.slow
