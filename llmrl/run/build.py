@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 
 GIVEN = "(given in Python)"
 """Stands in the configuration for an object that was handed over instead of named."""
-PROCESS_TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for another before it gives up."""
 
 
 @dataclass(kw_only=True)
@@ -93,6 +90,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         check_stored(config, tasks)
 
     from llmrl.model.load import load_generation_config, load_tokenizer
+    from llmrl.model.parallel import Parallel
     from llmrl.track.health import Health
     from llmrl.train.learner import Learner
 
@@ -120,7 +118,12 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         console.say(note)
     accelerator.wait_for_everyone()
     policy, algorithm = _policy(config, given, loaded, tokenizer, accelerator, rubric)
-    learner = Learner(config, policy, accelerator)
+    learner = Learner(
+        policy,
+        config.train,
+        Parallel(accelerator),
+        critic_learning_rate=config.critic.learning_rate if config.critic is not None else None,
+    )
     engine, sync = NoEngine(), NoSync()
     if chat is not None:
         engine, sync = _engine(config, policy, accelerator, console)
@@ -143,7 +146,7 @@ def build(args: Config | dict[str, Any] | None, **given: Any) -> Parts:
         sync=sync,
         collector=collector,
         algorithm=algorithm,
-        health=Health(on_policy=learner.steps_per_batch == 1 and config.bcoder is None),
+        health=Health(on_policy=algorithm.steps_per_batch == 1 and config.bcoder is None),
         record=record,
         ledger=ledger,
     )
@@ -259,42 +262,11 @@ def _prompts(config: Config, tokenizer: Any, generation: Any, tasks: list[Task])
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """What accelerate sees of the processes, checked against the launcher's.
+    """The processes of this launch, as accelerate sees them (`make_parallel`)."""
+    from llmrl.model.parallel import make_parallel
 
-    Raises:
-        UserError: the launcher started processes that do not know of each other, or a kind of distribution that the
-            learner does not support.
-    """
-    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-    from accelerate.utils import set_seed
-
-    accelerator = Accelerator(
-        log_with=[*config.track.report_to] or None,
-        project_dir=config.train.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"the launcher started {launched} processes, but each sees {accelerator.num_processes}: they would all "
-            "train alone and write the same files. On CPU launch with ACCELERATE_USE_CPU=true and "
-            "--multi_gpu --num_processes N"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"accelerate is configured with gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, "
-            "which would scale the loss: remove it; train.max_tokens_per_micro_batch decides what is computed at once"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise UserError("accelerate is configured with mixed_precision fp16, which is not supported: use bf16 or no")
-    supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if accelerator.distributed_type not in supported:
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; this version trains in one process or "
-            "with data parallelism (DDP): use recipes/accelerate/ddp.yaml"
-        )
-    set_seed(config.train.seed)
-    return accelerator
+    options = config.train
+    return make_parallel(seed=options.seed, output_dir=options.output_dir, report_to=config.track.report_to).accelerator
 
 
 def check_output_dir(config: Config, accelerator: Accelerator) -> bool:
@@ -388,7 +360,9 @@ def _policy(
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    critic = build_critic(config, model, tokenizer) if config.critic is not None else None
+    critic = None
+    if config.critic is not None:
+        critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)  # pyright: ignore[reportArgumentType]
     adapters = given["peft_config"] or config.model.lora
     wrapped = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
     algorithm = make_algorithm(config, rubric)
@@ -400,10 +374,8 @@ def _engine(config: Config, policy: Policy, accelerator: Accelerator, console: C
     from llmrl.run.engines import engine_precision, make_engine
     from llmrl.run.sync import WeightSync
 
-    causal_lm = policy.bare.causal_lm
-    engine = make_engine(config, causal_lm, policy, accelerator, console.say)
-    vocab_size = causal_lm.config.get_text_config().vocab_size
-    return engine, WeightSync(policy, engine, vocab_size=vocab_size, **engine_precision(config))
+    engine = make_engine(config, policy.causal_lm, policy, accelerator, console.say)
+    return engine, WeightSync(policy, engine, vocab_size=policy.vocab_size, **engine_precision(config))
 
 
 def _files(config: Config, accelerator: Accelerator, *, resume: bool) -> tuple[Record | None, Ledger | None]:
@@ -423,8 +395,8 @@ def _files(config: Config, accelerator: Accelerator, *, resume: bool) -> tuple[R
 def _summary(config: Config, policy: Policy, learner: Learner, accelerator: Accelerator) -> str:
     """A line for the user: what is trained, on what, and where the run is."""
     trained = sum(p.numel() for p in learner.parameters)
-    total = sum(p.numel() for p in policy.bare.parameters())
+    total = sum(p.numel() for _, p in policy.named_parameters())
     return (
-        f"{type(policy.bare.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
+        f"{type(policy.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, run directory {config.train.output_dir}"
     )

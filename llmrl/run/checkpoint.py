@@ -63,7 +63,7 @@ def save_checkpoint(
         torch.save(_random_states(), written[0])
         if accelerator.is_main_process:
             written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
-            save_file(_trained_parameters(policy), unfinished / "weights.safetensors")
+            save_file(policy.trained_parameters(), unfinished / "weights.safetensors")
             if reference := policy.reference_state():
                 written.append(unfinished / "reference.safetensors")
                 save_file(reference, written[-1])
@@ -110,12 +110,10 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, accelerat
             f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); resume from an older one: "
             f"{', '.join(older) or 'there is none'}"
         ) from error
-    trained = _trained_parameters(policy)
+    trained = policy.trained_parameters()
     if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
         raise UserError(f"checkpoint {folder} holds the parameters of another model; was model.path or lora changed?")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    policy.load_trained_parameters(weights)
     policy.load_reference_state(reference)
     learner.load_state_dict(learner_state)
     if states is not None:
@@ -160,10 +158,6 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     if not found and not (output_dir / "metrics.jsonl").is_file():
         raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
     return found[-1] if found else None
-
-
-def _trained_parameters(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in policy.bare.named_parameters() if p.requires_grad}
 
 
 def _random_states() -> dict[str, Any]:

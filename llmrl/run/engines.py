@@ -45,7 +45,6 @@ def make_engine(
 def _vllm_engine(config: Config, model: PreTrainedModel, policy: Policy, device: Any) -> Engine:
     from llmrl.config import VllmConfig
     from llmrl.engines.vllm.engine import VllmEngine
-    from llmrl.model.adapters import active_config
 
     options = config.rollout.vllm or VllmConfig()
     own_code = config.model.trust_remote_code
@@ -59,7 +58,7 @@ def _vllm_engine(config: Config, model: PreTrainedModel, policy: Policy, device:
         trust_remote_code=own_code,
         path=config.model.path if own_code else None,
         base=policy.base_weights if apart else None,
-        lora_rank=active_config(policy.bare.model).r if apart else 0,
+        lora_rank=policy.adapter_rank if apart else 0,
     )
 
 
@@ -69,14 +68,12 @@ def serves_adapters_apart(config: Config, policy: Policy, device: Any) -> bool:
     Raises:
         UserError: `rollout.vllm.lora_sync adapter` for a policy without one, or one that vLLM cannot serve.
     """
-    from llmrl.model.adapters import why_not_apart
-
     wanted = config.rollout.vllm.lora_sync if config.rollout.vllm else "auto"
     if not policy.has_adapters:
         if wanted != "auto":
             raise UserError(f"rollout.vllm.lora_sync {wanted}, but no adapter is trained: set model.lora")
         return False
-    reason = why_not_apart(policy.bare.model)
+    reason = policy.adapter_obstacle()
     if reason is None and config.model.trust_remote_code:
         reason = "it would have to load the base from a copy, without the code that comes with the model"
     if wanted == "adapter" and reason:

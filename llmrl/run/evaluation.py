@@ -125,11 +125,12 @@ class Evaluator:
         """Serve the weights, proved as in training, and warm the verifiers up."""
         from llmrl.run.engines import engine_precision
         from llmrl.run.sync import WeightSync
+        from llmrl.train.selfcheck import check_forward
 
         try:
-            self.policy.check_forward(packing=False)
-            vocab_size = self.policy.bare.causal_lm.config.get_text_config().vocab_size
-            sync = WeightSync(self.policy, self.engine, vocab_size=vocab_size, **engine_precision(self.config))
+            check_forward(self.policy, packing=False)
+            precision = engine_precision(self.config)
+            sync = WeightSync(self.policy, self.engine, vocab_size=self.policy.vocab_size, **precision)
             await sync.push(0)
             await self.rubric.warm()
         except BaseException:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrl.errors import RunFailed
-from llmrl.model.adapters import current_adapter, scaled
 from llmrl.tolerance import served_gap
 from llmrl.types import Receipt
 
@@ -60,7 +59,7 @@ class WeightSync:
         """
         start = time.perf_counter()
         if self.engine.takes_adapters:
-            await self.engine.load_adapter(current_adapter(self.policy.bare.model), version=version)
+            await self.engine.load_adapter(self.policy.adapter(), version=version)
         else:
             await self.engine.load_weights(self.policy.weights, version=version)
         pushed = time.perf_counter()
@@ -108,7 +107,7 @@ class WeightSync:
                 (0.0, "match the base model without its adapter", "the adapter was not delivered, or not asked for"),
                 (2.0, "match the adapter counted twice", "it was put on top of weights that hold it already"),
             ]:
-                with scaled(self.policy.bare.model, factor):
+                with self.policy.scaled(factor):
                     causes.append((self._learner(), what, why))
         causes += older[1:]
         distances = [float(np.abs(served - row).max()) for row, _, _ in causes]

@@ -20,6 +20,7 @@ from llmrl.run.pipeline import RolloutQueue, on_device, staleness_metrics
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates, rollout_metrics
 from llmrl.train.offline import precompute_reference
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import RolloutGroup, Task, TrainBatch
 
 
@@ -146,7 +147,7 @@ class Trainer:
     async def __aenter__(self) -> Trainer:
         """Resume if asked to, serve the weights, warm the verifiers up."""
         try:
-            self.policy.check_forward(packing=self.config.train.packing)
+            check_forward(self.policy, packing=self.config.train.packing)
             self._precompute()
             self._resume()
             self.accelerator.wait_for_everyone()

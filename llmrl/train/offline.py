@@ -133,12 +133,12 @@ def precompute_reference(collector: PreferenceCollector, learner: Learner, folde
         for start in range(0, len(samples), CHUNK):
             learner.fill_reference(samples[start : start + CHUNK])
         flat = np.concatenate([sample.ref_logprobs for sample in samples])  # pyright: ignore
-        if learner.accelerator.is_main_process:
+        if learner.parallel.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".writing.npy")
             np.save(unfinished, flat)
             unfinished.rename(file)
-    learner.accelerator.wait_for_everyone()
+    learner.parallel.barrier()
     parts = iter(np.split(flat, np.cumsum(lengths)[:-1]))
     for row in rows:
         row.ref_logprobs = [next(parts) for _ in row.completions]
@@ -158,7 +158,7 @@ def _fingerprint(learner: Learner, samples: list[Sample]) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in learner.policy.bare.named_parameters():
+    for name, parameter in learner.policy.named_parameters():
         if "lora_" in name:  # the reference is the model without its adapters
             continue
         digest.update(f"{name} {parameter.dtype}".encode())

@@ -6,7 +6,6 @@ The folder of a trained model holds, beside the model, `bcoder/heads.safetensors
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from dataclasses import asdict, fields, replace
@@ -84,7 +83,7 @@ class QModule(PolicyModule):
             logprobs, entropy = self._head(hidden, targets)
             # log p differs from l by a constant of the state, and so do l - max l and log p - max log p.
             with torch.no_grad():
-                greedy = greedy_tokens(hidden, self.head_weight, **self.head_options())
+                greedy = greedy_tokens(hidden, self.head())
                 highest = self._head(hidden, greedy)[0]
                 anchor = highest if anchors is None else self._head(hidden, anchors)[0]
             advantages = logprobs - (self._head(hidden, greedy)[0] if hidden.requires_grad else highest)
@@ -96,7 +95,7 @@ class QModule(PolicyModule):
         return {"logprobs": logprobs, "entropy": entropy, "values": capped_value(raw, self.const), "extras": extras}
 
     def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, self.head_weight, targets, **self.head_options())
+        return token_logprobs(hidden, self.head(), targets)
 
     def heads(self) -> dict[str, Tensor]:
         """The parameters of the value heads, by name."""
@@ -120,9 +119,9 @@ class QPolicy(Policy):
         self.config, self.base_model, self.chat = config, base_model, chat
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.bare = self.module = QModule(model, config).to(self.device)
+            self.wrapped = self.module = QModule(model, config).to(self.device)
         if config.stage == "policy":
-            self.bare.load_heads(Path(base_model))
+            self.module.load_heads(Path(base_model))
             if not self.has_adapters:
                 self.set_reference(copy.deepcopy(model))
 
@@ -134,24 +133,23 @@ class QPolicy(Policy):
         """Log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
         anchors, base_values = batch.extras[ANCHORS].long(), batch.extras[BASE_VALUES]
         rows = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
-        return ForwardOutputs(**self.module(*rows, anchors, base_values))
+        return ForwardOutputs(**self.wrapped(*rows, anchors, base_values))
 
     @torch.no_grad()
     def streams(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The greedy token and V_phi (before the cap) of the model before training; they never change."""
-        module = self._reference or self.bare
-        before = self.bare.model.disable_adapter() if self.has_adapters else contextlib.nullcontext()  # pyright: ignore
-        with before:
+        module = self._reference or self.module
+        with self.without_adapter():
             hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
         hidden = hidden.flatten(0, 1)[batch.predict_from]
-        greedy = greedy_tokens(hidden, module.head_weight, **module.head_options())
-        return {ANCHORS: greedy.float(), BASE_VALUES: self.bare.value_head(hidden)}
+        greedy = greedy_tokens(hidden, module.head())
+        return {ANCHORS: greedy.float(), BASE_VALUES: self.module.value_head(hidden)}
 
     def save_pretrained(self, folder: Path) -> None:
         """The model (or adapter), the value heads, and what ranking with them has to know."""
         super().save_pretrained(folder)
         (folder / FOLDER).mkdir(exist_ok=True)
-        save_file(self.bare.heads(), folder / FOLDER / HEADS)
+        save_file(self.module.heads(), folder / FOLDER / HEADS)
         said = {**asdict(self.config), "base_model": str(Path(self.base_model).resolve()), **self.chat}
         (folder / FOLDER / DESCRIPTION).write_text(json.dumps(said, indent=2) + "\n")
 
@@ -195,7 +193,7 @@ def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat, dict[str, Any]]
     if config.stage == "policy":
         before = load_model(ModelConfig(path=base), tokenizer, seed=0).to(target)  # pyright: ignore[reportArgumentType]
         q.set_reference(before)
-    q.bare.load_heads(folder)
+    q.module.load_heads(folder)
     return q, chat, said
 
 

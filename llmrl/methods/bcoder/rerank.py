@@ -139,7 +139,7 @@ class Ranker:
 
         lengths = [len(sample.input_ids) for sample in samples]
         found = [0.0] * len(samples)
-        with torch.no_grad(), evaluating(self.q.bare):
+        with torch.no_grad(), evaluating(self.q.module):
             for rows in plan_micro_batches(lengths, max_tokens=RANK_TOKENS, packing=False)[0]:
                 batch = build_micro_batch(samples, rows, device=self.q.device)
                 batch.extras = self.q.streams(batch)
