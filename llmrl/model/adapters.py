@@ -1,4 +1,4 @@
-"""Low-rank adapters of the policy: what an engine is given of them, and what-ifs that explain a wrong push."""
+"""Low-rank adapters of the policy: the form engines load them in, and what-ifs that explain a wrong weight sync."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def current_adapter(model: nn.Module) -> Adapter:
-    """The trained adapter of a peft model, in peft's own format; tensors on the CPU."""
+    """Return the trained adapter of a peft model in peft's own format, its tensors on the CPU."""
     from peft import get_peft_model_state_dict
 
     config: Any = active_config(model)
@@ -26,19 +26,19 @@ def current_adapter(model: nn.Module) -> Adapter:
 
 
 def active_config(model: nn.Module) -> Any:
-    """The configuration of a peft model's active adapter."""
+    """Return the peft configuration of a model's active adapter."""
     adapted: Any = model
     return adapted.peft_config[adapted.active_adapter]
 
 
-def why_not_apart(model: nn.Module) -> str | None:
-    """Why vLLM cannot serve the model's adapter beside the base weights, or None when it can."""
+def adapter_obstacle(model: nn.Module) -> str | None:
+    """Return why vLLM cannot serve the model's adapter beside the base weights, or None when it can."""
     config = active_config(model)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         return f"it serves LoRA only, not {kind}"
     if config.use_dora:
-        return "it does not know DoRA"
+        return "it does not support DoRA"
     if config.bias != "none" or config.modules_to_save:
         return "the adapter trains biases or whole layers too (bias, modules_to_save)"
     return None
@@ -46,7 +46,7 @@ def why_not_apart(model: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The model with its adapter counted `factor` times: 0 is the base alone."""
+    """Multiply the adapter's update by `factor` inside the block. 0 leaves the base model alone."""
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
     try:
@@ -60,7 +60,7 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold."""
+    """Convert a value to what JSON can hold."""
     if isinstance(value, set):
         return sorted(value)
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Attention over rows of several sequences: transformers' own, told what it need not compute.
+"""Attention over rows of several sequences: transformers' own, without the half of the mask that needs no mask.
 
-A mask of [T, T] is read and multiplied in full, where plain causal attention skips half of it. Rows begin with a long
-stretch that is plainly causal (a prompt that completions share, or their first sequence), so masks here have one row
-for each of the last queries only, and the queries before them are causal.
+A mask of [T, T] is read and multiplied in full, while plain causal attention skips half of it. Rows begin with a long
+stretch that is plainly causal (a prompt that completions share, or the first sequence). Masks here therefore have rows
+for the last queries only; the queries before them are causal.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def causal_head_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "B T N D"], None]:
-    """`sdpa` of transformers, where a mask may have fewer rows (S) than there are queries (T).
+    """Run transformers' `sdpa` with a mask that may have fewer rows (S) than there are queries (T).
 
-    The mask says what the last S queries see; those before them see what lies before them.
+    The mask says what the last S queries see. The queries before them are causal.
     """
     head = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if head == 0:
@@ -56,7 +56,7 @@ def use_causal_head(model: PreTrainedModel) -> None:
 
 
 def understands_causal_head(model: PreTrainedModel) -> bool:
-    """Whether `use_causal_head` has changed it."""
+    """Return whether `use_causal_head` has changed the model."""
     return model.config.get_text_config()._attn_implementation == CAUSAL_HEAD
 
 
@@ -66,14 +66,14 @@ def last_hidden_states(
     position_ids: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B 1 S T"] | None,
 ) -> Float[Tensor, "B T H"]:
-    """Hidden states of a transformers decoder, after its final norm.
+    """Compute the hidden states of a transformers decoder, after its final norm.
 
-    Without a mask packed rows are told apart by their restarting positions. That is right only without a cache and
-    without a two-dimensional mask; with either, transformers silently lets sequences see each other.
-    `Policy.check_forward` proves it on the model at hand.
+    Without a mask, transformers tells the sequences of a packed row apart by their restarting positions. It does so
+    only without a cache and without a two-dimensional mask; with either it silently lets sequences see each other.
+    `train.selfcheck.check_forward` proves on the model at hand that they do not.
     """
     mask = None
-    if attention_mask is not None:  # as numbers, which saves making them in every layer
+    if attention_mask is not None:  # as numbers: from a Boolean mask every layer would make them again
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else decoder.dtype
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)  # pyright: ignore
@@ -84,10 +84,10 @@ def last_hidden_states(
 
 
 def shortest_window(config: PretrainedConfig) -> int | None:
-    """Tokens that the layer with the shortest view sees, or None where all layers see everything.
+    """Return how many tokens the layer with the shortest view sees, or None where all layers see everything.
 
-    transformers takes a mask of four dimensions as it is, also for layers that should see less: a mask of ours is right
-    only for sequences that fit into every window.
+    transformers takes a mask of four dimensions as it is, even for layers that should see less. Our masks are therefore
+    right only for sequences that fit into every window.
     """
     text = config.get_text_config()
     sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]

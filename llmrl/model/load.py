@@ -1,4 +1,4 @@
-"""Model names -> tokenizers and causal language models, with adapters where they are asked for."""
+"""Load tokenizers and causal language models by name, and add adapters to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrl.errors import UserError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmrl.config import LoraConfig, ModelConfig
+    from llmrl.model.options import LoraConfig, ModelConfig
 
 TINY = "tiny:"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -24,7 +24,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub model or local folder, or the byte tokenizer of a tiny model (`tiny:ARCH`).
 
     Raises:
-        UserError: there is none.
+        UserError: no tokenizer can be loaded.
     """
     if config.path.startswith(TINY):
         from llmrl.tiny import byte_tokenizer
@@ -35,7 +35,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = config.tokenizer or config.path
     hint = "save one beside the model, or name another folder or hub id with --model.tokenizer"
     if Path(source).is_dir() and not any(file for kind in TOKENIZER_FILES for file in Path(source).glob(kind)):
-        # transformers would make an empty tokenizer of the model's class, without a word.
+        # transformers would silently make an empty tokenizer of the model's class.
         raise UserError(f"model {source!r}: the folder holds no tokenizer; {hint}")
     options = {} if config.tokenizer else {"revision": config.revision}
     try:
@@ -47,7 +47,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
-    """The model's generation configuration (its stop tokens), or None where the folder has none."""
+    """Load the model's generation configuration (its stop tokens), or return None where the folder has none."""
     from transformers import GenerationConfig
 
     if config.path.startswith(TINY):
@@ -62,7 +62,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
     """Load a causal language model from the hub or a local folder, or make a tiny random one (`tiny:ARCH`).
 
     Raises:
-        UserError: there is none, or the architecture is unknown.
+        UserError: the model cannot be loaded, or the architecture is unknown.
     """
     dtype = getattr(torch, config.dtype)
     if config.path.startswith(TINY):
@@ -88,7 +88,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {config.path!r}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {config.path!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -96,7 +96,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Module:
-    """Wrap `model` with fresh adapters; only they are trained.
+    """Wrap `model` with fresh adapters, which alone are trained.
+
+    Args:
+        model: changed in place; the wrapper shares its layers.
+        config: the adapters' options.
+        seed: of their initial weights. The process's random state is left as it was.
 
     Raises:
         UserError: no layer matches `target_modules`, or the output head is among them.

@@ -6,7 +6,8 @@ computed for trained positions only, a few rows at a time, and once more in the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,137 +18,153 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOGITS = 2**24
-"""Logits held at once (64 MiB in float32); at least 16 rows whatever the vocabulary."""
+"""Logits held at once (64 MiB in float32). A chunk has at least 16 rows, however large the vocabulary is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The output head of a language model: hidden state -> distribution over the next token.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature
+    """
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    softcap: float | None = None
+    """Bound on the logits, as in Gemma 2; None where there is none."""
+    scale: float = 1.0
+    """Constant factor that some architectures put on their logits."""
+    temperature: float = 1.0
+    """The temperature the tokens were sampled at."""
+
+    @property
+    def constants(self) -> Constants:
+        """Everything but the tensors."""
+        return Constants(self.temperature, self.softcap, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceHead:
+    """What the reference model sees of the same tokens. Nothing in it gets a gradient."""
+
+    hidden: Float[Tensor, "M R"]
+    """Its hidden states at the positions that predict the tokens."""
+    head: Head
+
+
+class Constants(NamedTuple):
+    """The numbers of a `Head`. Its tensors travel apart from them, because autograd has to see them as arguments."""
+
+    temperature: float
+    softcap: float | None
+    scale: float
 
 
 def token_logprobs(
-    hidden: Float[Tensor, "M H"],
-    weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, " M"],
-    *,
-    temperature: float = 1.0,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    hidden: Float[Tensor, "M H"], head: Head, targets: Int[Tensor, " M"]
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-    """Log-probability of `targets` and entropy of the whole distribution, in float32, both differentiable.
+    """Compute the log-probability of each target and the entropy of its whole distribution.
 
-        logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature
+    Both are float32 and differentiable in `hidden` and in the head's tensors.
 
     Args:
         hidden: hidden state (after the final norm) of the position that predicts each target.
-        weight: the output head.
+        head: the output head.
         targets: token ids.
-        temperature: the one the tokens were sampled at.
-        bias: of the output head, where it has one.
-        softcap: Gemma-2 style bound on the logits.
-        scale: constant factor some architectures put on their logits.
 
     Returns:
         (log-probabilities, entropies in nats).
     """
-    hidden = _rounded(hidden)
-    constants = (temperature, softcap, scale)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _Head.apply(hidden, weight, bias, targets, constants, None)[:2]  # pyright: ignore
+    logprobs, entropies, _ = _apply(hidden, head, targets, None)
+    return logprobs, entropies
 
 
 def token_logprobs_and_kl(
-    hidden: Float[Tensor, "M H"],
-    weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, " M"],
-    reference: tuple[Float[Tensor, "M R"], Float[Tensor, "V R"], Float[Tensor, " V"] | None],
-    *,
-    temperature: float = 1.0,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    hidden: Float[Tensor, "M H"], head: Head, targets: Int[Tensor, " M"], reference: ReferenceHead
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
-    """What `token_logprobs` gives, and KL(policy || reference) of each whole distribution (nats), differentiable too.
+    """Compute what `token_logprobs` gives and KL(policy || reference) of each whole distribution, in nats.
 
-    `reference` is the other model's hidden states, output head and its bias, which get no gradient; the other arguments
-    are those of `token_logprobs` and hold for both models.
+    The divergence is differentiable in the policy, as the other two are.
     """
-    other_hidden, other_weight, other_bias = reference
-    reference = (_rounded(other_hidden).detach(), other_weight.detach(), other_bias)
-    hidden, constants = _rounded(hidden), (temperature, softcap, scale)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _Head.apply(hidden, weight, bias, targets, constants, reference)  # pyright: ignore[reportReturnType]
+    logprobs, entropies, divergences = _apply(hidden, head, targets, reference)
+    assert divergences is not None
+    return logprobs, entropies, divergences
 
 
 @torch.no_grad()
-def token_collisions(
-    hidden: Float[Tensor, "M H"],
-    weight: Float[Tensor, "V H"],
-    *,
-    temperature: float = 1.0,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Float[Tensor, " M"]:
-    """sum_v p(v)^2 of each next-token distribution, without gradient. The arguments are those of `token_logprobs`."""
+def token_collisions(hidden: Float[Tensor, "M H"], head: Head) -> Float[Tensor, " M"]:
+    """Compute sum_v p(v)^2 of each next-token distribution, without gradient."""
     hidden = _rounded(hidden)
     collisions = hidden.new_empty(len(hidden), dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _chunks(len(hidden), len(weight)):
-            logits, _ = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))
+        for rows in _chunks(len(hidden), len(head.weight)):
+            logits, _ = _logits(hidden[rows], head.weight, head.bias, head.constants)
             collisions[rows] = logits.softmax(dim=1).square_().sum(dim=1)
     return collisions
 
 
 @torch.no_grad()
+def greedy_tokens(hidden: Float[Tensor, "M H"], head: Head) -> Int[Tensor, " M"]:
+    """Return the most probable next token after each hidden state."""
+    hidden = _rounded(hidden)
+    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(len(hidden), len(head.weight)):
+            tokens[rows] = _logits(hidden[rows], head.weight, head.bias, head.constants)[0].argmax(1)
+    return tokens
+
+
+@torch.no_grad()
 def restricted_probabilities(
     hidden: Float[Tensor, "M H"],
-    weight: Float[Tensor, "V H"],
+    head: Head,
     logprobs: Float[Tensor, " M"],
     vocabulary: Int[Tensor, " W"],
     columns: Int[Tensor, " M"],
-    *,
-    temperature: float = 1.0,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
 ) -> Float[Tensor, "M W"]:
-    """Probabilities of the tokens in `vocabulary` alone, without gradient and without the logits of the others.
+    """Compute the probabilities of a few tokens, without gradient and without the logits of all others.
 
-    p(v) = p(y) exp(z(v) - z(y)): the log-probability of the target y stands for the sum over the whole vocabulary.
+        p(v) = p(y) exp(z(v) - z(y))
 
-    `logprobs` are those of each row's target, which is at `columns` of `vocabulary`; the other arguments are those of
-    `token_logprobs`.
+    The known log-probability of the target y stands for the sum over the whole vocabulary.
+
+    Args:
+        hidden: as in `token_logprobs`.
+        head: the output head.
+        logprobs: log-probability of each row's target.
+        vocabulary: the W tokens that are asked for.
+        columns: the place of each row's target in `vocabulary`.
     """
     hidden = _rounded(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if bias is None else bias[vocabulary]
-        logits, _ = _logits(hidden, weight[vocabulary], bias, (temperature, softcap, scale))
+        bias = None if head.bias is None else head.bias[vocabulary]
+        logits, _ = _logits(hidden, head.weight[vocabulary], bias, head.constants)
         return logits.add_((logprobs - logits.gather(1, columns[:, None])[:, 0])[:, None]).exp_()
 
 
+def _apply(
+    hidden: Tensor, head: Head, targets: Tensor, reference: ReferenceHead | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden, other = _rounded(hidden), None
+    if reference is not None:
+        theirs = reference.head
+        other = (_rounded(reference.hidden).detach(), theirs.weight.detach(), theirs.bias, theirs.constants)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head.constants, other)  # pyright: ignore
+
+
 def _rounded(hidden: Tensor) -> Tensor:
-    """Hidden states in autocast's type: the backward pass computes logits again, outside autocast, from these."""
+    """Return hidden states in autocast's type.
+
+    The backward pass computes the logits again, outside autocast, and has to start from the same numbers.
+    """
     device = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
-@torch.no_grad()
-def greedy_tokens(
-    hidden: Float[Tensor, "M H"],
-    weight: Float[Tensor, "V H"],
-    *,
-    temperature: float = 1.0,
-    bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Int[Tensor, " M"]:
-    """The most probable next token; the arguments are those of `token_logprobs`."""
-    hidden = _rounded(hidden)
-    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _chunks(len(hidden), len(weight)):
-            tokens[rows] = _logits(hidden[rows], weight, bias, (temperature, softcap, scale))[0].argmax(1)
-    return tokens
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities, entropies and divergences, a few rows at a time; logits are computed again going backward."""
 
-
-class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -155,8 +172,8 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        constants: tuple[float, float | None, float],
-        reference: tuple[Tensor, Tensor, Tensor | None] | None,
+        constants: Constants,
+        reference: tuple[Tensor, Tensor, Tensor | None, Constants] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
@@ -171,11 +188,12 @@ class _Head(torch.autograd.Function):
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
             entropies[rows] = normaliser - torch.linalg.vecdot(unnormalised, logits) / total
             if reference is not None and divergences is not None:
-                other = _reference_logprobs(reference, rows, constants)
+                other = _reference_logprobs(reference[:3], rows, reference[3])
                 divergences[rows] = -entropies[rows] - torch.linalg.vecdot(unnormalised, other) / total
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, divergences, *(reference or ()))
-        ctx.constants = constants
-        ctx.set_materialize_grads(False)  # so that an entropy nobody differentiates costs nothing
+        tensors = () if reference is None else reference[:3]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, divergences, *tensors)
+        ctx.constants, ctx.reference_constants = constants, None if reference is None else reference[3]
+        ctx.set_materialize_grads(False)  # an entropy that nobody differentiates then costs nothing
         return logprobs, entropies, divergences
 
     @staticmethod
@@ -183,7 +201,7 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers, entropies, divergences, *reference = ctx.saved_tensors
         grad_logprobs = torch.zeros_like(normalisers) if grads[0] is None else grads[0]
         grad_entropies, grad_divergences = grads[1:]
-        temperature, _, scale = ctx.constants
+        temperature, scale = ctx.constants.temperature, ctx.constants.scale
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -194,7 +212,7 @@ class _Head(torch.autograd.Function):
             grad = log_p.exp()
             factor = grad_logprobs[rows, None]
             if grad_divergences is not None:  # dKL / d logit = p * (log p - log q - KL)
-                gap = log_p - _reference_logprobs(reference, rows, ctx.constants)
+                gap = log_p - _reference_logprobs(reference, rows, ctx.reference_constants)
                 factor = gap.sub_(divergences[rows, None]).mul_(-grad_divergences[rows, None]).add_(factor)
             if grad_entropies is not None:  # dH / d logit = -p * (log p + H)
                 factor = log_p.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(factor)
@@ -223,10 +241,8 @@ class _Head(torch.autograd.Function):
         )
 
 
-def _reference_logprobs(
-    reference: Sequence[Tensor | None], rows: slice, constants: tuple[float, float | None, float]
-) -> Tensor:
-    """Log-probabilities of the whole vocabulary for a few rows: (hidden states, head, bias) of the other model."""
+def _reference_logprobs(reference: Sequence[Tensor | None], rows: slice, constants: Constants) -> Tensor:
+    """Compute log-probabilities of the whole vocabulary for a few rows of (hidden states, weight, bias)."""
     hidden, weight, bias = reference
     assert hidden is not None and weight is not None
     logits, _ = _logits(hidden[rows], weight, bias, constants)
@@ -238,10 +254,8 @@ def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple[float, float | None, float]
-) -> tuple[Tensor, Tensor | None]:
-    """Float32 logits of a few rows, divided by the temperature, and the derivative of the soft cap."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: Constants) -> tuple[Tensor, Tensor | None]:
+    """Compute float32 logits of a few rows, divided by the temperature, and the derivative of the soft cap."""
     temperature, softcap, scale = constants
     logits = (hidden @ weight.to(hidden.dtype).T).float()
     if bias is not None:

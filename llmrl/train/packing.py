@@ -6,13 +6,19 @@ behind each other in a row, and each attends to itself only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from llmrl.train.prefixes import Tree, causal_length, single_trees, tree_mask
+from llmrl.train.prefixes import Tree, causal_length, layer_cost, share_prefixes, single_trees, tree_mask
 from llmrl.types import MicroBatch, Sample
+
+if TYPE_CHECKING:
+    from llmrl.model.parallel import Parallel
+    from llmrl.model.policy import Policy
+    from llmrl.train.options import TrainConfig
 
 Rows = list[list[int]]
 """One micro-batch: what lies in each row, by index (samples, or trees of samples that share a prefix)."""
@@ -190,6 +196,62 @@ def build_micro_batch(
         sample_indices=chosen,
         samples=picked,
     )
+
+
+class Layout:
+    """How a learner lays samples out: this process's share of them, packed, common prefixes computed once.
+
+    Args:
+        policy: decides which layouts are right for its model.
+        options: `max_tokens_per_micro_batch`, `packing` and `share_prefixes` are read.
+        parallel: the processes that share the work.
+
+    Attributes:
+        max_tokens: positions of one micro-batch, padding included.
+    """
+
+    def __init__(self, policy: Policy, options: TrainConfig, parallel: Parallel) -> None:
+        self.policy, self.options, self.parallel = policy, options, parallel
+        by_device = 2048 if parallel.device.type == "cpu" else 16384
+        self.max_tokens = options.max_tokens_per_micro_batch or by_device
+
+    def micro_batches(
+        self, samples: list[Sample], *, whole: Collection[int] = (), all_here: bool = False
+    ) -> list[MicroBatch]:
+        """Return the micro-batches of this process: equally many on every process.
+
+        Args:
+            samples: what to compute.
+            whole: groups whose samples have to lie in one micro-batch.
+            all_here: compute all samples on this process, whatever the others do.
+        """
+        trees = self.trees(samples)
+        groups = [samples[tree.samples[0]].group for tree in trees]
+        plans = plan_micro_batches(
+            [tree.length for tree in trees],
+            max_tokens=self.max_tokens,
+            num_processes=1 if all_here else self.parallel.world,
+            packing=self.options.packing,
+            units=[group if group in whole else -1 - i for i, group in enumerate(groups)],
+        )
+        causal_head = self.policy.causal_head and self._supports_masks(samples)
+        return [
+            build_micro_batch(samples, rows, trees=trees, causal_head=causal_head, device=self.parallel.device)
+            for rows in plans[0 if all_here else self.parallel.rank]
+        ]
+
+    def trees(self, samples: list[Sample]) -> list[Tree]:
+        """Return how samples share prefixes. A tree holds samples of one group."""
+        share = self.options.share_prefixes and self._supports_masks(samples)
+        return share_prefixes(samples, layer_cost(self.policy)) if share else single_trees(samples)
+
+    def fits(self, samples: list[Sample]) -> bool:
+        """Return whether samples lie in one micro-batch together."""
+        lengths = [tree.length for tree in self.trees(samples)]
+        return fits(lengths, max_tokens=self.max_tokens, packing=self.options.packing)
+
+    def _supports_masks(self, samples: list[Sample]) -> bool:
+        return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

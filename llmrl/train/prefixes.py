@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
+    from llmrl.model.policy import Policy
     from llmrl.types import Sample
 
 
@@ -49,6 +51,16 @@ class Cost:
         causal = tree.prefix if shared else tree.length
         pairs = causal * causal / 2 + (tree.length - causal) * tree.length
         return tree.length * self.per_token + pairs * self.per_pair
+
+
+def layer_cost(policy: Policy) -> Cost:
+    """Return what one decoder layer of the policy computes per token and per pair of tokens."""
+    config, model = policy.model_config.get_text_config(), policy.causal_lm
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings.add(id(policy.module.head().weight))
+    inside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Cost(per_token=inside / config.num_hidden_layers, per_pair=2.0 * head_dim * config.num_attention_heads)
 
 
 def single_trees(samples: Sequence[Sample]) -> list[Tree]:

@@ -42,7 +42,7 @@ def train_ours(work: Work, num_steps: int, hook: StepHook) -> list[dict[str, flo
     next_tasks, begun = trainer.sampler.next, iter(range(num_steps + 1))
 
     def next_with_hook(count: int) -> Any:
-        hook(next(begun), trainer.policy.bare.model)
+        hook(next(begun), trainer.policy.module.model)
         return next_tasks(count)
 
     trainer.sampler.next = next_with_hook

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.config import AlgoConfig, Config, TrainConfig
+from llmrl.config import AlgoConfig, TrainConfig
+from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
 from llmrl.train.learner import Learner
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
 VOCABULARY, PROMPT, COMPLETION, GROUPS, SIZE, REPETITIONS = 32_000, 64, 96, 4, 8, 8
@@ -65,9 +66,12 @@ def build(num_steps: int) -> tuple[Learner, dict[str, GRPO]]:
     configs = {name: AlgoConfig(num_mini_batches=num_steps, **options) for name, options in ARMS.items()}
     train = TrainConfig(max_tokens_per_micro_batch=2048, learning_rate=1e-6)
     policy = Policy(model, temperature=1.0, keep_reference=False)
-    policy.check_forward()
-    learner = Learner(Config(algo=configs["grpo"], train=train), policy, Accelerator(cpu=True))
-    return learner, {name: GRPO(config, max_completion_length=COMPLETION) for name, config in configs.items()}
+    check_forward(policy)
+    learner = Learner(policy, train, Parallel.alone())
+    algorithms = {name: GRPO(config, max_completion_length=COMPLETION) for name, config in configs.items()}
+    for algorithm in algorithms.values():
+        algorithm.num_mini_batches = num_steps
+    return learner, algorithms
 
 
 def measure_time(num_steps: int) -> None:

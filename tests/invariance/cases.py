@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from llmrl.algo.base import Algorithm
@@ -18,6 +17,7 @@ from llmrl.algo.presets import resolve
 from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutConfig, TrainConfig
 from llmrl.model.critic import build_critic
 from llmrl.model.load import add_lora
+from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
 from llmrl.run.build import make_algorithm
 from llmrl.tiny import build_tiny_model
@@ -106,17 +106,17 @@ def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> 
 
 
 def make_learner(
-    model: torch.nn.Module, config: Config, *, accelerator: Accelerator | None = None, temperature: float = 1.0
+    model: torch.nn.Module, config: Config, *, parallel: Parallel | None = None, temperature: float = 1.0
 ) -> tuple[Learner, Algorithm]:
     algorithm = make_algorithm(config)
     policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.reference)
     if algorithm.needs.reference and not policy.has_adapters:
-        move(policy.bare, seed=5)  # away from the reference, so that the penalty has a gradient
-    return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
+        move(policy.module, seed=5)  # away from the reference, so that the penalty has a gradient
+    return Learner(policy, config.train, parallel or Parallel.alone()), algorithm  # pyright: ignore
 
 
 def make_ppo_learner(
-    kind: str, *, lora: bool = False, seed: int = 0, accelerator: Accelerator | None = None, **options: Any
+    kind: str, *, lora: bool = False, seed: int = 0, parallel: Parallel | None = None, **options: Any
 ) -> tuple[Learner, Algorithm]:
     """PPO with a critic of this kind. Its head and adapters are not at zero, as they would be at the start.
 
@@ -124,7 +124,7 @@ def make_ppo_learner(
         kind: `critic.kind`.
         lora: train adapters of the policy.
         seed: of the model.
-        accelerator: default: this process alone.
+        parallel: by default this process alone.
         options: `algo`, `critic` and `train` options as dictionaries, `arch`, `temperature`.
     """
     config = make_config(algo={"name": "ppo"} | options.get("algo", {}), train=options.get("train"))
@@ -132,7 +132,7 @@ def make_ppo_learner(
     config.critic = CriticConfig(kind=kind, **({"learning_rate": 0.2} | options.get("critic", {})))  # pyright: ignore
     config.critic = resolve_critic(config)
     model: Any = tiny_model(options.get("arch", "qwen2"), seed=seed)
-    critic = build_critic(config, model, tokenizer=None)  # pyright: ignore
+    critic = build_critic(config.critic, config.model, model, tokenizer=None, seed=config.train.seed)  # pyright: ignore
     generator = torch.Generator().manual_seed(seed + 3)
     with torch.no_grad():
         for name, parameter in critic.named_parameters():
@@ -146,7 +146,9 @@ def make_ppo_learner(
         keep_reference=algorithm.needs.reference,
         critic=critic,
     )
-    return Learner(config, policy, accelerator or Accelerator(cpu=True)), algorithm
+    rate = config.critic.learning_rate
+    learner = Learner(policy, config.train, parallel or Parallel.alone(), critic_learning_rate=rate)  # pyright: ignore
+    return learner, algorithm
 
 
 def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGroup]:
@@ -189,7 +191,7 @@ def move(module: torch.nn.Module, *, seed: int) -> None:
 
 
 def trained_parameters(learner: Learner) -> dict[str, Tensor]:
-    named = learner.policy.bare.named_parameters()
+    named = learner.policy.module.named_parameters()
     return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
 
 
@@ -208,7 +210,7 @@ def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample
     clip = learner._clip
 
     def look_and_clip(**options: Any) -> dict[str, float]:
-        for name, parameter in learner.policy.bare.named_parameters():
+        for name, parameter in learner.policy.module.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, f"{name} got no gradient"
                 gradients[name] = parameter.grad.clone()

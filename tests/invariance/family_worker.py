@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from llmrl.config import LoraConfig
+from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
 from llmrl.run.build import make_algorithm
 from llmrl.train.learner import Learner
@@ -45,12 +46,12 @@ CRITICS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run_critics(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+def run_critics(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
     """The same with PPO's kinds of critic, after two updates."""
     results = {}
     for name, case in CRITICS.items():
         options = case | {"algo": {"num_mini_batches": 2} | case.get("algo", {})}
-        learner, algorithm = make_ppo_learner(accelerator=accelerator, **options)
+        learner, algorithm = make_ppo_learner(parallel=parallel, **options)
         metrics: dict[str, float] = {}
         for step in range(2):
             batch = algorithm.prepare(scored_groups(seed + step), policy_version=step)
@@ -66,14 +67,14 @@ def run_critics(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]
     return results
 
 
-def run_cases(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+def run_cases(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
     """Metrics, parameters and token scores after one update of every case."""
-    results = run_critics(seed, accelerator)
+    results = run_critics(seed, parallel)
     for name, algo in CASES.items():
         config = make_config(algo=algo)
         algorithm = make_algorithm(config)
         policy = Policy(tiny_model(), temperature=1.0, keep_reference=algorithm.needs.reference)
-        learner = Learner(config, policy, accelerator)
+        learner = Learner(policy, config.train, parallel)  # pyright: ignore
         groups = make_groups(seed)
         metrics = learner.update(algorithm.prepare(groups, policy_version=0), algorithm)
         scores = [r.token_scores for group in groups for r in group.rollouts]
@@ -88,13 +89,13 @@ def run_cases(seed: int, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2, accelerator.num_processes
-    results = run_cases(int(sys.argv[2]), accelerator)
-    if accelerator.is_main_process:
+    parallel = Parallel(Accelerator(cpu=True))
+    assert parallel.world == 2, parallel.world
+    results = run_cases(int(sys.argv[2]), parallel)
+    if parallel.is_main:
         torch.save(results, sys.argv[1])
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    parallel.barrier()
+    parallel.finish()
 
 
 if __name__ == "__main__":

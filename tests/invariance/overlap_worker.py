@@ -39,7 +39,7 @@ def main(folder: str, max_steps: str, checkpoint: str | None = None) -> None:
     run = Trainer(settings, model="tiny:qwen2", reward=letters, train_dataset=ROWS)
     assert run.accelerator.num_processes == 2, run.accelerator.num_processes
     run.train()
-    weights = torch.cat([parameter.detach().flatten() for parameter in run.policy.bare.parameters()])
+    weights = torch.cat([parameter.detach().flatten() for parameter in run.policy.module.parameters()])
     torch.save(weights, f"{folder}/weights_{run.accelerator.process_index}.pt")
 
 

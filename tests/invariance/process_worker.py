@@ -1,7 +1,7 @@
 """Run some updates of a tiny model and write what each did; started by `accelerate launch`, or called in one process.
 
 process_worker.py OUT.pt SEED             the updates, written by the main process
-process_worker.py --refused OUTPUT_DIR    exit code 2 if make_accelerator refuses the launch
+process_worker.py --refused OUTPUT_DIR    exit code 2 if make_parallel refuses the launch
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from llmrl.config import PreferenceConfig
 from llmrl.errors import UserError
+from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.types import Preference
 from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, update_and_look
 
@@ -47,14 +48,14 @@ CASES: dict[str, dict[str, Any]] = {
 STEPS = 2
 
 
-def run_cases(seed: int, accelerator: Accelerator) -> dict[str, list[dict[str, Any]]]:
+def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
     """Metrics and gradients of every step of every case."""
     results = {}
     for name, case in CASES.items():
         model = make_lora(tiny_model()) if case.get("lora") else tiny_model()
         config = make_config(algo=case.get("algo"), train=case.get("train"))
         config.preference = PreferenceConfig(**case["preference"]) if "preference" in case else None
-        learner, algorithm = make_learner(model, config, accelerator=accelerator)
+        learner, algorithm = make_learner(model, config, parallel=parallel)
         steps = []
         for step in range(STEPS):
             samples = make_samples(seed + step, **case.get("samples", {}))
@@ -70,21 +71,19 @@ def run_cases(seed: int, accelerator: Accelerator) -> dict[str, list[dict[str, A
 
 def main() -> int:
     if sys.argv[1] == "--refused":
-        from llmrl.run.build import make_accelerator
-
         try:
-            make_accelerator(make_config(sys.argv[2]))
+            make_parallel(seed=0, output_dir=sys.argv[2])
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
         return 0
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2, accelerator.num_processes
-    results = run_cases(int(sys.argv[2]), accelerator)
-    if accelerator.is_main_process:
+    parallel = Parallel(Accelerator(cpu=True))
+    assert parallel.world == 2, parallel.world
+    results = run_cases(int(sys.argv[2]), parallel)
+    if parallel.is_main:
         torch.save(results, sys.argv[1])
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    parallel.barrier()
+    parallel.finish()
     return 0
 
 

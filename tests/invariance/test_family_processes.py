@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 
+from llmrl.model.parallel import Parallel
 from tests.invariance.family_worker import CASES, CRITICS, run_cases
 from tests.invariance.launch import launch
 
@@ -26,7 +26,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Any]]:
-    return run_cases(int(SEED), Accelerator(cpu=True))
+    return run_cases(int(SEED), Parallel.alone())
 
 
 @pytest.mark.slow

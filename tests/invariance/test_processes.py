@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
+from llmrl.model.parallel import Parallel
 from tests.invariance.launch import launch
 from tests.invariance.process_worker import CASES, STEPS, run_cases
 
@@ -26,7 +26,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[di
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, list[dict[str, Any]]]:
-    return run_cases(int(os.environ.get("LLMRL_TEST_SEED", "0")), Accelerator(cpu=True))
+    return run_cases(int(os.environ.get("LLMRL_TEST_SEED", "0")), Parallel.alone())
 
 
 @pytest.mark.slow

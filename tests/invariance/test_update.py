@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmrl.algo.base import Needs
+from llmrl.algo.base import Algorithm, Needs
 from llmrl.errors import RunFailed
 from llmrl.model.policy import Policy
 from llmrl.train.learner import Learner
 from llmrl.train.packing import build_micro_batch
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import ForwardOutputs, MicroBatch, Sample
 from tests.invariance.cases import (
     MAX_COMPLETION_LENGTH,
@@ -94,7 +95,7 @@ def test_nan_outside_the_mask_changes_nothing(algo: dict, number: int, max_token
 def poison(learner: Learner, number: int) -> None:
     """Spoil whatever the loss must not see of each forward pass."""
     policy, generator = learner.policy, torch.Generator().manual_seed(number)
-    forward, hidden_states = policy.forward, policy.bare.hidden_states
+    forward, hidden_states = policy.forward, policy.module.hidden_states
 
     def spoilt(batch: MicroBatch, **options: Any) -> ForwardOutputs:
         noise = torch.randint(0, 61, batch.input_ids.shape, generator=generator)
@@ -105,7 +106,7 @@ def poison(learner: Learner, number: int) -> None:
         def hidden(*inputs: Any) -> Tensor:
             return torch.where(read.view(*batch.input_ids.shape, 1), hidden_states(*inputs), math.nan)
 
-        policy.bare.hidden_states = hidden  # pyright: ignore
+        policy.module.hidden_states = hidden  # pyright: ignore
         return forward(batch, **options)
 
     policy.forward = spoilt  # pyright: ignore
@@ -122,7 +123,7 @@ def test_exact_divergence_against_dense_logits(arch: str, lora: bool, share_pref
     model, reference = (tiny_model(arch) for _ in range(2))
     model = make_lora(model) if lora else model
     learner, algorithm = make_learner(model, make_config(algo=algo, train=train), temperature=temperature)
-    learner.policy.check_forward()
+    check_forward(learner.policy)
     assert learner.policy.can_share_prefixes
     total = torch.zeros(())
     for sample in samples:
@@ -132,7 +133,7 @@ def test_exact_divergence_against_dense_logits(arch: str, lora: bool, share_pref
         divergence = (everything.exp() * (everything - other)).sum(-1)
         total = total + (beta * divergence - ratio * torch.from_numpy(sample.advantages)).sum()
     total = total / sum(sample.num_tokens for sample in samples)
-    trained = {name: p for name, p in learner.policy.bare.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in learner.policy.module.named_parameters() if p.requires_grad}
     expected = dict(zip(trained, torch.autograd.grad(total, list(trained.values())), strict=True))
     found = update_and_look(learner, algorithm, samples)
     assert found.metrics["loss/total"] == pytest.approx(total.item(), rel=1e-5, abs=1e-6)
@@ -212,7 +213,7 @@ def test_several_steps_per_batch_against_a_literal_loop(
     learner, algorithm = make_learner(tiny_model(), config)
     reference = tiny_model()
     model = tiny_model()
-    model.load_state_dict(learner.policy.bare.causal_lm.state_dict())
+    model.load_state_dict(learner.policy.module.causal_lm.state_dict())
     dealt = spy_on_mini_batches(learner)
     metrics = learner.update(train_batch(samples), algorithm)
 
@@ -237,7 +238,7 @@ def test_several_steps_per_batch_against_a_literal_loop(
             options["lr"] = 0.1 * min(1.0, (number + 1) / 2)
         optimizer.step()
     expected = dict(model.named_parameters())
-    for name, parameter in learner.policy.bare.causal_lm.named_parameters():
+    for name, parameter in learner.policy.module.causal_lm.named_parameters():
         torch.testing.assert_close(
             parameter, expected[name], rtol=0, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
@@ -294,7 +295,7 @@ def test_passes_are_dealt_in_fresh_orders() -> None:
 def test_old_logprobs_are_filled_only_when_needed(seed: int) -> None:
     for algo, wanted in (({}, False), ({"num_iterations": 2}, True)):
         learner, algorithm = make_learner(tiny_model(), make_config(algo=algo))
-        before = [plain_logprobs(learner.policy.bare.causal_lm, s, 1.0)[0].detach() for s in make_samples(seed)]
+        before = [plain_logprobs(learner.policy.module.causal_lm, s, 1.0)[0].detach() for s in make_samples(seed)]
         batch = train_batch(make_samples(seed))
         learner.update(batch, algorithm)
         for sample, expected in zip(batch.samples, before, strict=True):
@@ -323,11 +324,10 @@ def test_metrics_against_a_literal_loop(seed: int) -> None:
     assert metrics["policy/lr"] == pytest.approx(0.1)
 
 
-class InfiniteGradient:
+class InfiniteGradient(Algorithm):
     """A loss that is finite and has no finite gradient."""
 
     needs = Needs()
-    policy_frozen = False
 
     def loss(self, outputs, batch, counts):
         zero = (outputs.logprobs - outputs.logprobs.detach()).sum()

@@ -18,6 +18,7 @@ from llmrl.run.checkpoint import load_checkpoint, save_checkpoint
 from llmrl.track.files import read_jsonl
 from llmrl.train.learner import Learner
 from llmrl.train.packing import build_micro_batch
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import TrainBatch
 from tests.invariance.cases import (
     Outcome,
@@ -63,15 +64,15 @@ def test_values_are_of_the_state_before_each_token(kind: str, lora: bool, seed: 
     """Through the plain modules, one sequence at a time: head(trunk(ids))[t - 1] for the token at t."""
     learner, _ = make_ppo_learner(kind, lora=lora)
     policy, samples = learner.policy, make_samples(seed)
-    critic = policy.bare.critic
+    critic = policy.module.critic
     assert critic is not None
-    policy.check_forward()
+    check_forward(policy)
     assert policy.can_share_prefixes
     outputs = policy.forward(build_micro_batch(samples, [[0, 1, 2], [3], [4, 5, 6, 7], [8]]))
     expected = []
     for sample in samples:
         ids = torch.from_numpy(sample.input_ids)
-        trunk = critic.trunk or policy.bare.causal_lm.get_decoder()
+        trunk = critic.trunk or policy.module.causal_lm.get_decoder()
         values = trunk(ids[None]).last_hidden_state[0] @ critic.head.weight + critic.head.bias
         expected.append(values[[t - 1 for t in range(len(ids)) if sample.loss_mask[t]]])
     assert outputs.values is not None
@@ -91,7 +92,7 @@ def test_layout_changes_nothing(kind: str, lora: bool, arch: str, seed: int) -> 
             kind, lora=lora, arch=arch, temperature=0.9, **one_step(train=train, algo={"positive_lm_coef": 0.1})
         )
         if check:  # finds out that prefixes can be shared
-            learner.policy.check_forward()
+            check_forward(learner.policy)
             assert learner.policy.can_share_prefixes
         return update_and_look(learner, algorithm, batch_of(algorithm, seed))
 
@@ -193,12 +194,12 @@ def test_a_large_value_loss_does_not_shorten_the_policys_step(seed: int) -> None
 
 def test_an_adapter_critic_holds_no_second_base() -> None:
     learner, _ = make_ppo_learner("adapter", lora=True)
-    bare = learner.policy.bare
-    assert bare.critic is not None
-    base = {id(p) for p in bare.model.parameters() if not p.requires_grad}
-    own = {name for name, p in bare.critic.named_parameters() if id(p) not in base}
+    module = learner.policy.module
+    assert module.critic is not None
+    base = {id(p) for p in module.model.parameters() if not p.requires_grad}
+    own = {name for name, p in module.critic.named_parameters() if id(p) not in base}
     assert base and all("lora_" in name or name.startswith("head.") for name in own)
-    assert all(not p.requires_grad for p in bare.critic.parameters() if id(p) in base)
+    assert all(not p.requires_grad for p in module.critic.parameters() if id(p) in base)
 
 
 @every_kind
@@ -213,9 +214,9 @@ def test_policy_and_critic_do_not_see_each_others_adapters(
     )
     policy = learner.policy
     if checkpointing:
-        policy.bare.causal_lm.gradient_checkpointing_enable()
-        if policy.bare.critic is not None and policy.bare.critic.trunk is not None:
-            policy.bare.critic.trunk.gradient_checkpointing_enable()  # pyright: ignore
+        policy.module.causal_lm.gradient_checkpointing_enable()
+        if policy.module.critic is not None and policy.module.critic.trunk is not None:
+            policy.module.critic.trunk.gradient_checkpointing_enable()  # pyright: ignore
     weights = {name: tensor.clone() for name, tensor in policy.weights()}
     assert not any("critic" in name for name in weights)
     outcome = update_and_look(learner, algorithm, batch_of(algorithm, seed))
@@ -227,12 +228,12 @@ def test_policy_and_critic_do_not_see_each_others_adapters(
     assert_same(outcome, update_and_look(plain, same, batch_of(same, seed)))
     samples = make_samples(seed)
     rows = build_micro_batch(samples, [[i] for i in range(len(samples))])
-    alone, critic = policy.forward(rows), policy.bare.critic
+    alone, critic = policy.forward(rows), policy.module.critic
     policy.reference_logprobs(rows)
     again = policy.forward(rows)
     assert critic is not None and alone.values is not None and again.values is not None
     assert torch.equal(alone.values, again.values) and again.values.requires_grad
-    policy.bare.critic = None
+    policy.module.critic = None
     assert torch.equal(policy.forward(rows).logprobs, alone.logprobs) and policy.forward(rows).values is None
 
 
@@ -337,7 +338,7 @@ def test_a_run_is_recorded_resumed_and_saved_without_its_critic(kind: str, lora:
 def test_a_critic_that_cannot_bear_a_layout_is_found_out_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sliding window does not bear shared prefixes; a trunk that mixes up packed sequences stops the run."""
     learner, _ = make_ppo_learner("separate")
-    policy, critic = learner.policy, learner.policy.bare.critic
+    policy, critic = learner.policy, learner.policy.module.critic
     assert critic is not None
     honest = critic.hidden_states
 
@@ -345,7 +346,7 @@ def test_a_critic_that_cannot_bear_a_layout_is_found_out_before_the_first_step(m
         return honest(*inputs[:3], None)
 
     monkeypatch.setattr(critic, "hidden_states", blind_to_masks)
-    policy.check_forward()
+    check_forward(policy)
     assert not policy.can_share_prefixes
 
     def blind_to_positions(input_ids: Tensor, position_ids: Tensor, *rest: Any) -> Tensor:
@@ -353,7 +354,7 @@ def test_a_critic_that_cannot_bear_a_layout_is_found_out_before_the_first_step(m
 
     monkeypatch.setattr(critic, "hidden_states", blind_to_positions)
     with pytest.raises(RunFailed, match="the critic's Qwen2Model: the packed row changes its hidden states"):
-        policy.check_forward()
+        check_forward(policy)
 
 
 @pytest.mark.slow

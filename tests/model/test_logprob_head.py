@@ -9,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmrl.model import logprob_head
-from llmrl.model.logprob_head import restricted_probabilities, token_collisions, token_logprobs, token_logprobs_and_kl
+from llmrl.model.logprob_head import (
+    Head,
+    ReferenceHead,
+    greedy_tokens,
+    restricted_probabilities,
+    token_collisions,
+    token_logprobs,
+    token_logprobs_and_kl,
+)
 
 ROWS, HIDDEN, VOCABULARY = 37, 12, 101
 
@@ -82,7 +90,7 @@ def test_values_and_gradients(
             total = total + (factors[1] * entropies).sum()
         return total
 
-    ours = token_logprobs(tensors["hidden"], tensors["weight"], tensors["targets"], **options)
+    ours = token_logprobs(tensors["hidden"], Head(weight=tensors["weight"], **options), tensors["targets"])
     reference = literal(tensors["hidden"], tensors["weight"], tensors["targets"], **options)
     for value, expected in zip(ours, reference, strict=True):
         assert value.dtype == torch.float32
@@ -103,11 +111,14 @@ def test_probabilities_of_some_tokens_and_collisions(variant: str, seed: int, mo
     expected = torch.stack([literal(hidden, weight, column, **options)[0].exp() for column in every.T], dim=1)
     vocabulary, columns = targets.unique(return_inverse=True)
     logprobs = literal(hidden, weight, targets, **options)[0].float()
-    found = restricted_probabilities(hidden, weight, logprobs, vocabulary, columns, **options)
+    head = Head(weight=weight, **options)
+    found = restricted_probabilities(hidden, head, logprobs, vocabulary, columns)
     assert not found.requires_grad
     torch.testing.assert_close(found.double(), expected[:, vocabulary], rtol=1e-4, atol=1e-6)
-    collisions = token_collisions(hidden, weight, **options)
+    collisions = token_collisions(hidden, head)
     torch.testing.assert_close(collisions.double(), expected.square().sum(1), rtol=1e-4, atol=1e-6)
+    highest = expected.gather(1, greedy_tokens(hidden, head)[:, None])[:, 0]
+    torch.testing.assert_close(highest, expected.amax(1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows_at_once", [16, 10**6])
@@ -125,7 +136,9 @@ def test_divergence_of_whole_distributions(
         reference_options["bias"] = reference_bias
     hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
     trained = [hidden, weight, *([tensors["bias"]] if "bias" in options else [])]
-    ours = token_logprobs_and_kl(hidden, weight, targets, (other["hidden"], other["weight"], reference_bias), **options)
+    reference_head = Head(**{**options, "weight": other["weight"], "bias": reference_bias})
+    there = ReferenceHead(hidden=other["hidden"], head=reference_head)
+    ours = token_logprobs_and_kl(hidden, Head(weight=weight, **options), targets, there)
     columns = torch.arange(VOCABULARY).repeat(ROWS, 1).T
     dense = torch.stack([literal(hidden, weight, column, **options)[0] for column in columns], 1)
     reference = torch.stack(
@@ -154,10 +167,10 @@ def test_finite_differences_of_one_logprob_and_entropy(seed: int) -> None:
     """Against the function itself, not against another derivation of the gradient."""
     tensors = inputs(seed)
     direction = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed + 2))
-    options = {"temperature": 0.8, "softcap": 8.0, "bias": tensors["bias"]}
+    head = Head(weight=tensors["weight"], temperature=0.8, softcap=8.0, bias=tensors["bias"])
 
     def total(hidden: Tensor) -> Tensor:
-        logprobs, entropies = token_logprobs(hidden, tensors["weight"], tensors["targets"], **options)
+        logprobs, entropies = token_logprobs(hidden, head, tensors["targets"])
         return logprobs.sum() + 2 * entropies.sum()
 
     (gradient,) = torch.autograd.grad(total(tensors["hidden"]), tensors["hidden"])
@@ -171,7 +184,7 @@ def test_finite_differences_of_one_logprob_and_entropy(seed: int) -> None:
 def test_frozen_head_gets_no_gradient() -> None:
     tensors = inputs(0)
     weight, bias = tensors["weight"].detach(), tensors["bias"].detach()
-    logprobs, entropies = token_logprobs(tensors["hidden"], weight, tensors["targets"], bias=bias)
+    logprobs, entropies = token_logprobs(tensors["hidden"], Head(weight=weight, bias=bias), tensors["targets"])
     (logprobs.sum() + entropies.sum()).backward()
     assert weight.grad is None
     assert bias.grad is None
@@ -181,7 +194,7 @@ def test_frozen_head_gets_no_gradient() -> None:
 
 def test_frozen_body_still_trains_the_head() -> None:
     tensors = inputs(0)
-    token_logprobs(tensors["hidden"].detach(), tensors["weight"], tensors["targets"])[0].sum().backward()
+    token_logprobs(tensors["hidden"].detach(), Head(weight=tensors["weight"]), tensors["targets"])[0].sum().backward()
     expected = inputs(0)
     literal(expected["hidden"].detach(), expected["weight"], expected["targets"])[0].sum().backward()
     torch.testing.assert_close(tensors["weight"].grad, expected["weight"].grad, rtol=1e-4, atol=1e-5)
@@ -189,9 +202,8 @@ def test_frozen_body_still_trains_the_head() -> None:
 
 def test_no_rows() -> None:
     tensors = inputs(0)
-    logprobs, entropies = token_logprobs(
-        tensors["hidden"][:0], tensors["weight"], tensors["targets"][:0], bias=tensors["bias"]
-    )
+    head = Head(weight=tensors["weight"], bias=tensors["bias"])
+    logprobs, entropies = token_logprobs(tensors["hidden"][:0], head, tensors["targets"][:0])
     assert logprobs.shape == entropies.shape == (0,)
     (logprobs.sum() + entropies.sum()).backward()
     for name in ("hidden", "weight", "bias"):
@@ -204,7 +216,7 @@ def test_bfloat16_is_within_its_rounding(with_bias: bool, seed: int) -> None:
     tensors = inputs(seed, torch.bfloat16)
     bias = tensors["bias"] if with_bias else None
     trained = [tensors["hidden"], tensors["weight"], *([bias] if bias is not None else [])]
-    ours = token_logprobs(tensors["hidden"], tensors["weight"], tensors["targets"], bias=bias)
+    ours = token_logprobs(tensors["hidden"], Head(weight=tensors["weight"], bias=bias), tensors["targets"])
     reference = literal(tensors["hidden"], tensors["weight"], tensors["targets"], bias=bias)
     for value, expected in zip(ours, reference, strict=True):
         assert value.dtype == torch.float32
@@ -227,14 +239,14 @@ def test_under_autocast_forward_and_backward_use_the_same_logits(seed: int) -> N
     bias = torch.zeros(50, requires_grad=True)
     targets = torch.randint(50, (200,), generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logprobs, entropies = token_logprobs(hidden, weight, targets, bias=bias)
+        logprobs, entropies = token_logprobs(hidden, Head(weight=weight, bias=bias), targets)
     assert logprobs.dtype == torch.float32
     for row in (0, 100):
         (slope,) = torch.autograd.grad(logprobs[row], bias, retain_graph=True)
         assert slope.sum().abs().item() < 1e-4
     (grad_hidden,) = torch.autograd.grad(logprobs.sum(), hidden)
     reference = hidden.detach().bfloat16().requires_grad_()
-    expected, expected_entropies = token_logprobs(reference, weight, targets, bias=bias)
+    expected, expected_entropies = token_logprobs(reference, Head(weight=weight, bias=bias), targets)
     assert torch.equal(logprobs, expected)
     assert torch.equal(entropies, expected_entropies), "the reductions stay in float32"
     expected.sum().backward()
@@ -260,10 +272,10 @@ def test_full_logits_are_never_allocated() -> None:
     targets = torch.randint(vocabulary, (rows,))
     assert rows * vocabulary > logprob_head.MAX_LOGITS
     with LargestTensor() as seen:
-        logprobs, entropies = token_logprobs(hidden, weight, targets)
+        logprobs, entropies = token_logprobs(hidden, Head(weight=weight), targets)
         (logprobs.sum() + entropies.sum()).backward()
-        reference = (torch.randn(rows, 4), torch.randn(vocabulary, 4), None)
-        token_logprobs_and_kl(hidden, weight, targets, reference)[2].sum().backward()
+        reference = ReferenceHead(hidden=torch.randn(rows, 4), head=Head(weight=torch.randn(vocabulary, 4)))
+        token_logprobs_and_kl(hidden, Head(weight=weight), targets, reference)[2].sum().backward()
     assert weight.numel() <= seen.largest <= logprob_head.MAX_LOGITS
     with LargestTensor() as seen:
         (hidden @ weight.T).log_softmax(-1)

@@ -14,8 +14,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from llmrl.config import LoraConfig, ModelConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.load import add_lora, load_model, load_tokenizer
+from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy, PolicyModule
 from llmrl.train.packing import build_micro_batch
+from llmrl.train.selfcheck import check_forward
 from tests.invariance.cases import (
     make_config,
     make_learner,
@@ -94,7 +96,7 @@ def test_weights_come_one_layer_at_a_time() -> None:
     """A consumer that stops early has not paid for merging the rest."""
     policy = policy_of(make_lora(tiny_model()))
     merged = 0
-    first = next(layer for _, layer in policy.bare.causal_lm.named_modules() if hasattr(layer, "lora_A"))
+    first = next(layer for _, layer in policy.module.causal_lm.named_modules() if hasattr(layer, "lora_A"))
     merge = type(first).merge
 
     def count(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -145,7 +147,7 @@ def test_the_reference_is_the_model_of_the_start(seed: int) -> None:
     batch = build_micro_batch(samples, [[0, 1], [2]])
     plain = policy_of(tiny_model()).forward(batch).logprobs.detach()
     whole = policy_of(tiny_model(), keep_reference=True)
-    move(whole.bare, seed=1)
+    move(whole.module, seed=1)
     adapted = policy_of(make_lora(tiny_model()), keep_reference=True)
     for policy in (whole, adapted):
         reference = policy.reference_logprobs(batch)
@@ -170,9 +172,9 @@ def test_sequence_logprobs_are_the_models_own_at_temperature_one(seed: int) -> N
     for ids in sequences:
         logits = model(input_ids=torch.tensor([ids])).logits[0]
         expected.append([logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids))])
-    policy.module.train()
+    policy.wrapped.train()
     found = policy.sequence_logprobs(sequences)
-    assert policy.module.training
+    assert policy.wrapped.training
     for ours, row in zip(found, expected, strict=True):
         assert ours == pytest.approx(row, abs=1e-5)
 
@@ -183,8 +185,8 @@ def test_sequence_logprobs_are_the_models_own_at_temperature_one(seed: int) -> N
 @pytest.mark.parametrize("arch", [*ARCHS, "mistral"])
 def test_known_architectures_pass(arch: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        policy_of(tiny_model(arch).to(dtype)).check_forward()
-    policy_of(make_lora(tiny_model(arch))).check_forward()
+        check_forward(policy_of(tiny_model(arch).to(dtype)))
+    check_forward(policy_of(make_lora(tiny_model(arch))))
 
 
 def test_a_packed_row_whose_sequences_see_each_other_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +197,8 @@ def test_a_packed_row_whose_sequences_see_each_other_is_caught(monkeypatch: pyte
     monkeypatch.setattr(PolicyModule, "hidden_states", with_a_mask)
     policy = policy_of(tiny_model())
     with pytest.raises(RunFailed, match=r"the packed row gives .* set train.packing false"):
-        policy.check_forward()
-    policy.check_forward(packing=False)
+        check_forward(policy)
+    check_forward(policy, packing=False)
 
 
 @pytest.mark.parametrize("factor", [1.05, -1.0, math.nan])
@@ -210,7 +212,7 @@ def test_logits_that_are_changed_after_the_head_are_caught(factor: float) -> Non
     model.register_forward_hook(change)
     for packing in (True, False):
         with pytest.raises(RunFailed, match="log-prob head gives"):
-            policy_of(model).check_forward(packing=packing)
+            check_forward(policy_of(model), packing=packing)
 
 
 @pytest.mark.parametrize(("field", "value"), [("final_logit_softcapping", 3.0), ("logit_scale", 0.3)])
@@ -218,13 +220,13 @@ def test_constants_of_the_configuration_that_the_model_does_not_apply_are_caught
     model = tiny_model()
     setattr(model.config, field, value)
     with pytest.raises(RunFailed, match="log-prob head gives"):
-        policy_of(model).check_forward()
+        check_forward(policy_of(model))
 
 
 def test_gemma2s_soft_cap_matters() -> None:
     """The check would be blind to a forgotten soft cap if the cap changed nothing at this size of logits."""
     model = tiny_model("gemma2", final_logit_softcapping=2.0)
-    policy_of(model).check_forward()
+    check_forward(policy_of(model))
     model.config.final_logit_softcapping = None
     capped = policy_of(tiny_model("gemma2", final_logit_softcapping=2.0))
     assert policy_of(model).sequence_logprobs([[1, 2, 3]]) != capped.sequence_logprobs([[1, 2, 3]])
@@ -247,13 +249,13 @@ def test_mixed_precision(bfloat16_accelerator: Accelerator, lora: bool, seed: in
     """Training is rounded, alike for policy and reference; what proves the weights is not."""
     config = make_config(algo={"beta": 0.1})
     model = add_lora(tiny_model(), LoraConfig(r=4), seed=0) if lora else tiny_model()
-    learner, algorithm = make_learner(model, config, accelerator=bfloat16_accelerator)
+    learner, algorithm = make_learner(model, config, parallel=Parallel(bfloat16_accelerator))
     policy, sequence = learner.policy, make_samples(seed)[0].input_ids.tolist()
     if policy._reference is not None:
-        policy.bare.load_state_dict(policy._reference.state_dict())
+        policy.module.load_state_dict(policy._reference.state_dict())
     exact = policy_of(tiny_model()).sequence_logprobs([sequence])[0]
     assert policy.sequence_logprobs([sequence])[0] == pytest.approx(exact, abs=1e-5)
-    policy.check_forward()
+    check_forward(policy)
 
     batch = build_micro_batch(make_samples(seed), [[0, 1], [2]])
     gap = (policy.forward(batch).logprobs - policy_of(tiny_model()).forward(batch).logprobs).abs().max()

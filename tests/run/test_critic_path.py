@@ -23,7 +23,7 @@ def test_a_critic_of_another_shape(tmp_path: Path) -> None:
     build_tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=32).save_pretrained(tmp_path / "other")
     options = settings(tmp_path / "run", critic__path=str(tmp_path / "other"))
     run = Trainer(options, model="tiny:qwen2", reward=letters, train_dataset=ROWS)
-    critic = run.policy.bare.critic
+    critic = run.policy.module.critic
     assert critic is not None and critic.head.weight.shape == (32,)
     assert run.train()["value/grad_norm"] > 0
     build_tiny_model("llama", vocab_size=64).save_pretrained(tmp_path / "small")

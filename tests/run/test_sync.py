@@ -65,11 +65,11 @@ def change(policy: Policy, *, seed: int = 7) -> None:
     if policy.has_adapters:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in policy.bare.parameters():
+            for parameter in policy.module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     else:
-        move(policy.bare, seed=seed)
+        move(policy.module, seed=seed)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

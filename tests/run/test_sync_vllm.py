@@ -51,9 +51,9 @@ class Training:
         self.version = -1
 
     def step(self, learning_rate: float) -> None:
-        parameters = [p for p in self.policy.bare.parameters() if p.requires_grad]
+        parameters = [p for p in self.policy.module.parameters() if p.requires_grad]
         ids = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(SEED + self.version + 1))
-        self.policy.bare.causal_lm(input_ids=ids, labels=ids).loss.backward()
+        self.policy.module.causal_lm(input_ids=ids, labels=ids).loss.backward()
         torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0).step()
         for parameter in parameters:
             parameter.grad = None
@@ -67,7 +67,7 @@ class Training:
 def whole() -> Iterator[Training]:
     """All weights at each push; embeddings not tied."""
     policy = policy_of("qwen3", tied=False, lora=False)
-    engine = VllmEngine(policy.bare.causal_lm.config, options=OPTIONS, max_num_seqs=8)
+    engine = VllmEngine(policy.module.causal_lm.config, options=OPTIONS, max_num_seqs=8)
     yield Training(policy, engine)
     asyncio.run(engine.close())
 
@@ -76,7 +76,7 @@ def whole() -> Iterator[Training]:
 def apart() -> Iterator[Training]:
     """The adapter alone at each push; embeddings tied."""
     policy = policy_of("qwen2", tied=True, lora=True)
-    config = policy.bare.causal_lm.config
+    config = policy.module.causal_lm.config
     engine = VllmEngine(config, options=OPTIONS, max_num_seqs=8, base=policy.base_weights, lora_rank=4)
     yield Training(policy, engine)
     asyncio.run(engine.close())

@@ -15,6 +15,7 @@ from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
 from llmrl.train.packing import build_micro_batch, plan_micro_batches
 from llmrl.train.prefixes import Cost, Tree, causal_length, share_prefixes, single_trees, tree_mask
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import MicroBatch, Sample
 from tests.invariance.cases import make_config, make_learner
 
@@ -133,14 +134,14 @@ def outputs_and_gradients(
     """Log-probabilities of all samples in order, gradients of a weighted sum of them, and how they were laid out."""
     (plan,) = plan_micro_batches([tree.length for tree in trees], max_tokens=max_tokens)
     logprobs, batches = {}, []
-    policy.bare.zero_grad()
+    policy.module.zero_grad()
     for rows in plan:
         batches.append(batch := build_micro_batch(samples, rows, trees=trees, causal_head=causal_head))
         outputs = policy.forward(batch).logprobs
         (outputs * batch.targets.float().cos()).sum().backward()
         pieces = outputs.detach().split(batch.sequence_lengths.tolist())
         logprobs |= dict(zip(batch.sample_indices, pieces, strict=True))
-    gradients = {n: p.grad.clone() for n, p in policy.bare.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None}
     return torch.cat([logprobs[i] for i in range(len(samples))]), gradients, batches
 
 
@@ -159,7 +160,7 @@ def test_shared_prefixes_give_the_log_probabilities_and_gradients_of_sequences_a
     arch: str, causal_head: bool, seed: int
 ) -> None:
     policy = Policy(build_tiny_model(arch, vocab_size=50, seed=seed), temperature=0.7, keep_reference=False)
-    policy.check_forward()
+    check_forward(policy)
     assert policy.can_share_prefixes
     samples = random_groups(seed)
     assert_like_alone(policy, samples, share_prefixes(samples, CHEAP_ATTENTION), causal_head=causal_head)
@@ -181,7 +182,7 @@ def test_a_causal_beginning_needs_no_mask(arch: str, sharing: bool, seed: int) -
 def test_eager_attention_takes_whole_masks(seed: int) -> None:
     model = build_tiny_model("qwen2", vocab_size=50, seed=seed, attn_implementation="eager")
     policy = Policy(model, temperature=1.0, keep_reference=False)
-    policy.check_forward()
+    check_forward(policy)
     assert policy.can_share_prefixes and not policy.causal_head
     samples = long_prompts(seed)
     assert_like_alone(policy, samples, share_prefixes(samples, CHEAP_ATTENTION), causal_head=False)
@@ -191,14 +192,14 @@ def test_sliding_windows_are_found_out(seed: int) -> None:
     """transformers gives a layer with a window the mask as it is: right only for sequences that fit into the window."""
     model = build_tiny_model("mistral", vocab_size=50, sliding_window=15)
     policy = Policy(model, temperature=1.0, keep_reference=False)
-    policy.check_forward()
+    check_forward(policy)
     assert policy.window == 15
     learner, _ = make_learner(model, make_config(train={"max_tokens_per_micro_batch": 200}))
     learner.policy.can_share_prefixes = True
     for completion, shared in ((2, True), (3, False)):
         samples = [make_sample(list(range(13)), [index] * completion, index=index) for index in range(3)]
-        assert (len(learner._trees(samples)) == 1) is shared
-        batch, *others = learner._micro_batches(samples)
+        assert (len(learner.layout.trees(samples)) == 1) is shared
+        batch, *others = learner.layout.micro_batches(samples)
         assert not others and (batch.attention_mask is not None) is shared
         alone = outputs_and_gradients(policy, samples, single_trees(samples), causal_head=False, max_tokens=1)[0]
         pieces = policy.forward(batch).logprobs.split(batch.sequence_lengths.tolist())

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from llmrl.algo.base import Algorithm
 from llmrl.algo.ops.token_hidden_reward import (
     influence,
     influence_matrix,
@@ -20,10 +20,11 @@ from llmrl.algo.ops.token_hidden_reward import (
     thr_weights,
     threshold,
 )
-from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.config import AlgoConfig
+from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy, PolicyModule
+from llmrl.run.build import make_algorithm
 from llmrl.train.learner import Learner
+from llmrl.train.selfcheck import check_forward
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 from tests.invariance.cases import make_config, tiny_model, trained_parameters
 
@@ -175,12 +176,11 @@ def make_groups(seed: int) -> list[RolloutGroup]:
     return groups
 
 
-def build(*, train: dict | None = None, **algo: object) -> tuple[Learner, GRPO]:
+def build(*, train: dict | None = None, **algo: object) -> tuple[Learner, Algorithm]:
     config = make_config(algo=algo, train=train)
     policy = Policy(tiny_model(), temperature=1.0, keep_reference=False)
-    policy.check_forward()
-    learner = Learner(config, policy, Accelerator(cpu=True))
-    return learner, GRPO(AlgoConfig(**algo), max_completion_length=16)  # pyright: ignore
+    check_forward(policy)
+    return Learner(policy, config.train, Parallel.alone()), make_algorithm(config)  # pyright: ignore
 
 
 def update(seed: int, *, train: dict | None = None, **algo: object) -> tuple[dict, dict, list[RolloutGroup]]:

@@ -94,7 +94,7 @@ def groups(temperature: float = 1.0) -> list[tuple[list[int], Sampling]]:
 @torch.no_grad()
 def forward_logprobs(policy: Policy, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
     ids = torch.tensor([prompt + completion])
-    logits = policy.bare.causal_lm(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
+    logits = policy.module.causal_lm(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
@@ -212,7 +212,7 @@ def test_impossible_requests_are_refused(engine):
 def test_weights_with_nan_are_named(engine):
     policy = policy_of(SEED)
     with torch.no_grad():
-        next(policy.bare.parameters()).fill_(float("nan"))
+        next(policy.module.parameters()).fill_(float("nan"))
     push(engine, policy, 9)
     with pytest.raises(RunFailed, match="not finite"):
         asyncio.run(draw(engine, groups()[:1]))

@@ -119,10 +119,10 @@ class Training:
         self.version = -1
 
     def step(self, learning_rate: float = 3e-3) -> None:
-        parameters = [p for p in self.policy.bare.parameters() if p.requires_grad]
+        parameters = [p for p in self.policy.module.parameters() if p.requires_grad]
         generator = torch.Generator().manual_seed(SEED + self.version + 1)
         ids = torch.randint(0, self.vocabulary, (4, 24), generator=generator)
-        self.policy.bare.causal_lm(input_ids=ids, labels=ids).loss.backward()
+        self.policy.module.causal_lm(input_ids=ids, labels=ids).loss.backward()
         torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0).step()
         for parameter in parameters:
             parameter.grad = None
@@ -189,7 +189,7 @@ def test_a_seeded_request_is_the_same_alone_in_a_batch_and_on_both_servers(folde
             cold = Sampling(max_tokens=8, seed=SEED, temperature=0.5)
             sharper = await training.engine.generate(training.prompt(0), cold, session="c")
             sequence = training.prompt(0) + sharper.token_ids
-            logits = training.policy.bare.causal_lm(input_ids=torch.tensor([sequence])).logits[0, 6:-1] / 0.5
+            logits = training.policy.module.causal_lm(input_ids=torch.tensor([sequence])).logits[0, 6:-1] / 0.5
             expected = logits.log_softmax(-1)[range(8), sharper.token_ids]
             assert sharper.logprobs == pytest.approx(expected.tolist(), abs=1e-4), "of the distribution sampled from"
             await training.engine.close()

@@ -1,0 +1,59 @@
+"""Streams: one number per trained token, computed once for a batch and known to every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmrl.model.policy import evaluating
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmrl.model.parallel import Parallel
+    from llmrl.train.packing import Layout
+    from llmrl.types import MicroBatch, Sample
+
+Found = dict[int, dict[str, np.ndarray]]
+"""Streams by index of sample and by name."""
+
+
+@torch.no_grad()
+def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[MicroBatch], dict[str, Tensor]]) -> None:
+    """Compute streams of the samples, each process its share, and set them on all samples on every process.
+
+    Args:
+        layout: how samples become micro-batches.
+        samples: where the streams belong; nothing happens without any.
+        compute: gives the streams of a micro-batch, by name.
+    """
+    if not samples:
+        return
+    found: Found = {}
+    # accelerate puts the policy's forward pass under autocast. The reference's has to be rounded in the same way.
+    with evaluating(layout.policy.wrapped), layout.parallel.autocast():
+        for micro_batch in layout.micro_batches(samples):
+            lengths = micro_batch.sequence_lengths.tolist()
+            for name, values in compute(micro_batch).items():
+                for index, part in zip(micro_batch.sample_indices, values.float().split(lengths), strict=True):
+                    found.setdefault(index, {})[name] = part.cpu().numpy()
+    share_streams(layout.parallel, samples, found)
+
+
+def share_streams(parallel: Parallel, samples: list[Sample], found: Found) -> Found:
+    """Set streams on every process: on the sample where it has such a field, else in its `extras`.
+
+    Returns:
+        The streams that all processes found.
+    """
+    found = dict(parallel.gather_objects([*found.items()]))
+    for index, streams in found.items():
+        for name, values in streams.items():
+            if hasattr(samples[index], name):
+                setattr(samples[index], name, values)
+            else:
+                samples[index].extras[name] = values
+    return found
