@@ -19,7 +19,7 @@ from llmrl.algo.bcoder_options import resolve_bcoder
 from llmrl.algo.critic_presets import describe_critic, resolve_critic
 from llmrl.algo.preference_presets import is_offline, is_preference, is_single, resolve_preference
 from llmrl.algo.presets import FAMILIES, describe, resolve, with_staleness
-from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, validate
+from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, parse, to_dict, validate
 from llmrl.errors import UserError
 from llmrl.run.methods import check_stored, make_collector, make_policy
 from llmrl.train.offline import NoEngine, NoSync, OfflineData
@@ -409,14 +409,22 @@ def _engine(config: Config, policy: Policy, accelerator: Accelerator, console: C
 def _files(config: Config, accelerator: Accelerator, *, resume: bool) -> tuple[Record | None, Ledger | None]:
     """The run's files, on the main process; and its trackers."""
     from llmrl.run.ledger import Ledger
-    from llmrl.track.record import Record, tracker_config
+    from llmrl.track.options import TrackConfig
+    from llmrl.track.record import Record, environment, flatten
 
     record = ledger = None
+    folder, plain = Path(config.train.output_dir), to_dict(config)
     if accelerator.is_main_process:
-        record = Record(config, accelerator, resume=resume)
-        ledger = Ledger(Path(config.train.output_dir) / "ledger.jsonl")
+        found = environment(
+            device=str(accelerator.device),
+            num_processes=accelerator.num_processes,
+            distributed_type=accelerator.distributed_type.value,
+        )
+        track = TrackConfig(**vars(config.track))
+        record = Record(track, folder, plain, environment=found, log=accelerator.log, resume=resume)
+        ledger = Ledger(folder / "ledger.jsonl")
     if config.track.report_to:
-        accelerator.init_trackers(config.track.project, tracker_config(config))
+        accelerator.init_trackers(config.track.project, flatten(plain))
     return record, ledger
 
 
