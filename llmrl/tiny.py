@@ -1,12 +1,12 @@
 """Small random models and tokenizers that need no download: sizes and a seed in, Hugging Face objects out.
 
-They are real `PreTrainedModel`s and `PreTrainedTokenizerFast`s: `save_pretrained` and `Auto*.from_pretrained` work on
-them, so everything that runs on a hub model runs on them. torch is imported only when a function is called.
+They are ordinary `PreTrainedModel`s and `PreTrainedTokenizerFast`s: `save_pretrained` and `Auto*.from_pretrained` work
+on them, so everything that runs on a hub model runs on them. torch is imported only when a function is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from llmrl.errors import UserError
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TINY_ARCHS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2")
-"""Architectures `build_tiny_model` knows."""
+"""Architectures that `build_tiny_model` can build."""
 
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|eos|>"
 """Ends a turn, and with it a completion."""
 START_TOKEN = "<|im_start|>"
 UNK_TOKEN = "<|unk|>"
-"""What `char_tokenizer` makes of a character it was not given."""
+"""Replaces characters that are not in the alphabet of `char_tokenizer`."""
 
 BYTE_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|eos|>\n{% endfor %}"
@@ -35,15 +35,15 @@ CHAR_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['content'] }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
-"""Names no role: a small alphabet need not be able to spell `assistant`."""
+"""Leaves out roles, because a small alphabet may not be able to spell `assistant`."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per UTF-8 byte; it encodes and decodes any text without loss.
 
     Ids 0..255 are the bytes themselves, 256 is `<|pad|>`, 257 `<|eos|>` (ends a turn), 258 `<|im_start|>`.
-    (Saved beside a qwen2 model and loaded again, transformers makes it a Qwen2Tokenizer: same ids, but text is
-    normalised to NFC first.)
+    (When it is saved beside a qwen2 model and loaded again, transformers turns it into a Qwen2Tokenizer: ids stay the
+    same, but text is normalized to NFC first.)
 
     Returns:
         A tokenizer with 259 tokens and a ChatML-like chat template.
@@ -55,7 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD_TOKEN, EOS_TOKEN, START_TOKEN])
-    # None must be said: left out, Qwen2Tokenizer adds an unknown token of its own, beyond the model's vocabulary.
+    # None must be explicit: otherwise Qwen2Tokenizer adds its own unknown token, with an id beyond the vocabulary.
     return _wrap(tokenizer, BYTE_CHAT_TEMPLATE, unk_token=None)
 
 
@@ -64,12 +64,12 @@ def char_tokenizer(characters: str, special_tokens: Iterable[str] = ()) -> PreTr
 
     Ids follow the order given: the characters, `<|unk|>`, `<|pad|>`, `<|eos|>`, `<|im_start|>`, the special strings.
     Special strings such as `<think>` or `\boxed{` are ordinary text to `decode`: `skip_special_tokens` keeps them. Each
-    byte of any other character becomes `<|unk|>`, which decodes to that text. (Saved beside a qwen2 model and loaded
-    again, transformers makes it a Qwen2Tokenizer, which has no unknown token and drops such characters.)
+    byte of any other character becomes `<|unk|>`, which decodes to that text. (When it is saved beside a qwen2 model
+    and loaded again, transformers turns it into a Qwen2Tokenizer, which drops such characters.)
 
     Args:
         characters: the alphabet, ASCII; repeated characters count once.
-        special_tokens: strings of two or more characters that are one token each.
+        special_tokens: strings of two or more characters, each of which becomes one token.
 
     Raises:
         UserError: no characters, characters outside ASCII, or a special string shorter than two characters.
@@ -78,12 +78,12 @@ def char_tokenizer(characters: str, special_tokens: Iterable[str] = ()) -> PreTr
 
     special_tokens = list(dict.fromkeys(special_tokens))
     if not characters or not characters.isascii():
-        raise UserError(f"char_tokenizer: characters must be ASCII and at least one, got {characters!r}")
+        raise UserError(f"char_tokenizer: characters is {characters!r}: give at least one, ASCII only")
     if short := [token for token in special_tokens if len(token) < 2]:
         raise UserError(f"char_tokenizer: special tokens {short} are too short; put single characters in `characters`")
     stand_ins = _byte_characters()
     names = [*dict.fromkeys(stand_ins[ord(character)] for character in characters), UNK_TOKEN]
-    # Byte-level BPE without merges, and not a plain word list: it is the one kind that Qwen2Tokenizer can take over.
+    # Byte-level BPE without merges rather than a plain word list: Qwen2Tokenizer can load no other kind.
     model = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token=UNK_TOKEN)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,8 +109,9 @@ def build_tiny_model(
 ) -> PreTrainedModel:
     """Build a causal language model with random float32 weights on the CPU, in eval mode.
 
-    The weights depend on `arch`, the sizes and `seed` only; the global random state is left as it was. The model has no
-    bos, eos or pad id unless `overrides` gives them (`eos_token_id=257` ...): the families' defaults name other tokens.
+    The weights depend only on `arch`, the sizes and `seed`; the global random state does not change. The model has no
+    bos, eos or pad id unless `overrides` gives them (`eos_token_id=257` ...): the families' defaults are other tokens
+    here.
 
     Args:
         arch: one of `TINY_ARCHS`.
@@ -121,8 +122,8 @@ def build_tiny_model(
         num_kv_heads: key and value heads.
         intermediate_size: width of the MLP.
         max_position_embeddings: longest sequence, in tokens.
-        tie_word_embeddings: whether the head uses the input embedding's weights.
-        seed: of the weights.
+        tie_word_embeddings: share the weights of input embedding and output head.
+        seed: seed of the weights.
         overrides: further fields of the family's configuration class (`head_dim`, `sliding_window` ...), or
             `attn_implementation`.
 
@@ -167,9 +168,9 @@ def build_tiny_model(
 
 
 def _byte_characters() -> list[str]:
-    """The visible character that stands for each byte in byte-level vocabularies, in byte order.
+    """Return the visible character that represents each byte in byte-level vocabularies, in byte order.
 
-    Printable Latin-1 characters stand for themselves; the 68 other bytes take the code points from 256 on.
+    Printable Latin-1 characters represent themselves; the 68 other bytes take the code points from 256 on.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),
@@ -206,14 +207,34 @@ def fine_tune(
     learning_rate: float = 2e-3,
     batch_size: int = 16,
     seed: int = 0,
-) -> None:
+    stop: Callable[[int], bool] | None = None,
+) -> int:
     """Fine-tune a tiny model in place on rows with `prompt` and `completion` (TRL's SFTTrainer, one process, CPU).
 
-    The learning rate falls in a straight line to 0 after 20 steps of warm-up. TRL wants an `output_dir`; nothing of
-    value is left in it.
+    The learning rate rises over 20 steps and then falls linearly to 0 at `max_steps`.
+
+    Args:
+        model: the model; in eval mode afterwards.
+        tokenizer: its tokenizer.
+        examples: the rows.
+        output_dir: TRL needs a folder; nothing of value is left in it.
+        max_steps: optimizer steps at most.
+        learning_rate: its peak.
+        batch_size: rows per step.
+        seed: seed of the order of the rows.
+        stop: called with the number of steps after each one; training ends when it returns True.
+
+    Returns:
+        The number of steps done.
     """
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if stop is not None and stop(state.global_step):
+                control.should_training_stop = True
 
     arguments = SFTConfig(
         output_dir=str(output_dir),
@@ -233,7 +254,13 @@ def fine_tune(
         report_to="none",
         disable_tqdm=True,
     )
-    SFTTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
-    ).train()
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        callbacks=[Stop()],
+    )
+    trainer.train()
     model.eval()
+    return trainer.state.global_step

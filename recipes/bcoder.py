@@ -8,7 +8,7 @@
 3 stage `policy`: Q, from conservative Bellman targets                policy/
 4 rank the held-out programs, and compare                             summary.json
 
-Without a model.path the tasks are made up (llmrl/data/programs.py), and a tiny model is fine-tuned on buggy programs.
+Without a model.path the tasks are made up (recipes/programs.py), and a tiny model is fine-tuned on buggy programs.
 Parts that are there already are not done again. In its steps: `llmrl eval --save_samples`, `llmrl train` twice (with
 `--algo.name bcoder --bcoder.stage value`, then `policy`), `llmrl eval --rerank bcoder`.
 
@@ -30,7 +30,10 @@ from typing import Any, Literal
 from llmrl.config import MISSING, BCoderConfig, Config, DataConfig, EvalRun, parse
 from llmrl.errors import UserError, run_main
 from llmrl.types import RolloutGroup
+from llmrl.verify.spec import load_file
 
+PROGRAMS = load_file(Path(__file__).resolve().with_name("programs.py"))
+"""recipes/programs.py. Loaded by its path, because a recipe may be run as a file, installed, or loaded by a test."""
 HELD_OUT_SEED = 1_000_003
 """Held-out programs are drawn with another seed than those for training."""
 
@@ -102,15 +105,13 @@ def main() -> None:
 
 def make_up(config: BCoderRun, folder: Path) -> None:
     """Tasks, held-out tasks and a model that gets some of them right; `config` then points to them."""
-    from llmrl.data.programs import draw_programs, fine_tune_on_corpus, task_row
-
     options, seed = vars(config.made_up).copy(), config.train.seed
     num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
-    drawn = draw_programs(num_tasks + num_held_out, seed=seed)
+    drawn = PROGRAMS.draw_programs(num_tasks + num_held_out, seed=seed)
     for name, programs in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
-        (folder / name).write_text("".join(json.dumps(task_row(program)) + "\n" for program in programs))
+        (folder / name).write_text("".join(json.dumps(PROGRAMS.task_row(program)) + "\n" for program in programs))
     place = folder / "warm_start"
-    fine_tune_on_corpus(drawn[:num_tasks], place, **options, seed=seed)
+    PROGRAMS.fine_tune_on_corpus(drawn[:num_tasks], place, **options, seed=seed)
     config.model.path = str(place)
     config.data.path = str(folder / "tasks.jsonl")
     config.held_out = dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl"))

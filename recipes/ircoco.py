@@ -9,7 +9,7 @@
 4 train as long on the true metric at the end                         terminal_PRESET/, for each of `terminal`
 5 measure again, and compare                                          summary.json
 
-Without a model.path the task is made up (llmrl/data/programs.py), and a tiny model is fine-tuned on buggy programs.
+Without a model.path the task is made up (recipes/programs.py), and a tiny model is fine-tuned on buggy programs.
 Parts that are there already are not done again. `algo.name` is ircoco, or ppo (tokens are paid through a critic then).
 
 The whole is one process. To train on several, with an evaluator that is there (config.yaml in dense/ has the rewards):
@@ -42,7 +42,10 @@ from llmrl.config import (
 )
 from llmrl.config.ircoco import resolve_evaluator
 from llmrl.errors import UserError, run_main
+from llmrl.verify.spec import load_file
 
+PROGRAMS = load_file(Path(__file__).resolve().with_name("programs.py"))
+"""recipes/programs.py. Loaded by its path, because a recipe may be run as a file, installed, or loaded by a test."""
 REWARD = "rewards/ircoco.py:ircoco"
 NUM_SAMPLES = 4
 """Completions of each held-out task, beside the greedy one."""
@@ -175,15 +178,13 @@ def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
 
 def make_up(config: IRCoCoRun, folder: Path) -> None:
     """Tasks, held-out tasks, and a model that gets some of them right."""
-    from llmrl.data.programs import completion_rows, draw_programs, fine_tune_on_corpus
-
     options, seed = vars(config.made_up).copy(), config.train.seed
     num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
-    drawn = draw_programs(num_tasks + num_held_out, seed=seed)
+    drawn = PROGRAMS.draw_programs(num_tasks + num_held_out, seed=seed)
     for name, programs in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
-        rows = completion_rows(programs, seed=seed)
+        rows = PROGRAMS.completion_rows(programs, seed=seed)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fine_tune_on_corpus(drawn[:num_tasks], Path(config.model.path), **options, seed=seed)
+    PROGRAMS.fine_tune_on_corpus(drawn[:num_tasks], Path(config.model.path), **options, seed=seed)
 
 
 def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:

@@ -1,13 +1,12 @@
-"""The whole of GRPO in one file: sample, score, compare within the group, step. On the quickstart's additions, one CPU
-core.
+"""All of GRPO in one file: sample, score, compare within the group, step. The quickstart's additions on one CPU core.
 
     python recipes/minimal_grpo.py                       # warm start, then 40 steps of GRPO: about a minute
     python recipes/minimal_grpo.py --seed 1 --steps 60
     python recipes/minimal_grpo.py --clip_high 0.28      # DAPO's clip-higher
 
-Written to be read from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled
-with a full forward pass over the prefix, one process. `llmrl` computes the same update packed, sharded and streamed;
-see docs/algorithms.md for what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
+Read it from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled with a full
+forward pass over the prefix, and there is one process. `llmrl` computes the same update packed, sharded and streamed;
+docs/algorithms.md shows what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ BOX = re.compile(r"\\boxed\{(\d+)\}")
 
 
 class Prompts:
-    """All prompts of the task have the same length, so they make a rectangle without padding."""
+    """Draw prompts. They all have the same length, so they form a rectangle without padding."""
 
     def __init__(self, pairs: list[tuple[int, int]], tokenizer: Any, seed: int) -> None:
         self.pairs, self.tokenizer, self.random = pairs, tokenizer, random.Random(seed)
 
     def next(self, count: int) -> tuple[Tensor, list[int]]:
-        """(token ids [P, L], answers)."""
+        """Return `count` prompts as (token ids [P, L], answers)."""
         chosen = self.random.sample(self.pairs, count)
         texts = [task.prompt(a, b) for a, b in chosen]
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -58,12 +57,12 @@ def sample(model: Any, prompts: Tensor, *, max_new: int, eos: int, temperature: 
     done = torch.zeros(len(prompts), dtype=torch.bool)
     mask = []
     for _ in range(max_new):
-        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]  # a cache would be faster and longer to read
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-        token = torch.where(done, eos, token)
+        token = torch.where(done, eos, token)  # finished rows are padded with the end of sequence
         mask.append(~done)
         ids = torch.cat([ids, token[:, None]], dim=1)
         done = done | (token == eos)
@@ -76,7 +75,7 @@ def sample(model: Any, prompts: Tensor, *, max_new: int, eos: int, temperature: 
 
 
 def verify(text: str, answer: int) -> float:
-    """1 when the only box holds the sum and ends the text, else 0."""
+    """Return 1 when the text ends in its only box and that box holds the sum, else 0."""
     boxes = BOX.findall(text)
     return float(len(boxes) == 1 and text.endswith("}") and boxes[0] == str(answer))
 
@@ -87,18 +86,19 @@ def verify(text: str, answer: int) -> float:
 def group_advantages(rewards: Tensor) -> Tensor:
     """A = (r - mean of its group) / (deviation of its group): [P, G] -> [P, G].
 
-    What was better than its siblings is made likelier, what was worse less likely; a group that agrees says nothing.
+    Rollouts that are better than the others of their group become likelier, worse ones less likely. A group whose
+    rewards are all equal teaches nothing.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    return centered / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
 # --- 5 loss -----------------------------------------------------------------------------------------------------------
 
 
 def token_logprobs(model: Any, ids: Tensor, length: int) -> Tensor:
-    """log p(token | everything before it) of the completion's tokens: [N, T]. Logits at t - 1 predict token t."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, length - 1 : -1]
+    """Compute log p(token | everything before it) of the completion's tokens: [N, T]."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, length - 1 : -1]  # logits at t - 1 predict token t
     return logits.log_softmax(-1).gather(2, ids[:, length:, None])[:, :, 0]
 
 
@@ -107,8 +107,8 @@ def grpo_loss(
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged over all sampled tokens.
 
-    The ratio says how much likelier the policy has made a token since it was sampled. Once it has moved far enough in
-    the direction A asks for, the clipped branch is the smaller one and the token has no gradient left.
+    The ratio measures how much likelier the policy has made a token since it was sampled. Once it has moved far enough
+    in the direction of A, the clipped branch is the smaller one and the token has no gradient.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -120,7 +120,7 @@ def grpo_loss(
 
 
 def train(model: Any, tokenizer: Any, prompts: Prompts, options: argparse.Namespace) -> None:
-    """prompt -> rollout -> verify -> advantage -> loss, and round again."""
+    """Repeat: prompt -> rollout -> verify -> advantage -> loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(1, options.steps + 1):
         start = time.perf_counter()
@@ -135,7 +135,7 @@ def train(model: Any, tokenizer: Any, prompts: Prompts, options: argparse.Namesp
         texts = decode(tokenizer, ids[:, length:], mask)
         rewards = torch.tensor([verify(text, answers[i // options.group]) for i, text in enumerate(texts)])
         advantages = group_advantages(rewards.view(options.prompts, options.group)).flatten()
-        with torch.no_grad():
+        with torch.no_grad():  # fixed during the updates below; equal to `logprobs` in the first one
             old_logprobs = token_logprobs(model, ids, length)
         for _ in range(options.updates):
             logprobs = token_logprobs(model, ids, length)
@@ -154,13 +154,13 @@ def train(model: Any, tokenizer: Any, prompts: Prompts, options: argparse.Namesp
 
 
 def decode(tokenizer: Any, completions: Tensor, mask: Tensor) -> list[str]:
-    """Texts up to the end of sequence."""
+    """Return the texts up to the end of sequence."""
     rows = [row[keep].tolist() for row, keep in zip(completions, mask, strict=True)]
     return [tokenizer.decode([t for t in row if t != tokenizer.eos_token_id]) for row in rows]
 
 
 def accuracy(model: Any, tokenizer: Any, pairs: list[tuple[int, int]], *, max_new: int, temperature: float) -> float:
-    """Share of held-out prompts that are answered right."""
+    """Return the share of held-out prompts that are answered correctly."""
     prompt_ids, answers = Prompts(pairs, tokenizer, seed=0).next(len(pairs))
     ids, mask = sample(model, prompt_ids, max_new=max_new, eos=tokenizer.eos_token_id, temperature=temperature)
     texts = decode(tokenizer, ids[:, prompt_ids.shape[1] :], mask)
@@ -171,7 +171,7 @@ def accuracy(model: Any, tokenizer: Any, pairs: list[tuple[int, int]], *, max_ne
 
 
 def warm_start(options: argparse.Namespace) -> tuple[Any, Any]:
-    """A tiny model, taught by examples until it is right about a third of the time: RL needs something to compare."""
+    """Train a tiny model on examples until a third of its answers are correct: RL needs successes to compare with."""
     tokenizer = char_tokenizer(task.ALPHABET, [task.THINK, task.END_THINK, task.BOX])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = build_tiny_model(

@@ -3,11 +3,11 @@
     accelerate launch recipes/quickstart.py --config recipes/quickstart.yaml --train.output_dir runs/quickstart
 
 A tiny model is built from a configuration and warm-started by supervised fine-tuning (TRL's SFTTrainer) on additions,
-most of them answered straight away, some with a scratchpad, until it is right a third to half of the time. Then GRPO
-with `rewards/math_answer.py` takes over: nobody tells the model that writing the scratchpad pays, it finds out. Expect
-held-out greedy accuracy from about 0.5 to above 0.95, and completions that grow from about 15 to 23 tokens.
+most of them answered directly, some with a scratchpad, until it is correct a third to half of the time. Then GRPO with
+`rewards/math_answer.py` takes over. Nothing tells the model that writing the scratchpad pays; it finds out. Expect
+held-out greedy accuracy to rise from about 0.5 to above 0.95, and completions to grow from about 15 to 23 tokens.
 
-Run again with the folder of an unfinished run, it goes on where that stopped.
+Run it again with the folder of an unfinished run to continue that run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import shutil
 import string
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -35,29 +36,29 @@ NUM_HELD_OUT = 256
 
 @dataclass
 class WarmStartConfig:
-    """The supervised start: it stops when the model is right often enough to learn from its own attempts."""
+    """The supervised start: it stops when the model is correct often enough to learn from its own attempts."""
 
     target: float = 0.33
     """Stop when sampled accuracy on held-out prompts reaches this ..."""
     scratchpad_target: float = 0.85
-    """... and answers with a scratchpad are right this often: what never succeeds cannot be reinforced."""
+    """... and answers with a scratchpad are correct this often: what never succeeds cannot be reinforced."""
     enough: float = 0.45
-    """Stop in any case when sampled accuracy reaches this: there should be something left to learn."""
+    """Always stop when sampled accuracy reaches this, to leave something to learn."""
     min_steps: int = 500
     max_steps: int = 1600
     check_every: int = 50
     learning_rate: float = 2e-3
-    """At its peak; it falls in a straight line to 0 at `max_steps`."""
+    """Peak learning rate; it falls linearly to 0 at `max_steps`."""
     scratchpad_frac: float = 0.4
     """Share of the examples that show their work."""
 
 
 @dataclass
 class QuickstartConfig(Config):
-    """The quickstart: a run, and its warm start."""
+    """The quickstart: a run and its warm start."""
 
     digits: int = 2
-    """Of each number. With 3, answers without a scratchpad are hardly ever right."""
+    """Digits of each number. With 3, answers without a scratchpad are hardly ever correct."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
@@ -65,7 +66,7 @@ class QuickstartConfig(Config):
 
 
 def pairs(*, held_out: bool, digits: int = 2) -> list[tuple[int, int]]:
-    """Pairs of numbers on one side of the split: all below 100, and of longer ones 8,000 drawn at random."""
+    """Return the pairs of numbers on one side of the split: all with 2 digits, 8,000 random ones with more."""
     if digits == 2:
         everything = ((a, b) for a in range(100) for b in range(100))
         return [pair for pair in everything if is_held_out(*pair) == held_out]
@@ -86,7 +87,7 @@ def prompt(a: int, b: int, digits: int = 2) -> str:
 
 
 def completion(a: int, b: int, *, scratchpad: bool, digits: int = 2) -> str:
-    """A correct answer; the scratchpad adds digit by digit from the right, with the carry."""
+    """Return a correct answer; the scratchpad adds digit by digit from the right, with the carry."""
     work, carry = [], 0
     for x, y in zip(reversed(f"{a:0{digits}d}"), reversed(f"{b:0{digits}d}"), strict=True):
         total = int(x) + int(y) + carry
@@ -100,19 +101,16 @@ def rows(chosen: list[tuple[int, int]], digits: int = 2) -> list[dict[str, Any]]
 
 
 def held_out_rows(digits: int = 2) -> list[dict[str, Any]]:
-    """The prompts of the table: the same for every seed."""
+    """Return the rows that the table is measured on, the same for every seed."""
     return rows(random.Random(0).sample(pairs(held_out=True, digits=digits), NUM_HELD_OUT), digits)
 
 
 # --- warm start -------------------------------------------------------------------------------------------------------
 
 
-def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
+def warm_start(config: QuickstartConfig, folder: Path) -> None:
     """Build model and tokenizer, fine-tune until the gate opens, and save both in `folder` (whole or not at all)."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from llmrl.tiny import build_tiny_model, char_tokenizer
+    from llmrl.tiny import build_tiny_model, char_tokenizer, fine_tune
 
     start, cpu = time.perf_counter(), time.process_time()
     unfinished = folder.with_name(folder.name + ".writing")
@@ -131,52 +129,33 @@ def warm_start(config: QuickstartConfig, folder: Path) -> dict[str, float]:
     draw = random.Random(seed)
     examples = []
     for a, b in draw.choices(pairs(held_out=False, digits=config.digits), k=16 * 750):
-        shown = draw.random() < options.scratchpad_frac
-        answer = completion(a, b, scratchpad=shown, digits=config.digits)
+        scratchpad = draw.random() < options.scratchpad_frac
+        answer = completion(a, b, scratchpad=scratchpad, digits=config.digits)
         examples.append({"prompt": prompt(a, b, config.digits), "completion": answer})
-    gate = make_gate(config, tokenizer)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(unfinished),
-            seed=seed,
-            per_device_train_batch_size=16,
-            max_steps=options.max_steps,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=20,
-            adam_beta2=0.98,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        callbacks=[gate],
+    num_steps = fine_tune(
+        model,
+        tokenizer,
+        examples,
+        output_dir=unfinished,
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        seed=seed,
+        stop=make_gate(config, model, tokenizer),
     )
-    trainer.train()
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     report = {
-        "steps": trainer.state.global_step,
+        "steps": num_steps,
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
     }
     (unfinished / "warm_start.json").write_text(json.dumps(report))
     unfinished.rename(folder)
-    return report
 
 
-def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
-    """A callback that samples from the model every so often and stops the warm start when it is good enough."""
-    from transformers import TrainerCallback
-
+def make_gate(config: QuickstartConfig, model: Any, tokenizer: Any) -> Callable[[int], bool]:
+    """Return a function that samples from the model at some steps and returns True when it is good enough."""
     from llmrl.data.chat import Chat
     from llmrl.engines.hf.engine import HFEngine
     from llmrl.model.policy import Policy
@@ -189,8 +168,8 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
     reward, fixed = resolve(config.rewards[0].fn), config.rewards[0].args
     questions = held_out_rows(config.digits)[:64]
 
-    async def measure(model: Any, step: int) -> tuple[float, float]:
-        """(accuracy, accuracy of the answers that show their work)."""
+    async def measure(step: int) -> tuple[float, float]:
+        """Return (accuracy, accuracy of the answers that show their work)."""
         policy = Policy(model, temperature=1.0, keep_reference=False)
         engine = HFEngine(model.config, weights=policy.weights, max_num_seqs=128)
 
@@ -208,33 +187,31 @@ def make_gate(config: QuickstartConfig, tokenizer: Any) -> Any:
 
         outcomes = await asyncio.gather(*(attempt(i, questions[i // 4]) for i in range(4 * len(questions))))
         await engine.close()
-        worked = [right for right, shown in outcomes if shown]
-        return fmean(right for right, _ in outcomes), fmean(worked or [0.0])
+        worked = [correct for correct, shows_work in outcomes if shows_work]
+        return fmean(correct for correct, _ in outcomes), fmean(worked or [0.0])
 
-    class Gate(TrainerCallback):
-        def on_step_end(self, args, state, control, *, model, **_):
-            step = state.global_step
-            if step < options.min_steps or step % options.check_every:
-                return
-            model.eval()
-            accuracy, worked = asyncio.run(measure(model, step))
-            model.train()
-            goal = f"(goes on to {options.target} and {options.scratchpad_target}, or {options.enough})"
-            print(
-                f"warm start: step {step}, held-out accuracy {accuracy:.2f}, with scratchpad {worked:.2f} {goal}",
-                flush=True,
-            )
-            ready = accuracy >= options.target and worked >= options.scratchpad_target
-            control.should_training_stop = ready or accuracy >= options.enough
+    def gate(step: int) -> bool:
+        if step < options.min_steps or step % options.check_every:
+            return False
+        model.eval()
+        accuracy, worked = asyncio.run(measure(step))
+        model.train()
+        goal = f"(stops at {options.target} and {options.scratchpad_target}, or at {options.enough})"
+        print(
+            f"warm start: step {step}, held-out accuracy {accuracy:.2f}, with scratchpad {worked:.2f} {goal}",
+            flush=True,
+        )
+        ready = accuracy >= options.target and worked >= options.scratchpad_target
+        return ready or accuracy >= options.enough
 
-    return Gate()
+    return gate
 
 
 # --- reinforcement ----------------------------------------------------------------------------------------------------
 
 
 async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
-    """GRPO from the warm start, with the table's numbers before and after."""
+    """Train with GRPO from the warm start and return the table's numbers before and after."""
     from llmrl import Trainer
     from llmrl.data.tasks import tasks_from_rows
 
@@ -253,6 +230,7 @@ async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         }
 
     async with trainer:
+        # A resumed run no longer has the model from before, so its numbers are kept in a file.
         before_file = folder / "before.json"
         if not before_file.is_file():
             write_json(before_file, await measure())
@@ -268,7 +246,7 @@ async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- the program ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -296,18 +274,18 @@ def main() -> None:
 
 
 def prepare_folder(folder: Path, config: QuickstartConfig) -> None:
-    """Go on with an unfinished run; put a finished one aside."""
+    """Continue an unfinished run; rename the folder of a finished one."""
     if (folder / "summary.json").is_file():
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
         folder.rename(aside)
-        print(f"{folder} held a finished run: it is now {aside}")
+        print(f"{folder} held a finished run, which is now in {aside}")
     elif (folder / "metrics.jsonl").is_file():
         config.train.resume_from_checkpoint = "last"
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
-    """The table, three samples before and after, and where everything is."""
+    """Print the table, three samples before and after, and the folder of the run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -325,7 +303,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a small JSON file, whole or not at all."""
+    """Write a small JSON file, whole or not at all: the run may be killed at any moment."""
     unfinished = file.with_name(file.name + ".writing")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(unfinished, file)

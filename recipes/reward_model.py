@@ -1,9 +1,9 @@
-"""A reward model from preferences, through TRL's RewardTrainer; `rewards/reward_model.py` uses it.
+"""Train a reward model on preferences with TRL's RewardTrainer; `rewards/reward_model.py` uses the result.
 
     accelerate launch recipes/reward_model.py --config recipes/reward_model_ultrafeedback.yaml
     ... --config recipes/reward_model_ultrafeedback_tiny.yaml --data.path pairs.jsonl                  # on a CPU
 
-HERON: pairs from the rollouts that an earlier run has recorded, by a ranked list of reward parts:
+HERON: make pairs of the rollouts that an earlier run recorded, by a ranked list of reward parts:
 
     ... --data.path runs/grpo/rollouts.jsonl --hierarchy '[{"part": "math_answer"}, {"part": "length", "margin": 0.5}]'
 """
@@ -21,16 +21,16 @@ from llmrl.errors import UserError, run_main
 
 @dataclass
 class RewardModelConfig:
-    """A reward model: data, model and optimizer. Names are TRL's."""
+    """A reward model: data, model and optimizer. The names are TRL's."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     hierarchy: list[LevelConfig] = field(default_factory=list)
-    """`data.path` is a run's rollouts.jsonl; these reward parts, the most important first, decide its pairs."""
+    """Reward parts, the most important first, that decide the pairs; `data.path` is then a run's rollouts.jsonl."""
     output_dir: str = "runs/reward_model"
     seed: int = 0
     max_steps: int = -1
-    """-1: `num_train_epochs` decides."""
+    """Optimizer steps; -1 trains for `num_train_epochs`."""
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-5
     per_device_train_batch_size: int = 8
@@ -39,7 +39,7 @@ class RewardModelConfig:
     center_rewards_coefficient: float | None = None
     """Weight of (chosen + rejected)^2, which keeps rewards around 0."""
     eval_frac: float = 0.05
-    """Share of the pairs that is held out, to measure accuracy on."""
+    """Share of the pairs that is held out to measure accuracy."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=lora(config.model.lora) if config.model.lora else None,
     )
-    if not len(trainer.train_dataset):  # pyright: ignore - TRL leaves out what is too long
+    if not len(trainer.train_dataset):  # pyright: ignore - TRL drops pairs that are too long
         raise UserError(f"max_length {config.max_length}: every pair is longer; raise it")
     trainer.train()
     measured = {k: v for k, v in trainer.evaluate().items() if "accuracy" in k or "margin" in k} if num_held_out else {}
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def pairs(config: RewardModelConfig) -> list[dict[str, Any]]:
-    """Rows of prompt, chosen, rejected: the dataset's, or those that the hierarchy finds among recorded rollouts."""
+    """Return rows of prompt, chosen, rejected: from the dataset, or made of recorded rollouts by the hierarchy."""
     from llmrl.algo.preference.hierarchy import HierarchicalPreference
     from llmrl.data.preferences import load_preferences, preferences_from_rollouts
     from llmrl.track.files import read_jsonl
@@ -96,7 +96,7 @@ def pairs(config: RewardModelConfig) -> list[dict[str, Any]]:
             raise UserError(f"data.path {config.data.path}: with a hierarchy it must be a run's rollouts.jsonl")
         rows = preferences_from_rollouts(read_jsonl(config.data.path), HierarchicalPreference(config.hierarchy))
         if not rows:
-            raise UserError(f"data.path {config.data.path}: the hierarchy decides no pair of these rollouts")
+            raise UserError(f"data.path {config.data.path}: the hierarchy decides no pair; check its parts")
         return rows
     found = load_preferences(config.data)
     if len(found[0].completions) != 2:
@@ -105,7 +105,7 @@ def pairs(config: RewardModelConfig) -> list[dict[str, Any]]:
 
 
 def load(config: RewardModelConfig) -> tuple[Any, Any]:
-    """A classifier with one output, and its tokenizer; a tiny random one for `tiny:ARCH`."""
+    """Return a classifier with one output and its tokenizer; a tiny random one for `tiny:ARCH`."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -124,7 +124,7 @@ def load(config: RewardModelConfig) -> tuple[Any, Any]:
 
 
 def lora(config: LoraConfig) -> Any:
-    """Adapters in peft's words; the new output layer is trained whole."""
+    """Return peft's configuration; the new output layer is trained in full."""
     import peft
 
     return peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **vars(config))

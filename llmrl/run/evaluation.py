@@ -337,7 +337,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(place: str, text: str) -> None:
-    from llmrl.verify.command import replacing
+    from llmrl.track.files import replacing
 
     if place == "-":
         print(text, end="")

@@ -1,18 +1,21 @@
-"""Append-only JSON-lines files of a run directory, cut back on resume so that no line stands twice."""
+"""Files of a run: JSON lines that are appended to and cut back on resume, and files that are replaced whole."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from llmrl.errors import RunFailed
+from llmrl.errors import RunFailed, UserError
 
 
 class JsonlFile:
-    """One file of one JSON object per line; each `append` reaches the operating system before it returns."""
+    """A file with one JSON object per line; each `append` reaches the operating system before it returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,10 +25,14 @@ class JsonlFile:
     def append(self, *rows: dict[str, Any]) -> None:
         """Write rows.
 
-        Values that JSON does not know (tensors, exceptions ...) are written as their text, NaN and infinity as null.
+        Values that JSON cannot hold (tensors, exceptions ...) are written as text, NaN and infinity as null.
+
+        Raises:
+            RunFailed: the file cannot be written, for example because the disk is full.
         """
         lines = "".join(_to_json(row) + "\n" for row in rows)
         try:
+            # A model can produce lone surrogates, which UTF-8 cannot hold.
             self._file.write(lines.encode("utf-8", errors="backslashreplace"))
             self._file.flush()
         except OSError as error:
@@ -34,12 +41,16 @@ class JsonlFile:
             ) from error
 
     def sync(self) -> int:
-        """Bring the file to disk and return its length in bytes, to be kept in a checkpoint."""
+        """Flush the file to disk and return its length in bytes, which a checkpoint keeps."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, length: int) -> None:
-        """Forget everything after a checkpoint's length."""
+        """Drop everything that was written after a checkpoint, so that no line appears twice after resuming.
+
+        Raises:
+            RunFailed: the file is shorter than `length` bytes.
+        """
         if self.path.stat().st_size < length:
             raise RunFailed(
                 f"{self.path} is shorter than when the checkpoint was taken ({length} bytes): it was changed"
@@ -48,13 +59,14 @@ class JsonlFile:
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def _to_json(row: Any) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:  # what Python writes for NaN is refused by browsers and most other readers
+    except ValueError:  # Python would write NaN, which is not JSON: browsers and most other readers refuse it
         return json.dumps(_finite(row), ensure_ascii=False, default=str)
 
 
@@ -67,6 +79,36 @@ def _finite(value: Any) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file."""
+    """Return all rows of a JSON-lines file."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[IO[str]]:
+    """Open a text file that replaces a command's `--output` when the block succeeds and vanishes when it fails.
+
+    Raises:
+        UserError: the file cannot be opened.
+        RunFailed: writing failed.
+    """
+    is_device = file.exists() and not file.is_file()  # /dev/stdout cannot be renamed over: write to it directly
+    beside = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        output = beside.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written: {error.strerror}") from None
+    try:
+        with output:
+            yield output
+            output.flush()
+            if not is_device:
+                os.fsync(output.fileno())  # before the rename, or a crash could leave an empty file
+        if not is_device:
+            beside.replace(file)
+    except OSError as error:
+        hint = "; free some space or choose another disk" if error.errno == errno.ENOSPC else ""
+        raise RunFailed(f"--output {file}: writing failed: {error.strerror}{hint}. Nothing was left behind.") from None
+    finally:
+        if not is_device:
+            beside.unlink(missing_ok=True)

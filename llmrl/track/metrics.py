@@ -1,4 +1,4 @@
-"""Groups of rollouts -> numbers for metrics.jsonl, and rows for rollouts.jsonl. Keys are `stage/name[/stat]`."""
+"""Groups of rollouts in, numbers for metrics.jsonl and rows for rollouts.jsonl out."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 from llmrl.types import RolloutGroup, Score
 
 EVALUATOR = "/evaluator"
-"""Ends the name of a part that predicts the reward it is a part of."""
+"""Suffix of the name of a part that predicts the reward it belongs to."""
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[str, float]:
-    """What a batch of scored rollouts looks like.
+    """Summarize a batch of scored rollouts.
 
     Args:
         groups: all groups of the step.
-        accuracy: name of the reward part that says right or wrong, for the pass rates.
+        accuracy: name of the reward part that decides correct or wrong, for the pass rates.
 
     Returns:
-        reward/mean and /std, reward/PART/mean for every part, how well a part named `evaluator` goes with the reward it
-        is a part of (reward/NAME/evaluator/correlation), reward/unscored_frac and its two kinds, rollout lengths,
-        truncation, pass@1 and pass@G.
+        Metrics of the stages rollout and reward (see `llmrl.track.names`), with pass@1 and pass@G.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -51,7 +49,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[st
 
 
 def _correlation(scores: Sequence[Score], first: str, second: str) -> float:
-    """Pearson's, of two parts of the same scores; NaN where one of them is constant."""
+    """Return Pearson's correlation of two parts over the scores that have both; NaN where one of them is constant."""
     pairs = [(score.parts.get(first), score.parts.get(second)) for score in scores]
     given = [(a, b) for a, b in pairs if a is not None and b is not None]
     if any(len(set(values)) < 2 for values in zip(*given, strict=True)) or not given:
@@ -60,9 +58,10 @@ def _correlation(scores: Sequence[Score], first: str, second: str) -> float:
 
 
 def pass_rates(groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[int] = ()) -> dict[str, float]:
-    """mean@G (as pass@1) and unbiased pass@k, averaged over tasks; a rollout passes when its accuracy part is >= 1.
+    """Compute mean@G (as pass@1) and unbiased pass@k, averaged over tasks.
 
-    Rollouts without a score are left out of their group; a group without any is left out of the mean.
+    A rollout passes when its accuracy part is >= 1. Rollouts without a score are left out of their group; a group
+    without any score is left out of the mean.
 
     References:
         Chen et al. 2021, arXiv:2107.03374, equation 1.
@@ -78,7 +77,7 @@ def pass_rates(groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[in
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k drawn without replacement from n samples, c of them right, is right.
+    """Compute the chance that at least one of k samples is correct, drawn without replacement from n with c correct.
 
     Example:
         >>> pass_at_k(4, 1, 2)
@@ -90,13 +89,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def majority_rates(
     groups: Sequence[RolloutGroup], *, accuracy: str, ks: Sequence[int], draws: int = 200
 ) -> dict[str, float]:
-    """maj@k, averaged over tasks: how often the answer most of k samples give is right.
+    """Compute maj@k, averaged over tasks: how often the most frequent answer among k samples is correct.
 
-    Answers are what the reward reports as `extracted` in its info; samples without one do not vote. Answers with
+    An answer is what the reward reports as `extracted` in its info; samples without one do not vote. Answers with
     equally many votes share the win. For k below the number of samples it is a mean over `draws` seeded subsets.
 
     Returns:
-        reward/maj@k for every k above 1 that all tasks have samples for; nothing where the reward reports no answers.
+        reward/maj@k for every k above 1 that all tasks have enough samples for; empty where no answers are reported.
     """
     votes = [_votes(group, accuracy) for group in groups]
     votes = [vote for vote in votes if vote]
@@ -115,18 +114,19 @@ def majority_rates(
 
 
 def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
-    """Chance that the most frequent answer is right; (answer or None, right) of each sample.
+    """Compute the chance that the most frequent answer is correct, from (answer or None, correct) of each sample.
 
     Example:
         >>> majority([("4", True), ("5", False), ("4", True), (None, False)])
         1.0
     """
-    right: dict[str, list[bool]] = {}
+    by_answer: dict[str, list[bool]] = {}
     for answer, correct in votes:
         if answer is not None:
-            right.setdefault(answer, []).append(correct)
-    most = max((len(v) for v in right.values()), default=0)
-    winners = [fmean(v) for v in right.values() if len(v) == most]
+            by_answer.setdefault(answer, []).append(correct)
+    most = max((len(v) for v in by_answer.values()), default=0)
+    # Equal answers can be judged differently (other formatting), so each winner counts by its share of correct ones.
+    winners = [fmean(v) for v in by_answer.values() if len(v) == most]
     return fmean(winners) if winners else 0.0
 
 
@@ -141,7 +141,7 @@ def _votes(group: RolloutGroup, accuracy: str) -> list[tuple[str | None, bool]]:
 
 
 def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-    """One row per rollout for rollouts.jsonl: everything needed to look at it, and to recompute the step."""
+    """Return one row per rollout for rollouts.jsonl: everything needed to inspect it and to recompute the step."""
     return [
         {
             "step": step,

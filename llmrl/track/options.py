@@ -1,4 +1,4 @@
-"""Options of what is written and shown."""
+"""Options for what a run writes and shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TrackConfig:
     """What is written and shown. metrics.jsonl and rollouts.jsonl are always written."""
 
     report_to: list[str] = field(default_factory=list)
-    """Trackers of accelerate: tensorboard, wandb, trackio, mlflow ..."""
+    """Trackers that accelerate knows: tensorboard, wandb, trackio, mlflow ..."""
     project: str = "llmrl"
     """Project name in the trackers."""
     run_name: str | None = None

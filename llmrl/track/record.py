@@ -1,21 +1,21 @@
-"""A run's record: config.yaml, env.json, metrics.jsonl, rollouts.jsonl, and accelerate's trackers."""
+"""The files of a run: config.yaml, env.json, metrics.jsonl and rollouts.jsonl."""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmrl.config import Config, save_config, to_dict
+import yaml
+
 from llmrl.track.files import JsonlFile
 from llmrl.track.metrics import rollout_rows
+from llmrl.track.options import TrackConfig
 from llmrl.types import RolloutGroup
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PACKAGES = (
     "llmrl",
@@ -29,43 +29,62 @@ PACKAGES = (
     "deepspeed",
     "math-verify",
 )
+"""Packages whose versions go into env.json."""
 
 
 class Record:
-    """Writes everything a run leaves behind; exists on the main process only."""
+    """Write everything a run leaves behind. It exists on the main process only.
 
-    def __init__(self, config: Config, accelerator: Accelerator, *, resume: bool) -> None:
-        self.folder = Path(config.train.output_dir)
-        self.config, self.accelerator = config, accelerator
-        self.metrics = JsonlFile(self.folder / "metrics.jsonl")
-        self.rollouts = JsonlFile(self.folder / "rollouts.jsonl")
+    Args:
+        options: what is written.
+        folder: the run's folder.
+        config: the resolved configuration as plain values; it becomes config.yaml.
+        environment: what `environment` returns; it becomes env.json.
+        log: pass a step's metrics on to the trackers, called as log(metrics, step=1).
+        resume: the run continues: keep the config.yaml that it was started with.
+    """
+
+    def __init__(
+        self,
+        options: TrackConfig,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        environment: dict[str, Any],
+        log: Callable[..., object],
+        resume: bool,
+    ) -> None:
+        self.options, self.log = options, log
+        self.metrics = JsonlFile(folder / "metrics.jsonl")
+        self.rollouts = JsonlFile(folder / "rollouts.jsonl")
         if not resume:
-            save_config(config, self.folder / "config.yaml")
-        (self.folder / "env.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
+            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
         """Record one training step (numbered from 1)."""
         self.metrics.append({"step": step, **metrics})
-        self.accelerator.log(metrics, step=step)
-        saved = {"all": groups, "sample": groups[:1], "none": []}[self.config.track.save_rollouts]
+        self.log(metrics, step=step)
+        saved = {"all": groups, "sample": groups[:1], "none": []}[self.options.save_rollouts]
         self.rollouts.append(*rollout_rows(step, saved))
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of each file, for a checkpoint."""
+        """Return the length of each file in bytes, for a checkpoint."""
         return {"metrics": self.metrics.sync(), "rollouts": self.rollouts.sync()}
 
     def truncate(self, lengths: dict[str, int]) -> None:
-        """Go back to a checkpoint's files."""
+        """Cut the files back to the lengths that a checkpoint holds."""
         self.metrics.truncate(lengths["metrics"])
         self.rollouts.truncate(lengths["rollouts"])
 
     def close(self) -> None:
+        """Close both files."""
         self.metrics.close()
         self.rollouts.close()
 
 
-def tracker_config(config: Config) -> dict[str, Any]:
-    """The configuration as the flat dictionary of plain values that trackers take."""
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a nested configuration as one flat dictionary with dotted keys, the form that trackers take."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -75,12 +94,12 @@ def tracker_config(config: Config) -> dict[str, Any]:
         else:
             flat[prefix[:-1]] = value if isinstance(value, (int, float, str, bool)) else str(value)
 
-    walk("", to_dict(config))
+    walk("", config)
     return flat
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions and hardware, so that a result can be placed later."""
+def environment(*, device: str, num_processes: int, distributed_type: str) -> dict[str, Any]:
+    """Return versions and hardware, to compare a result with later ones."""
     import torch
 
     versions = {}
@@ -93,9 +112,9 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "versions": versions,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "device": str(accelerator.device),
+        "device": device,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "num_processes": accelerator.num_processes,
-        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": num_processes,
+        "distributed_type": distributed_type,
         "num_threads": torch.get_num_threads(),
     }

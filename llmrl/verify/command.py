@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import itertools
-import os
 import sys
 import time
 from collections import deque
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmrl.errors import LlmrlError, RunFailed, UserError
+from llmrl.track.files import replacing
 from llmrl.types import Rollout, RolloutGroup, Score
 from llmrl.verify.contract import Verdict, run_examples
 from llmrl.verify.pool import available_cores
@@ -187,31 +186,6 @@ def _read_groups(file: Path, rubric: Rubric, answer_column: str | None) -> Itera
 
 def _where(file: Path, lines: list[int]) -> str:
     return f"{file}, line {lines[0]}" if len(lines) == 1 else f"{file}, lines {lines[0]} to {lines[-1]}"
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `file` when the block ends well, and leaves no trace when it does not."""
-    is_device = file.exists() and not file.is_file()  # /dev/stdout and the like are written to directly
-    beside = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        output = beside.open("w", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"--output {file}: cannot be written: {error.strerror}") from None
-    try:
-        with output:
-            yield output
-            output.flush()
-            if not is_device:
-                os.fsync(output.fileno())
-        if not is_device:
-            beside.replace(file)
-    except OSError as error:
-        hint = "; free some space or choose another disk" if error.errno == errno.ENOSPC else ""
-        raise RunFailed(f"--output {file}: writing failed: {error.strerror}{hint}. Nothing was left behind.") from None
-    finally:
-        if not is_device:
-            beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

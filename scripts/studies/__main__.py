@@ -9,15 +9,15 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/study_presets", description=__doc__)
     commands = parser.add_subparsers(dest="study", required=True)
-    bandit_options = commands.add_parser("bandit", help="mechanisms on a tabular bandit")
+    bandit_options = commands.add_parser("bandit", help="compare mechanisms on a tabular bandit")
     bandit_options.add_argument("--seeds", type=int, default=10)
     bandit_options.add_argument("--json", type=Path)
-    additions_options = commands.add_parser("additions", help="presets on a task with headroom, at equal tokens")
+    additions_options = commands.add_parser("additions", help="compare presets on additions, at equal tokens")
     additions_options.add_argument("--seeds", type=int, default=5)
     additions_options.add_argument("--folder", type=Path, default=Path("runs/study_additions"))
-    table_options = commands.add_parser("table", help="the table of stored additions runs")
+    table_options = commands.add_parser("table", help="print the table of stored additions runs")
     table_options.add_argument("file", type=Path)
-    commands.add_parser("thr_cost", help="what Token Hidden Reward adds to an update")
+    commands.add_parser("thr_cost", help="cost of Token Hidden Reward in an update")
     given = parser.parse_args()
     if given.study == "bandit":
         from studies import bandit

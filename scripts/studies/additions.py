@@ -1,8 +1,7 @@
-"""A task with headroom in greedy accuracy and in pass@16: three-digit additions that a tiny model answers in three
-ways.
+"""Compare presets on three-digit additions, a task with headroom in greedy accuracy and in pass@16.
 
-The warm start shows mostly a direct answer, often a scratchpad that forgets the carries, rarely one that has them.
-Every preset starts from the same warm start of its seed and draws equally many tokens. One JSON line per run comes out.
+The examples of the warm start are mostly direct answers, often a scratchpad without carries, rarely one with carries.
+All presets of a seed start from the same warm start and sample equally many tokens. Each run writes one JSON line.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ THINK, END_THINK, BOX = "<think>", "</think>", "\\boxed{"
 ALPHABET = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 FORMS = {"direct": 0.5, "no_carry": 0.35, "carry": 0.15}
 TOKEN_BUDGET = 150_000
-"""Tokens that a run may draw, groups that dynamic sampling drops included."""
+"""Tokens that a run may sample, those of groups that dynamic sampling drops included."""
 NUM_HELD_OUT = 128
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
@@ -50,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "thr p=+0.1": {"name": "thr", "thr_p": 0.1},
     "thr p=-0.1": {"name": "thr", "thr_p": -0.1},
 }
-"""Presets as they are, but two mini-batches each, so that every ratio and clip is at work."""
+"""Presets unchanged, except for two mini-batches each: with one, ratios are 1 and nothing is clipped."""
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -71,7 +70,7 @@ def prompt(a: int, b: int) -> str:
 
 
 def completion(a: int, b: int, form: str) -> str:
-    """A correct answer, with the scratchpad of its form."""
+    """Return a correct answer with the scratchpad of the given form."""
     digits = [(int(x), int(y)) for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True)]
     work, carry = [], 0
     for x, y in digits:
@@ -106,7 +105,7 @@ def make_config(folder: str, model: str, seed: int, algo: dict[str, Any]) -> Con
 
 
 def warm_start(folder: Path, seed: int, *, target: float = 0.15, max_steps: int = 3000) -> None:
-    """Supervised steps until sampled accuracy reaches `target`; the model is saved in `folder`."""
+    """Fine-tune a tiny model until its sampled accuracy reaches `target`, and save it in `folder`."""
     tokenizer = char_tokenizer(ALPHABET, [THINK, END_THINK, BOX])
     sizes = {"hidden_size": 96, "intermediate_size": 288, "max_position_embeddings": 128}
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -136,7 +135,7 @@ def warm_start(folder: Path, seed: int, *, target: float = 0.15, max_steps: int 
 
 
 def supervised_loss(model: Any, tokenizer: Any, examples: list[tuple[str, str]]) -> torch.Tensor:
-    """Mean negative log-likelihood of the completions, end of sequence included."""
+    """Compute the mean negative log-likelihood of the completions, end of sequence included."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in examples]
     answers = [
         tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, text in examples
@@ -187,7 +186,7 @@ async def measure(trainer: Trainer) -> dict[str, float]:
 
 
 async def run(model: str, seed: int, algo: dict[str, Any], budget: int) -> dict[str, Any]:
-    """Train until the token budget is drawn. A step of `Trainer.fit`, with tokens for its clock."""
+    """Train until the token budget is used up: the loop of `Trainer.fit`, bounded by tokens instead of steps."""
     train_rows = rows(draw_pairs(random.Random(seed + 1), 4000, held_out=False))
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +208,7 @@ async def run(model: str, seed: int, algo: dict[str, Any], budget: int) -> dict[
 
 
 def main(folder: Path, num_seeds: int, budget: int = TOKEN_BUDGET) -> None:
-    """All arms of a seed before the next seed, so that an unfinished study is a smaller one, not a lopsided one."""
+    """Run all arms of a seed before the next seed: an unfinished study then still compares equal numbers of seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "additions.jsonl"
     done = {

@@ -1,8 +1,8 @@
-"""Mechanisms on a tabular bandit: 256 contexts x 16 arms, a softmax policy, exact probabilities, a fraction of a second
-a run.
+"""Compare mechanisms on a tabular bandit: 256 contexts x 16 arms, a softmax policy, exact probabilities.
 
-One "completion" is one token. Common arms are wrong; the only right ones are rare (about 2 % each), or, in the
-two-sided variant, one right arm is common and the others are rare. The losses and advantages are those of `llmrl.algo`.
+A run takes a fraction of a second. One "completion" is one token. Common arms are wrong, and the correct ones are rare
+(about 2 % each); in the two-sided variant one correct arm is common and the others are rare. The losses and advantages
+are those of `llmrl.algo`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Outcome = dict[str, float]
 
 
 def start(seed: int, *, common_right: bool) -> tuple[Tensor, Tensor]:
-    """(logits [C, A], right [C, A]): 4 common arms, 12 rare ones (about 2 % each), 3 of the rare ones right; with
-    `common_right` one common arm too.
+    """Return (logits [C, A], right [C, A]): 4 common arms and 12 rare ones (about 2 % each).
+
+    3 of the rare arms are right; with `common_right` one common arm is right too.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(CONTEXTS, ARMS, generator=generator) * 0.3
@@ -41,7 +42,7 @@ def start(seed: int, *, common_right: bool) -> tuple[Tensor, Tensor]:
 
 
 def train(seed: int, options: dict[str, Any]) -> Outcome:
-    """Some batches of GRPO with these options; what the policy is like afterwards, in expectation."""
+    """Train some batches of GRPO with these options and measure the policy in expectation."""
     options = {"advantage": "group", "loss": "clip", "epsilon_high": 0.2, "common_right": False, "noise": 0.0} | options
     logits, right = start(seed, common_right=options["common_right"])
     logits.requires_grad_()
@@ -92,8 +93,9 @@ def loss_of(options: dict[str, Any], logprobs: Tensor, old: Tensor, advantages: 
 
 
 def thr_factors(logits: Tensor, arms: Tensor, outcomes: Tensor, p: float | None) -> Tensor:
-    """THR without threshold. A context's "hidden state" is its own one-hot row, so influence stays within the
-    context.
+    """Compute the factors of THR without threshold.
+
+    The "hidden state" of a context is its own one-hot row, so influence stays within the context.
     """
     if p is None:
         return torch.ones_like(outcomes)
@@ -106,18 +108,18 @@ def thr_factors(logits: Tensor, arms: Tensor, outcomes: Tensor, p: float | None)
     return torch.stack(factors)
 
 
-NORMALISATIONS = (("group", "group"), ("group", "batch"), ("group", "none"), ("batch", "batch"))
+NORMALIZATIONS = (("group", "group"), ("group", "batch"), ("group", "none"), ("batch", "batch"))
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "clip-higher (right arms are rare)": {f"epsilon_high {e}": {"epsilon_high": e} for e in (0.2, 0.28, 0.5, 1.0)}
     | {"cispo (cap 5)": {"loss": "cispo"}, "sapo": {"loss": "sapo"}},
-    "normalisation (right arms are rare)": {
+    "normalization (right arms are rare)": {
         f"mean {mean}, scale {scale}": {"advantage": f"{mean}/{scale}", "epsilon_high": 1.0}
-        for mean, scale in (*NORMALISATIONS, ("none", "none"))
+        for mean, scale in (*NORMALIZATIONS, ("none", "none"))
     }
     | {"leave one out": {"advantage": "leave_one_out", "epsilon_high": 1.0}},
-    "normalisation, noisy reward (deviation 0.05)": {
+    "normalization, noisy reward (deviation 0.05)": {
         f"mean {mean}, scale {scale}": {"advantage": f"{mean}/{scale}", "epsilon_high": 1.0, "noise": 0.05}
-        for mean, scale in NORMALISATIONS
+        for mean, scale in NORMALIZATIONS
     },
     "sign of THR's p (a common right arm and rare ones)": {
         f"p {p:+.1f}": {"thr_p": p, "epsilon_high": 1.0, "common_right": True}
@@ -129,7 +131,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def main(num_seeds: int, file: Path | None) -> None:
-    """Print one table per mechanism, each number with the 95 % interval of its mean over seeds."""
+    """Print one table per mechanism; each number has the 95 % interval of its mean over seeds."""
     stored: dict[str, dict[str, list[Outcome]]] = {}
     for study, arms in STUDIES.items():
         stored[study] = {name: [train(seed, options) for seed in range(num_seeds)] for name, options in arms.items()}

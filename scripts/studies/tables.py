@@ -1,4 +1,4 @@
-"""Results over seeds -> Markdown tables: mean and half the width of the 95 % interval of Student's t."""
+"""Results over seeds in, Markdown tables out: the mean and half the width of the 95 % interval of Student's t."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 20: 2.09}
-"""Student's t, 97.5 % quantile, by number of values."""
+"""97.5 % quantile of Student's t, by number of values."""
 COLUMNS = ("greedy", "pass@1", "pass@4", "pass@16", "carry_frac", "length")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval); the half width of a single value is not a number."""
+    """Return (mean, half width of the 95 % interval); NaN as half width of a single value."""
     if len(values) < 2:
         return fmean(values), math.nan
     t = T_975[max(n for n in T_975 if n <= len(values))]
@@ -32,7 +32,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def show_additions(file: Path) -> None:
-    """Accuracies after training, and the paired difference from grpo of the same seed and warm start."""
+    """Print accuracies after training, and paired differences from grpo with the same seed and warm start."""
     results = [json.loads(line) for line in file.read_text().splitlines()]
     by_arm: dict[str, dict[int, dict]] = {}
     for result in results:

@@ -1,7 +1,7 @@
-"""What Token Hidden Reward adds to an update of a 21M-parameter model with 32,000 tokens: CPU seconds and peak memory.
+"""Measure what Token Hidden Reward adds to an update of a 21M-parameter model with 32,000 tokens: time and memory.
 
-Times are of updates with and without it in turns, so that whatever else the machine does falls on both. Peak memory is
-that of a process that does nothing else.
+Updates with and without it alternate, so other load on the machine affects both. Peak memory is measured in a process
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {"grpo": {}, "thr": {"token_weighting": "thr",
 
 
 def make_groups(seed: int) -> list[RolloutGroup]:
-    """Half of each group is right; tokens follow a power law, as text does."""
+    """Make groups of which half the rollouts are correct; tokens follow a power law, as text does."""
     random = np.random.default_rng(seed)
     groups = []
     for p in range(GROUPS):
@@ -51,7 +51,7 @@ def make_groups(seed: int) -> list[RolloutGroup]:
 
 
 def build(num_steps: int) -> tuple[Learner, dict[str, GRPO]]:
-    """A learner and both algorithms; `num_steps` optimizer steps use each batch."""
+    """Build a learner and both algorithms; each batch is used for `num_steps` optimizer steps."""
     torch.set_num_threads(1)
     model = build_tiny_model(
         "qwen2",
@@ -75,7 +75,7 @@ def build(num_steps: int) -> tuple[Learner, dict[str, GRPO]]:
 
 
 def measure_time(num_steps: int) -> None:
-    """Print the median CPU seconds of an update of each arm, and the median of the ratios of neighbours."""
+    """Print the median CPU seconds of an update for each arm, and the median ratio of neighboring updates."""
     learner, algorithms = build(num_steps)
     seconds: dict[str, list[float]] = {name: [] for name in algorithms}
     for i in range(REPETITIONS + 1):

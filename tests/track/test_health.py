@@ -1,4 +1,4 @@
-"""Health warnings: each symptom is called once, and again only after it had gone away."""
+"""Health warnings: each symptom is reported once, and again only after it has gone away."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pytest
 
 from llmrl.track.health import PATIENCE, Health
+from llmrl.types import Rollout, RolloutGroup, Score, Task
 
 FINE = {
     "advantage/zero_variance_frac": 0.3,
@@ -17,12 +18,13 @@ FINE = {
     "kl/mismatch/max": 0.001,
 }
 ILL = {
-    "no_signal": ({"advantage/zero_variance_frac": 1.0, "reward/mean": 0.0}, "rewards inside every group"),
+    "no_signal": ({"advantage/zero_variance_frac": 1.0, "reward/mean": 0.0}, "rewards within every group"),
     "truncated": ({"rollout/truncated_frac": 0.96}, "cut off"),
-    "unscored": ({"reward/unscored_frac": 0.021}, "could not be scored"),
+    "unscored": ({"reward/unscored_frac": 0.031}, "could not be scored"),
+    "abstained": ({"reward/abstained_frac": 0.01}, "abstained"),
     "entropy": ({"policy/entropy": 0.039}, "entropy has fallen"),
-    "off_policy": ({"kl/mismatch/ess": 0.49}, "far from what sampled"),
-    "lambda": ({"value/lambda": 0.49}, "lambda by length"),
+    "off_policy": ({"kl/mismatch/ess": 0.49}, "far from the one that sampled"),
+    "lambda": ({"value/lambda": 0.49}, "length-adaptive lambda"),
 }
 NEARLY = {
     "advantage/zero_variance_frac": 0.999,
@@ -35,7 +37,7 @@ NEARLY = {
 }
 
 
-def test_a_healthy_and_a_nearly_ill_run_are_left_in_peace() -> None:
+def test_healthy_and_nearly_ill_runs_get_no_warning() -> None:
     health = Health(on_policy=True)
     for metrics in [FINE] * 20 + [FINE | NEARLY] * 20:
         assert health.observe(metrics) == []
@@ -65,7 +67,7 @@ def test_several_at_once() -> None:
     assert len(warnings) == len(ILL)
 
 
-def test_sampler_and_trainer_apart_is_said_at_once_and_on_policy_only() -> None:
+def test_sampler_and_trainer_apart_is_reported_at_once_and_on_policy_only() -> None:
     apart = FINE | {"kl/mismatch/max": 0.3}
     health = Health(on_policy=True)
     (warning,) = health.observe(apart)
@@ -78,11 +80,41 @@ def test_sampler_and_trainer_apart_is_said_at_once_and_on_policy_only() -> None:
     assert Health(on_policy=True, mismatch_tolerance=0.5).observe(apart) == []
 
 
+def abstention(task: str, index: int, info: dict) -> Rollout:
+    score = Score(reward=None, parts={"judge": None}, info={"abstained": ["judge"], **info})
+    return Rollout(task=Task(id=task, messages=[]), index=index, score=score)
+
+
+def test_abstentions_name_their_tasks_and_reasons() -> None:
+    groups = []
+    for name in ("a-1", "b-2", "c-3", "d-4"):
+        scored = Rollout(task=Task(id=name, messages=[]), index=1, score=Score(reward=0.0))
+        info = {"judge": {"reason": f"no grade for {name}"}} if name != "b-2" else {}
+        groups.append(RolloutGroup(task=scored.task, rollouts=[abstention(name, 0, info), scored]))
+    failed = Score(reward=None, error="Traceback ...")
+    groups[0].rollouts.append(Rollout(task=groups[0].task, index=2, score=failed))
+    metrics = FINE | {"reward/abstained_frac": 4 / 9, "reward/unscored_frac": 4 / 9}
+    health = Health(on_policy=True)
+    for _ in range(PATIENCE - 1):
+        assert health.observe(metrics, groups) == []
+    (warning,) = health.observe(metrics, groups)
+    assert "4 of 9 rollouts" in warning and "not counted as wrong" in warning
+    assert "verify.max_abstained_frac" in warning
+    _, *shown = warning.splitlines()
+    assert shown == ["  a-1: judge (no grade for a-1)", "  b-2: judge", "  c-3: judge (no grade for c-3)"]
+
+
+def test_abstentions_without_groups_give_their_share() -> None:
+    health = Health(on_policy=True)
+    warnings = [text for _ in range(PATIENCE) for text in health.observe(FINE | {"reward/abstained_frac": 0.25})]
+    assert len(warnings) == 1 and "a share of 0.25 of the rollouts" in warnings[0]
+
+
 EVALUATOR = "reward/ircoco/evaluator"
 AGREE = {f"{EVALUATOR}/correlation": 0.6, f"{EVALUATOR}/mean": 0.5, "reward/ircoco/mean": 0.5}
 
 
-def test_an_evaluator_that_no_longer_goes_with_its_metric() -> None:
+def test_an_evaluator_that_no_longer_agrees_with_its_metric() -> None:
     health = Health(on_policy=True)
     apart = AGREE | {f"{EVALUATOR}/correlation": 0.09}
     for metrics in [AGREE] * 9 + [apart] * (PATIENCE - 1) + [AGREE] + [apart] * (PATIENCE - 1):
@@ -108,7 +140,7 @@ def test_an_evaluator_that_rises_while_its_metric_falls() -> None:
     assert "has risen by 0.100" in warning and "reward/ircoco has fallen by 0.100" in warning
 
 
-def test_metrics_that_are_absent_or_nan_are_no_symptom() -> None:
+def test_metrics_that_are_absent_or_nan_are_not_symptoms() -> None:
     nan = dict.fromkeys(FINE, float("nan"))
     for metrics in ({}, nan):
         health = Health(on_policy=True)

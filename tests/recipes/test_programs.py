@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from llmrl.data.programs import (
-    END_OPS,
-    HEADER,
-    LIST_OPS,
-    MISTAKEN,
-    Program,
-    completion_rows,
-    corpus,
-    draw_programs,
-    program_tokenizer,
-    task_row,
-)
 from llmrl.verify.code.rows import read_row
+from llmrl.verify.spec import load_file
+
+programs_file = load_file(Path(__file__).resolve().parents[2] / "recipes" / "programs.py")
+END_OPS, LIST_OPS, MISTAKEN = programs_file.END_OPS, programs_file.LIST_OPS, programs_file.MISTAKEN
+HEADER, Program = programs_file.HEADER, programs_file.Program
+completion_rows, corpus, draw_programs = (
+    programs_file.completion_rows,
+    programs_file.corpus,
+    programs_file.draw_programs,
+)
+program_tokenizer, task_row = programs_file.program_tokenizer, programs_file.task_row
 
 
 def test_a_program_by_hand() -> None:

@@ -1,12 +1,12 @@
-"""A made-up programming language task: short specifications of list functions, unit tests, and a corpus with bugs.
+"""A made-up programming task: short specifications of list functions, unit tests, and a corpus with bugs.
 
     reverse, above 3, sum        ->      def f(x):
                                           x = x[::-1]
                                           x = [v for v in x if v > 3]
                                           return sum(x)
 
-A model fine-tuned on the corpus (`corpus`) makes its mistakes as readily as the corpus does, so samples differ, and
-their likelihood says little about which of them pass. Everything depends on the seed given alone.
+A model fine-tuned on the corpus (`corpus`) makes mistakes as often as the corpus does. So its samples differ, and their
+likelihood says little about which of them pass. Everything depends only on the seed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIST_OPS: dict[str, tuple[str, ...]] = {
     "even": (" x = [v for v in x if v % 2 == 0]\n", " x = [v for v in x if v % 2]\n", " x = [v for v in x if x % 2]\n"),
     "square": (" x = [v * v for v in x]\n", " x = [v * 2 for v in x]\n", " x = [v * w for v in x]\n"),
 }  # fmt: skip
-"""Word -> its right line and the wrong ones; K is the number after the word."""
+"""Word -> its correct line, then the wrong ones; K is the number after the word."""
 END_OPS: dict[str, tuple[str, ...]] = {
     "sum": (" return sum(x)\n", " return len(x)\n", " return sum(v)\n"),
     "count": (" return len(x)\n", " return sum(x)\n", " return x.len()\n"),
@@ -41,33 +41,33 @@ END_OPS: dict[str, tuple[str, ...]] = {
     "list": (" return x\n", " return x[1:]\n", " return list(v)\n"),
 }
 MISTAKEN = ("above", "below", "drop", "down", "even", "square", "count", "last")
-"""Words that the corpus often translates by the first of their wrong lines: as likely as the right one, so likelihood
-cannot tell them apart. Unit tests can."""
+"""Words that the corpus often translates by their first wrong line. It is then as likely as the correct one, so
+likelihood cannot tell them apart; unit tests can."""
 NUMBERED = ("add", "times", "above", "below", "first", "drop")
 FRAGMENTS = (HEADER, " x = ", " return ", " for v in x", " if v ", "sorted(x)", "[::-1]", "[v ")
 ALPHABET = "\n" + string.ascii_lowercase + string.digits + "()[]:=+-*<>%., "
-"""With `FRAGMENTS` and the words, the vocabulary of a tokenizer that spells everything here."""
+"""Together with `FRAGMENTS` and the words, the vocabulary of the tokenizer: it can spell every prompt and program."""
 NUM_TESTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A specification: words with their numbers, the last one an ending."""
+    """A specification: words with their numbers, of which the last one is in `END_OPS`."""
 
     steps: tuple[tuple[str, int], ...]
 
     @property
     def prompt(self) -> str:
-        """What the model is asked."""
+        """The prompt that the model sees."""
         return ", ".join(f"{word} {number}" if word in NUMBERED else word for word, number in self.steps) + "\n"
 
     def lines(self, draw: random.Random | None = None, mistaken_frac: float = 0.0, slip_frac: float = 0.0) -> list[str]:
-        """The program, line by line.
+        """Return the program line by line.
 
         Args:
-            draw: random numbers; without, every line is right.
-            mistaken_frac: share of the lines of `MISTAKEN` words that are their common mistake.
-            slip_frac: share of all lines that are any of their wrong forms, or lack their last bracket.
+            draw: source of random numbers; without it every line is correct.
+            mistaken_frac: share of the lines of `MISTAKEN` words that are replaced by the common mistake.
+            slip_frac: share of all lines that are replaced by any of their wrong forms, or lose their last bracket.
         """
         lines = [HEADER]
         for word, number in self.steps:
@@ -83,24 +83,27 @@ class Program:
 
     @property
     def solution(self) -> str:
-        """The right program."""
+        """The correct program."""
         return "".join(self.lines())
 
     def run(self, values: list[int]) -> Any:
-        """What the right program returns; its source is ours."""
+        """Run the correct program and return its result."""
         space: dict[str, Any] = {}
-        exec(self.solution, space)
+        exec(self.solution, space)  # safe without a sandbox: the source is assembled from the tables above
         return space["f"](list(values))
 
 
 def _unclosed(line: str) -> str:
-    """The line without its last bracket, which does not compile; a line without brackets loses its name instead."""
+    """Return the line without its last bracket, which does not compile; without any bracket, a bare return."""
     place = max(line.rfind(")"), line.rfind("]"))
     return line[:place] + line[place + 1 :] if place >= 0 else " return\n"
 
 
 def draw_programs(num: int, *, seed: int, num_steps: tuple[int, ...] = (2, 3)) -> list[Program]:
-    """`num` different specifications that can be tested, with so many list operations before the ending."""
+    """Draw `num` different specifications that can be tested.
+
+    `num_steps` are the possible numbers of list operations before the ending.
+    """
     draw, found = random.Random(seed), dict[Program, None]()
     while len(found) < num:
         words = [draw.choice(list(LIST_OPS)) for _ in range(draw.choice(num_steps))]
@@ -112,7 +115,7 @@ def draw_programs(num: int, *, seed: int, num_steps: tuple[int, ...] = (2, 3)) -
 
 
 def _tests(program: Program) -> tuple[list[list[list[int]]], list[Any]] | None:
-    """Arguments and results of `NUM_TESTS` calls, not all with the same result; None where there are none to be had."""
+    """Return arguments and results of `NUM_TESTS` calls, or None where too few calls succeed or differ."""
     draw = random.Random(program.prompt)
     inputs, outputs = [], []
     for _ in range(4 * NUM_TESTS):
@@ -129,7 +132,7 @@ def _tests(program: Program) -> tuple[list[list[list[int]]], list[Any]] | None:
 
 
 def task_row(program: Program) -> dict[str, Any]:
-    """A row with the columns of APPS: the prompt, a right program, and calls with their results."""
+    """Return a row with the columns of APPS: the prompt, a correct program, and calls with their results."""
     tests = _tests(program)
     assert tests is not None
     inputs, outputs = tests
@@ -141,14 +144,14 @@ def task_row(program: Program) -> dict[str, Any]:
 def corpus(
     programs: list[Program], num: int, *, seed: int, mistaken_frac: float = 0.0, slip_frac: float = 0.0
 ) -> list[dict[str, str]]:
-    """`num` prompts and completions to fine-tune on, with so many faulty lines (see `Program.lines`)."""
+    """Draw `num` prompts and completions to fine-tune on, with faulty lines (see `Program.lines` for the shares)."""
     draw = random.Random(seed)
     chosen = draw.choices(programs, k=num)
     return [{"prompt": p.prompt, "completion": "".join(p.lines(draw, mistaken_frac, slip_frac))} for p in chosen]
 
 
 def completion_rows(programs: list[Program], *, seed: int) -> list[dict[str, str]]:
-    """For every program a prompt that ends behind one of its first lines, and the rest as the answer."""
+    """Cut every program after a random line: the prompt ends there, and the rest is the answer."""
     draw, rows = random.Random(seed), []
     for program in programs:
         lines = program.lines()
@@ -158,7 +161,7 @@ def completion_rows(programs: list[Program], *, seed: int) -> list[dict[str, str
 
 
 def program_tokenizer() -> Any:
-    """A tokenizer for prompts and programs: characters, words, and common fragments."""
+    """Build a tokenizer for prompts and programs: characters, words, and common fragments."""
     from llmrl.tiny import char_tokenizer
 
     return char_tokenizer(ALPHABET, [*FRAGMENTS, *LIST_OPS, *END_OPS, ", "])
@@ -179,15 +182,15 @@ def fine_tune_on_corpus(
     """Build a tiny model, fine-tune it on a corpus of these programs, and save it with its tokenizer in `folder`.
 
     Args:
-        programs: those of the corpus.
-        folder: where it goes; what is there already is not done again.
-        num_examples: of the corpus.
-        max_steps: of 16 examples each.
-        learning_rate: at its peak.
-        hidden_size: of the model.
-        mistaken_frac: as `slip_frac`, see `Program.lines`.
-        slip_frac: share of lines that are wrong in some other way.
-        seed: of model, corpus and order.
+        programs: the programs of the corpus.
+        folder: output folder; if it exists, nothing is done.
+        num_examples: size of the corpus.
+        max_steps: optimizer steps of 16 examples each.
+        learning_rate: its peak.
+        hidden_size: width of the model.
+        mistaken_frac: share of common mistakes, see `Program.lines`.
+        slip_frac: share of other wrong lines, see `Program.lines`.
+        seed: seed of model, corpus and order.
     """
     from llmrl.tiny import build_tiny_model, fine_tune
 
