@@ -11,6 +11,7 @@ from llmrl.errors import UserError
 from llmrl.types import Message, Score
 from llmrl.verify.checks import boxes as bx
 from llmrl.verify.checks.answers import completion_text, extract_tag
+from llmrl.verify.checks.text import without_thinking
 
 Measure = Literal["iou", "map", "map50", "od_length"]
 Space = Literal["original", "input", "thousand"]
@@ -53,7 +54,7 @@ def box_iou(
         raise UserError(f"measure {measure!r} is unknown: use iou, map, map50 or od_length")
     gold = answer if answer is not None else solution
     sizes = _sizes(coordinates, image_size, input_size, image_grid_thw, patch_size)
-    extracted = extract_tag(completion_text(completion))
+    extracted = extract_tag(without_thinking(completion_text(completion)))
     if measure == "iou":
         return _score_one_box(extracted, bx.gold_box(gold), sizes)
     return _score_detections(extracted, bx.gold_detections(_without_tags(gold)), sizes, measure)
@@ -139,7 +140,8 @@ EXAMPLES: list[dict[str, Any]] = [
         "coordinates": "thousand",
         "reward": 1.0,
     },
-    # Hostile: outside the tags, many boxes, swapped corners, numbers beyond any image, no text.
+    # Hostile: only in the thinking, outside the tags, many boxes, swapped corners, numbers beyond any image, no text.
+    {"completion": "<think><answer>[0, 0, 10, 10]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "<answer>[50, 50, 60, 60] [0, 0, 10, 10]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "<answer>[10, 10, 0, 0]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},

@@ -15,7 +15,8 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Score
-from llmrl.verify.checks.answers import after_thinking, gold_answers
+from llmrl.verify.checks.answers import gold_answers
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.correct import judge_correct
 from llmrl.verify.judge.judge import OfflineJudge, Question, get_judge
 
@@ -58,7 +59,7 @@ async def judge(
     if criteria is None and not golds:
         raise UserError("judge: rows need `answer`, or `criteria` to grade by")
     asking = get_judge(judge)
-    response = after_thinking(completion).strip()
+    response = without_thinking(completion).strip()
     if not response:
         return Score(reward=0.0, info={"reason": "empty response"})
     if criteria is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Score
 from llmrl.verify.checks import answers as qa
+from llmrl.verify.checks.text import without_thinking
 
 Measure = Literal["em", "f1", "substring", "search_r1", "deepresearcher"]
 _MEASURES = {"em": qa.exact_match, "f1": qa.f1, "substring": qa.substring_match}
@@ -55,7 +56,8 @@ def qa_match(
     """
     golds = _golds(answer, golden_answers, answers, reward_model)
     text = qa.completion_text(completion)
-    extracted = qa.after_thinking(text).strip() if answer_tag is None else qa.extract_tag(text, answer_tag)
+    answered = without_thinking(text)
+    extracted = answered.strip() if answer_tag is None else qa.extract_tag(answered, answer_tag)
     # Unknown names must raise whatever the completion, so the measures are taken even where nothing was extracted.
     parts = {name: function(extracted or "", golds, normalizer) for name, function in _MEASURES.items()}
     if measure in _MEASURES:
@@ -124,7 +126,8 @@ EXAMPLES: list[dict[str, Any]] = [
     },
     {"completion": "So it is Paris.", "answer": "Paris", "answer_tag": None, "reward": 0.0},
     {"completion": "<think>London?</think>Paris", "answer": "Paris", "answer_tag": None, "reward": 1.0},
-    # Hostile: no tags, an unclosed tag, many answers, nothing at all, a gold answer that normalises to nothing.
+    # Hostile: an answer that is only thought, no tags, an unclosed tag, many answers, nothing at all, a gold answer that normalises to nothing.
+    {"completion": "<think><answer>Paris</answer></think>", "answer": "Paris", "reward": 0.0},
     {"completion": "Paris Paris Paris", "answer": "Paris", "reward": 0.0},
     {"completion": "<answer>Paris", "answer": "Paris", "reward": 0.0},
     {"completion": "<answer>Paris or London or Rome</answer>", "answer": "Paris", "reward": 0.0},

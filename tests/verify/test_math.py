@@ -26,8 +26,8 @@ from llmrl.verify.checks.math import (
     judge,
     last_box,
     normalize,
-    strip_thinking,
 )
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.spec import resolve
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
@@ -76,21 +76,6 @@ def test_extraction(text: str, answer: str | None) -> None:
 def test_a_box_can_be_required() -> None:
     assert extract_answer("The answer is 5", require_box=True).answer is None
     assert extract_answer(r"\boxed{5}", require_box=True).answer == "5"
-
-
-@pytest.mark.parametrize(
-    ("text", "rest"),
-    [
-        ("<think>a</think>b", "b"),
-        ("a</think>b", "b"),
-        ("<think>a</think>b<think>c</think>d", "d"),
-        ("<think>a</think>b<think>c", "b"),
-        ("<think>never closed", ""),
-        ("plain", "plain"),
-    ],
-)
-def test_thinking_is_left_out(text: str, rest: str) -> None:
-    assert strip_thinking(text) == rest
 
 
 # --- the gold answer --------------------------------------------------------------------------------------------------
@@ -386,7 +371,8 @@ TEXT = st.text(alphabet=st.characters(), max_size=300) | st.text(
 def test_extraction_survives_any_text(text: str) -> None:
     found = extract_answer(text)
     assert found.answer is None or 0 < len(found.answer) <= 1000
-    assert found.num_boxes == strip_thinking(text).count("\\boxed") + strip_thinking(text).count("\\fbox")
+    answered = without_thinking(text)
+    assert found.num_boxes == answered.count("\\boxed") + answered.count("\\fbox")
 
 
 @hypothesis_seed(SEED)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Score
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.judge import AnyJudge, Canary, Question, both_orders, get_judge
 from llmrl.verify.translation.language import base_language, is_language
 from llmrl.verify.translation.metrics import LOCAL_METRICS, metric_value, surface_metrics
@@ -39,7 +40,7 @@ class TranslationConfig:
     judged_directions: Sequence[str] = ()
     """Directions such as en-zh in which `mode` holds, all others being light; empty: it holds in all."""
     require_thought: bool = True
-    """The output is `<think> thought </think> translation`; False takes the whole output as the translation."""
+    """The output must be `<think> thought </think> translation`. False: whatever is outside the thinking is."""
     check_format: bool = True
     """Ask the judge (compare, grade) whether the translation stands alone, with no explanation attached."""
     levels: Literal[3, 5] = 5
@@ -209,20 +210,18 @@ async def translation_score(completion: str, row: Row, config: TranslationConfig
 
 
 def parse_output(completion: str, *, require_thought: bool = True) -> Output | None:
-    """Thought and translation of `<think> thought </think> translation`, or None where the form is another.
+    """Split `<think> thought </think> translation`; None when it has another form.
 
-    Exactly one thought, at the start, and neither part empty. Without `require_thought` a thought may be absent.
+    With `require_thought` the form is exactly one thought, at the start, with neither part empty. Without it, all text
+    outside the thinking is the translation, and only that must not be empty.
     """
     text = completion.strip()
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if (opened, closed) == (0, 0) and not require_thought:
-        return Output(thought="", translation=text) if text else None
-    if (opened, closed) != (1, 1) or not text.startswith("<think>"):
+    thought, _, _ = text.removeprefix("<think>").partition("</think>")
+    one_block = text.startswith("<think>") and text.count("<think>") == text.count("</think>") == 1
+    if require_thought and not (one_block and thought.strip()):
         return None
-    thought, translation = text.removeprefix("<think>").split("</think>")
-    if not thought.strip() or not translation.strip():
-        return None
-    return Output(thought=thought.strip(), translation=translation.strip())
+    translation = without_thinking(text).strip()
+    return Output(thought=thought.strip() if one_block else "", translation=translation) if translation else None
 
 
 def copied_share(source: str, translation: str) -> float:
