@@ -9,19 +9,16 @@ import asyncio
 import traceback
 from typing import Any
 
+from llmrl.algo.ops.mixing import RubricFor, RubricNorm, check_mixing, mix_rewards
 from llmrl.endpoint import EndpointError, shared_endpoint
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, Score, Status
 from llmrl.verify.checks.answers import gold_answers
 from llmrl.verify.citations.rubrics import (
     Evaluation,
-    RubricFor,
-    RubricNorm,
     RubricOptions,
     RubricRecord,
-    check_mixing,
     evaluate,
-    mix_rewards,
     record_dicts,
 )
 from llmrl.verify.citations.support import load_judge

@@ -126,7 +126,7 @@ EXAMPLES: list[dict[str, Any]] = [
     },
     {"completion": "So it is Paris.", "answer": "Paris", "answer_tag": None, "reward": 0.0},
     {"completion": "<think>London?</think>Paris", "answer": "Paris", "answer_tag": None, "reward": 1.0},
-    # Hostile: an answer that is only thought, no tags, an unclosed tag, many answers, nothing at all, a gold answer that normalises to nothing.
+    # Hostile: an answer in the thinking, no tags, an unclosed tag, many answers, nothing, a gold answer of no words.
     {"completion": "<think><answer>Paris</answer></think>", "answer": "Paris", "reward": 0.0},
     {"completion": "Paris Paris Paris", "answer": "Paris", "reward": 0.0},
     {"completion": "<answer>Paris", "answer": "Paris", "reward": 0.0},
