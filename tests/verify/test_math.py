@@ -20,10 +20,10 @@ from llmrl.types import Score
 from llmrl.verify.checks.math import (
     _parse,
     _surely_differ,
+    equals_gold,
     extract_answer,
     gold_answers,
     is_tame,
-    judge,
     last_box,
     normalize,
 )
@@ -321,7 +321,7 @@ def test_math500_golds_differ_from_their_neighbours(shared_data: Path) -> None:
 
     answers = [row["answer"] for row in read(shared_data / "math" / "math500.jsonl")][SEED % 5 :: 5]
     for gold, other in itertools.pairwise(answers):
-        ours = judge(other, gold_answers(gold))
+        ours = equals_gold(other, gold_answers(gold))
         assert ours == bool(verify(parsed(gold), parsed(other), timeout_seconds=None)), (gold, other)
 
 
@@ -392,8 +392,8 @@ def test_every_way_to_write_a_number_is_the_same_number(value: Fraction, way: in
     sign = "-" if top < 0 else ""
     mixed = f"{sign}{whole}\\frac{{{rest}}}{{{bottom}}}" if whole and rest else f"{top}/{bottom}"
     written = [f"{top}/{bottom}", f"{sign}\\frac{{{abs(top)}}}{{{bottom}}}", mixed, f"{top * 7}/{bottom * 7}"][way]
-    assert judge(written, [f"{top}/{bottom}"]) is True
-    assert judge(written, [f"{top + bottom}/{bottom}"]) is False
+    assert equals_gold(written, [f"{top}/{bottom}"]) is True
+    assert equals_gold(written, [f"{top + bottom}/{bottom}"]) is False
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def is_readable(gold: str) -> bool:
 # --- equivalence ------------------------------------------------------------------------------------------------------
 
 
-def judge(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
+def equals_gold(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
     r"""Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
 
     Must be called where a hang can be killed: some expressions take for ever to simplify.

@@ -72,7 +72,7 @@ class Spent:
         self.cost += other.cost
 
 
-class Ledger:
+class SpendLedger:
     """Sums what every paid call used, and stops the run when a budget is gone.
 
     With a file, each call is one appended line, and the sum is that of all processes that write to it, now and before:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from llmrl.endpoint import Endpoint, EndpointError, PerLoop
 from llmrl.errors import RunFailed, UserError
-from llmrl.verify.judge.cache import Ledger, ReplyCache, Spent, request_key
+from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent, request_key
 from llmrl.verify.judge.options import JudgeConfig
 from llmrl.verify.judge.verdict import (
     AnyJudge,
@@ -62,7 +62,9 @@ class Judge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self.ledger = Ledger(config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost)
+        self.ledger = SpendLedger(
+            config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost
+        )
         self.counts = dict.fromkeys(
             (
                 "questions",

@@ -73,7 +73,7 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TranslationRow:
     """What the translation is judged against."""
 
     source: str
@@ -156,7 +156,9 @@ COMPARE = {
 }
 
 
-async def translation_score(completion: str, row: Row, config: TranslationConfig, judge: Any = None) -> Score:
+async def translation_score(
+    completion: str, row: TranslationRow, config: TranslationConfig, judge: Any = None
+) -> Score:
     """Reward of one translation: 0 if the format is wrong or it is no translation, else the weighted sum of its parts.
 
         compare   comparison_weight * (1..5) + thought_weight * (0..2) + metric_weight * (0..1)
@@ -236,7 +238,7 @@ def copied_share(source: str, translation: str) -> float:
     return len(windows_a & windows_b) / min(len(windows_a), len(windows_b))
 
 
-def _is_judged(row: Row, config: TranslationConfig) -> bool:
+def _is_judged(row: TranslationRow, config: TranslationConfig) -> bool:
     directions = [direction.split("-") for direction in config.judged_directions]
     if not all(len(direction) == 2 for direction in directions):
         raise UserError(f"translation_compare: judged_directions {config.judged_directions}: give a list like [en-zh]")
@@ -244,7 +246,7 @@ def _is_judged(row: Row, config: TranslationConfig) -> bool:
     return own in [[base_language(code) for code in direction] for direction in directions]
 
 
-def _check(row: Row, config: TranslationConfig) -> None:
+def _check(row: TranslationRow, config: TranslationConfig) -> None:
     def need(ok: bool, message: str) -> None:
         if not ok:
             raise UserError(f"translation_compare: {message}")
@@ -267,7 +269,7 @@ def _check(row: Row, config: TranslationConfig) -> None:
     need(not local or bool(row.reference), f"metric {config.metric} needs the column `reference`")
 
 
-def _first_fault(completion: str, row: Row, config: TranslationConfig) -> tuple[Output | None, str | None]:
+def _first_fault(completion: str, row: TranslationRow, config: TranslationConfig) -> tuple[Output | None, str | None]:
     """The output taken apart, and what is wrong with it by rule (None: nothing). Cheap checks first."""
     output = parse_output(completion, require_thought=config.require_thought)
     if output is None:
@@ -287,7 +289,7 @@ def _first_fault(completion: str, row: Row, config: TranslationConfig) -> tuple[
 
 
 async def _judged_parts(
-    output: Output, row: Row, config: TranslationConfig, judge: AnyJudge | None
+    output: Output, row: TranslationRow, config: TranslationConfig, judge: AnyJudge | None
 ) -> dict[str, float | None]:
     """Every part that takes asking someone, all asked at once."""
     asked: dict[str, Any] = {}
@@ -305,7 +307,7 @@ async def _judged_parts(
     return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
 
-async def _comparison(judge: AnyJudge, output: Output, row: Row, config: TranslationConfig) -> float | None:
+async def _comparison(judge: AnyJudge, output: Output, row: TranslationRow, config: TranslationConfig) -> float | None:
     """1 (much worse than the exemplar) to 5 (much better), both orders averaged."""
     unit = 1 if config.levels == 5 else 2
 
@@ -319,12 +321,12 @@ async def _comparison(judge: AnyJudge, output: Output, row: Row, config: Transla
     return None if preference is None else 3.0 + preference
 
 
-async def _grade(judge: AnyJudge, output: Output, row: Row) -> float | None:
+async def _grade(judge: AnyJudge, output: Output, row: TranslationRow) -> float | None:
     verdict = await judge.ask(GRADE, {**_languages(row), "translation": output.translation})
     return None if verdict.values is None else float(verdict.values["grade"])
 
 
-async def _thought(judge: AnyJudge, output: Output, row: Row) -> float | None:
+async def _thought(judge: AnyJudge, output: Output, row: TranslationRow) -> float | None:
     kind = await _choice(judge, THOUGHT, {"source": row.source, "thought": output.thought}, "kind")
     return None if kind is None else float(THOUGHTS[kind])
 
@@ -334,7 +336,7 @@ async def _choice(judge: AnyJudge, question: Question, case: dict[str, str], nam
     return None if verdict.values is None else verdict.values[name]
 
 
-def _languages(row: Row) -> dict[str, str]:
+def _languages(row: TranslationRow) -> dict[str, str]:
     return {
         "source": row.source,
         "source_language": row.source_language,
