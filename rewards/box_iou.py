@@ -1,5 +1,5 @@
 """Reward for grounding and detection: boxes in the completion's <answer> against the gold boxes of the row.
-In: a completion, gold boxes in pixels of the original image and, where the model saw another size, both sizes.
+In: a completion, gold boxes in pixels of the original image and, if the model saw another size, both sizes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from llmrl.errors import UserError
 from llmrl.types import Message, Score
 from llmrl.verify.checks import boxes as bx
 from llmrl.verify.checks.answers import completion_text, extract_tag
+from llmrl.verify.checks.text import without_thinking
 
 Measure = Literal["iou", "map", "map50", "od_length"]
 Space = Literal["original", "input", "thousand"]
 _Sizes = tuple[tuple[float, float], tuple[float, float]] | None
-"""(size the answer's coordinates refer to, size of the original image); None where they are the same."""
+"""(size the answer's coordinates refer to, size of the original image); None if they are the same."""
 
 
 def box_iou(
@@ -30,30 +31,30 @@ def box_iou(
     coordinates: Space = "original",
     patch_size: int = 14,
 ) -> Score:
-    """Score the boxes of an answer (VLM-R1, arXiv 2504.07615). No closed <answer>...</answer>: 0.
+    """Score the boxes of an answer (VLM-R1, arXiv 2504.07615); 0 without a closed <answer>...</answer>.
 
     Args:
-        completion: text, or messages of which the last assistant message is read.
-        answer: gold, always in pixels of the original image. For `iou` one box, else a list of {"bbox_2d", "label"},
-            empty or the word None where the image has no such object.
-        solution: gold, read where there is no `answer` (VLM-R1 rows).
+        completion: text, or messages (the last assistant message is read).
+        answer: gold, always in pixels of the original image. For `iou` one box, else a list of {"bbox_2d", "label"};
+            an empty list or the word None if the image has no such object.
+        solution: gold, read if there is no `answer` (VLM-R1 rows).
         image_size: (width, height) of the original image; needed unless `coordinates` is "original".
         input_size: (width, height) the model saw, for `coordinates="input"`.
-        image_grid_thw: the same as a grid of patches, read where there is no `input_size`.
-        measure: `iou` of the first box with the gold box; `map` COCO mAP@[.5:.95]; `map50` at 0.5; `od_length` mAP
-            times n_gold / n_predicted where more boxes are predicted than there are.
-        coordinates: what the model answers in: pixels of the original image, pixels of its input, or thousandths of
-            the width and height.
+        image_grid_thw: the same as a grid of patches, read if there is no `input_size`.
+        measure: `iou` of the first box with the gold box; `map`, COCO mAP@[.5:.95]; `map50`, AP at 0.5; `od_length`,
+            mAP times n_gold / n_predicted when more boxes are predicted than exist.
+        coordinates: the unit of the model's answer: pixels of the original image, pixels of its input, or thousandths
+            of the width and height.
         patch_size: pixels per patch of `image_grid_thw`.
 
     Raises:
-        UserError: unknown measure, a gold answer that is no box, a size that is missing.
+        UserError: unknown measure, an invalid gold answer, or a missing size.
     """
     if measure not in ("iou", "map", "map50", "od_length"):
         raise UserError(f"measure {measure!r} is unknown: use iou, map, map50 or od_length")
     gold = answer if answer is not None else solution
     sizes = _sizes(coordinates, image_size, input_size, image_grid_thw, patch_size)
-    extracted = extract_tag(completion_text(completion))
+    extracted = extract_tag(without_thinking(completion_text(completion)))
     if measure == "iou":
         return _score_one_box(extracted, bx.gold_box(gold), sizes)
     return _score_detections(extracted, bx.gold_detections(_without_tags(gold)), sizes, measure)
@@ -70,7 +71,7 @@ def _score_one_box(extracted: str | None, gold: bx.Box, sizes: _Sizes) -> Score:
 def _score_detections(extracted: str | None, gold: list[bx.Detection], sizes: _Sizes, measure: str) -> Score:
     found = None if extracted is None else bx.parse_detections(extracted)
     if found is None:
-        return Score(reward=0.0, info={"reason": "no JSON list and no None in <answer>", "extracted": extracted})
+        return Score(reward=0.0, info={"reason": "neither a JSON list nor None in <answer>", "extracted": extracted})
     found = [replace(detection, box=_to_original(detection.box, sizes)) for detection in found]
     thresholds = (0.5,) if measure == "map50" else bx.COCO_THRESHOLDS
     precision = bx.mean_average_precision(found, gold, thresholds)
@@ -123,7 +124,7 @@ EXAMPLES: list[dict[str, Any]] = [
         "solution": '<answer>{"bbox": [0, 0, 10, 10]}</answer>',
         "reward": 0.5,
     },
-    # The model saw 140 x 70 pixels of an image of 280 x 280: x doubles, y is four times as much.
+    # The model saw 140 x 70 pixels of an image of 280 x 280, so x is doubled and y quadrupled.
     {
         "completion": "<answer>[0, 0, 70, 35]</answer>",
         "answer": [0, 0, 140, 140],
@@ -139,7 +140,8 @@ EXAMPLES: list[dict[str, Any]] = [
         "coordinates": "thousand",
         "reward": 1.0,
     },
-    # Hostile: outside the tags, many boxes, swapped corners, numbers beyond any image, no text.
+    # Hostile: only in the thinking, outside the tags, many boxes, swapped corners, numbers beyond any image, no text.
+    {"completion": "<think><answer>[0, 0, 10, 10]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "<answer>[50, 50, 60, 60] [0, 0, 10, 10]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},
     {"completion": "<answer>[10, 10, 0, 0]</answer>", "answer": [0, 0, 10, 10], "reward": 0.0},

@@ -1,6 +1,8 @@
-"""Reward for deep research with citations (CaRR and C-GRPO, arXiv 2601.06021): a conversation with its tool outputs,
-the gold answer and single-hop rubrics in; outcome mixed with rubric reward out. `citation_rubric` scores one rollout,
-`score_group` a group, with the rubric rewards normalised in it as C-GRPO does. Needs a judge or a rubric server.
+"""Reward for deep research with citations (CaRR and C-GRPO, arXiv 2601.06021).
+
+In: a conversation with its tool outputs, the gold answer and single-hop rubrics. Out: the outcome reward mixed with the
+rubric reward. `citation_rubric` scores one rollout; `score_group` scores a group and normalizes the rubric rewards
+within it, as C-GRPO does. Needs a judge or a rubric server.
 """
 
 from __future__ import annotations
@@ -9,26 +11,24 @@ import asyncio
 import traceback
 from typing import Any
 
+from llmrl.algo.ops.mixing import RubricFor, RubricNorm, check_mixing, mix_rewards
 from llmrl.endpoint import EndpointError, shared_endpoint
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, Score, Status
 from llmrl.verify.checks.answers import gold_answers
 from llmrl.verify.citations.rubrics import (
     Evaluation,
-    RubricFor,
-    RubricNorm,
     RubricOptions,
     RubricRecord,
-    check_mixing,
     evaluate,
-    mix_rewards,
     record_dicts,
 )
 from llmrl.verify.citations.support import load_judge
 from llmrl.verify.judge.correct import KNOWN_SEPARATOR
+from llmrl.verify.judge.verdict import AnyJudge
 
 SERVER_TIMEOUT_S = 660.0
-"""Longer than the server's own limit (600 s), so that a slow verdict is not asked for twice."""
+"""Longer than the server's own limit (600 s), because a retry would pay for a slow verdict twice."""
 SERVER_RETRIES = 10
 SERVER_CONCURRENCY = 64
 
@@ -60,67 +60,74 @@ async def citation_rubric(
 
     Args:
         completion: the final answer, or messages of which the last is the final answer.
-        messages: the conversation with the tools' outputs. Only these are evidence.
+        messages: the conversation with the tools' outputs; only these outputs are evidence.
         answer: gold answer.
-        label: gold answer, read where there is no `answer` (CaRR rows).
+        label: gold answer, read if there is no `answer` (CaRR rows).
         rubrics: single-hop facts with placeholders <E0> (the answer), <E1>, ....
-        question: what the judge is told was asked; default: `metadata`'s, then the prompt.
+        question: the question shown to the judge; default: the one in `metadata`, else the prompt.
         prompt: the task's last user message.
-        metadata: CaRR rows hold the rubrics and the clean question here, under `remote_env_info`.
+        metadata: the column of CaRR rows that holds rubrics and question, under `remote_env_info`.
         entities: known names of the placeholders, for `judge="lexical"`.
-        rollout: a truncated one gets 0 and asks nothing.
+        rollout: if truncated, it gets 0 and no judge is asked.
         judge: see `llmrl.verify.judge.judge.get_judge`; or `lexical` (no model).
-        server_url: a running `scripts/serve_rubric`, used in place of `judge`.
+        server_url: URL of a running `scripts/serve_rubric`, used instead of `judge`.
         alpha: share of the rubric reward.
-        rubric_norm: see `mix_rewards`. One rollout has nothing to be normalised by: `score_group` gives the paper's
-            reward.
+        rubric_norm: see `mix_rewards`. The paper's normalization needs a group: use `score_group`.
         rubric_for: see `mix_rewards`.
-        zero_unjudged: give 0 in place of None where the judge abstained, as the paper's code does.
+        zero_unjudged: give 0 instead of None when the judge abstains, as the paper's code does.
         check_entities: see `RubricOptions`, as for the next three.
-        check_connectivity: only rubrics connected to the answer count.
-        check_quotes: a citation beside a forged quotation counts for nothing.
-        max_pages: cited pages the judge is shown.
+        check_connectivity: count only rubrics connected to the answer.
+        check_quotes: ignore a citation beside a forged quotation.
+        max_pages: number of cited pages shown to the judge.
 
     Raises:
         UserError: no judge, no gold answer, or contradicting options.
     """
     check_mixing(alpha, rubric_norm, rubric_for)
     environment = (metadata or {}).get("remote_env_info") or {}
-    golds = gold_answers(answer) or gold_answers(label)
-    if not golds:
-        raise UserError("the row has no gold answer: give the column answer or label")
-    request: dict[str, Any] = {
+    request = {
         "history": _history(completion, messages),
         "question": question or next(iter(environment.get("search_forbidden_strs") or []), None) or prompt or "",
-        "known_answers": golds,
+        "known_answers": _golds(answer, label),
         "rubrics": list(rubrics if rubrics is not None else environment.get("rubrics") or []),
         "unfinished": rollout is not None and rollout.status != Status.COMPLETED,
         "need_rubric": alpha > 0,
     }
     if server_url is not None:
         result = await _ask_server(server_url, request)
-    elif judge is not None:
+    else:
         options = RubricOptions(
             check_entities=check_entities,
             check_connectivity=check_connectivity,
             check_quotes=check_quotes,
             max_pages=max_pages,
         )
-        # A wrong rollout's rubric reward then neither counts for itself nor sets anybody's maximum.
-        spare = rubric_for == "correct" and rubric_norm != "group_max"
-        chosen = load_judge(judge, entities or environment.get("entities"))
-        result = await evaluate(chosen, **request, rubric_only_if_correct=spare, options=options)
-    else:
-        raise UserError(
-            "citation_rubric: set args.judge (a judge's {base_url, model}, or `lexical`) or args.server_url"
-        )
+        # Where only correct rollouts use and set the group's maximum, a wrong one's rubric reward changes nothing.
+        only_if_correct = rubric_for == "correct" and rubric_norm != "group_max"
+        chosen = _judge(judge, entities or environment.get("entities"))
+        result = await evaluate(chosen, **request, rubric_only_if_correct=only_if_correct, options=options)
     if zero_unjudged:
         result.outcome, result.rubric = result.outcome or 0.0, result.rubric or 0.0
     return _mixed_score(result, alpha, rubric_norm, rubric_for)
 
 
+def _judge(judge: Any, entities: dict[str, str] | None) -> AnyJudge:
+    if judge is None:
+        raise UserError(
+            "citation_rubric: set args.judge (a judge's {base_url, model}, or `lexical`) or args.server_url"
+        )
+    return load_judge(judge, entities)
+
+
+def _golds(answer: Any, label: Any) -> list[str]:
+    golds = gold_answers(answer) or gold_answers(label)
+    if not golds:
+        raise UserError("the row has no gold answer: give the column answer or label")
+    return golds
+
+
 def _mixed_score(result: Evaluation, alpha: float, rubric_norm: RubricNorm, rubric_for: RubricFor) -> Score:
-    """One rollout's two rewards mixed, with both and the record of each rubric shown."""
+    """Mix the two rewards of one rollout; show both, and the record of each rubric, in the score."""
     parts = {"outcome": result.outcome, "rubric": result.rubric}
     (reward,) = mix_rewards(
         [result.outcome], [result.rubric], alpha=alpha, rubric_norm=rubric_norm, rubric_for=rubric_for
@@ -136,14 +143,14 @@ async def score_group(
     rubric_for: RubricFor = "correct",
     **args: Any,
 ) -> list[Score]:
-    """C-GRPO's reward of a group: `citation_rubric` of each rollout, then `mix_rewards` over all of them.
+    """Score a group as C-GRPO does: `citation_rubric` for each rollout, then `mix_rewards` over all of them.
 
     Args:
         rollouts: the group.
         alpha: share of the rubric reward.
         rubric_norm: see `mix_rewards`.
         rubric_for: see `mix_rewards`.
-        args: further arguments of `citation_rubric` (judge, server_url, the switches).
+        args: further arguments of `citation_rubric` (judge, server_url ...).
     """
     mixing: dict[str, Any] = {"alpha": alpha, "rubric_norm": rubric_norm, "rubric_for": rubric_for}
     scores = await asyncio.gather(*(_score_rollout(rollout, {**args, **mixing}) for rollout in rollouts))
@@ -156,7 +163,7 @@ async def score_group(
 
 
 async def _score_rollout(rollout: Rollout, args: dict[str, Any]) -> Score:
-    """`citation_rubric` of one rollout of a group; its failure is its own and not the group's."""
+    """Score one rollout of a group. A failure is this rollout's error and leaves the group's other scores alone."""
     columns = {name: rollout.task.meta[name] for name in _COLUMNS if name in rollout.task.meta}
     first_prompt = next((m.get("content") for m in rollout.task.messages if m.get("role") == "user"), None)
     if isinstance(first_prompt, str):
@@ -174,7 +181,7 @@ _COLUMNS = ("answer", "label", "rubrics", "question", "metadata", "entities")
 
 
 def _history(completion: str | list[Message], messages: list[Message] | None) -> list[Message]:
-    """The conversation up to and including the final answer, whichever of both arguments holds it."""
+    """Return the conversation including the final answer, which either argument may hold."""
     history = list(messages or [])
     ending: list[Message] = (
         [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
@@ -188,7 +195,7 @@ def _history(completion: str | list[Message], messages: list[Message] | None) ->
 
 
 async def _ask_server(url: str, request: dict[str, Any]) -> Evaluation:
-    """Evaluate on a server (`POST /evaluate`), whose own options decide the switches."""
+    """Evaluate on a server (`POST /evaluate`); the server's own options set the checks."""
     reply = await evaluate_remotely(
         url,
         {
@@ -198,7 +205,7 @@ async def _ask_server(url: str, request: dict[str, Any]) -> Evaluation:
             "remote_env_info": {
                 "search_forbidden_strs": [request["question"]],
                 "rubrics": request["rubrics"],
-                # Neither 0 nor 1: both would leave one of the rewards out. The mixing happens here.
+                # At 0 or 1 the server would skip one of the rewards. We need both, because the mixing happens here.
                 "rubric_reward_ratio": 0.5 if request["need_rubric"] else 0.0,
             },
         },
@@ -210,11 +217,10 @@ async def _ask_server(url: str, request: dict[str, Any]) -> Evaluation:
 
 
 async def evaluate_remotely(url: str, payload: dict[str, Any]) -> dict[str, Any]:
-    """POST one payload of the rubric server's contract; failures of the transport are retried.
+    """POST one payload of the rubric server's contract; retry transport failures.
 
     Raises:
-        EndpointError: the server could not be reached or failed in all attempts, refuses the payload (4xx), or answers
-            something else than the contract says.
+        EndpointError: all attempts failed, the server refused the payload (4xx), or its answer breaks the contract.
     """
     endpoint = shared_endpoint(
         f"{url.rstrip('/')}/evaluate",
@@ -224,7 +230,9 @@ async def evaluate_remotely(url: str, payload: dict[str, Any]) -> dict[str, Any]
     )
     reply = await endpoint.post(payload)
     if not {"outcome_reward", "rubric_reward"} <= reply.keys():
-        raise EndpointError(f"{url} is no rubric server: no outcome_reward and rubric_reward in {str(reply)[:200]}")
+        raise EndpointError(
+            f"{url}: expected outcome_reward and rubric_reward, got {str(reply)[:200]}; is it a rubric server?"
+        )
     return reply
 
 
@@ -260,9 +268,9 @@ _ROW = {"messages": _MESSAGES, "answer": "Basel", "rubrics": _RUBRICS, "entities
 
 EXAMPLES: list[dict[str, Any]] = [
     {**_ROW, "completion": _answer(_BOTH), "reward": 1.0},
-    # Only the river is supported, and it is connected through <E0>: half of the rubrics.
+    # Only the river rubric is supported, and <E0> connects it: half of the rubrics count.
     {**_ROW, "completion": _answer(_BOTH.replace("[[0](https://books.example/froben)]", "")), "reward": 0.85},
-    # No citations: the outcome alone. A wrong answer: nothing, however well it is supported.
+    # No citations: only the outcome counts. A wrong answer: nothing, however well it is supported.
     {**_ROW, "completion": _answer("Froben Press printed in Basel on the Rhine."), "reward": 0.7},
     {**_ROW, "completion": _answer(_BOTH, exact="Zurich"), "reward": 0.0},
     # Hostile: pages never seen; forged evidence in the answer; a forged quotation; citations only in the references.

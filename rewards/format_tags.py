@@ -1,6 +1,7 @@
 """Format reward: 1.0 if the completion is exactly <think>...</think> followed by <answer>...</answer>, else 0.0.
 
-Each tag once, in this order, nothing around them but white space, and something inside the answer. `tags` names others.
+Each tag must occur once, in this order, with only white space around them and a non-empty answer. `tags`
+names other tags.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ EXAMPLES = [
 
 
 def format_tags(completion: str, tags: Sequence[str] = ("think", "answer")) -> float:
-    """1.0 if the completion consists of the `tags` in their order, each opened and closed once; else 0.0."""
+    """Return 1.0 if the completion consists of the `tags` in their order, each opened and closed once; else 0.0."""
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     if any(completion.count(mark) != 1 for mark in marks):
         return 0.0
@@ -38,7 +39,7 @@ def format_tags(completion: str, tags: Sequence[str] = ("think", "answer")) -> f
     between: list[str] = []
     for mark in marks:
         before, found, rest = rest.partition(mark)
-        if not found:  # it is there, but in another place
+        if not found:  # the mark occurs, but out of order
             return 0.0
         between.append(before)
     outside = [*between[0::2], rest]

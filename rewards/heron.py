@@ -1,4 +1,4 @@
-"""HERON: a rank instead of a weighted sum. The most important reward decides, the next one only where that does not.
+"""HERON: a rank instead of a weighted sum. The most important reward decides; the next one breaks its ties.
 
 rewards:
   - {fn: "rewards/unit_tests.py:unit_tests", weight: 0}      # measured, not added up
@@ -17,10 +17,10 @@ from llmrl.verify.reward import group_reward
 
 _LEVELS = {"levels": [{"part": "correct"}, {"part": "length", "lower_is_better": True}]}
 EXAMPLES = [
-    # An example is a group of its own: nothing to win or to lose against.
+    # Each example is a group of one, so nothing is won or lost.
     {"completion": "x", "correct": 1.0, "length": 10.0, **_LEVELS, "reward": 0.0},
     {"completion": "x", "correct": 0.0, "length": 10.0, **_LEVELS, "reward": 0.0},
-    # What decides first could not be judged: an abstention.
+    # The most important part could not be judged: an abstention.
     {"completion": "x", "correct": None, "length": 10.0, **_LEVELS, "reward": None},
     {"completion": "x", "correct": 1.0, "length": None, **_LEVELS, "reward": 0.0},
 ]
@@ -28,17 +28,18 @@ EXAMPLES = [
 
 @group_reward
 def heron(rollouts: list[Rollout], levels: list[dict[str, Any]]) -> list[float | None]:
-    """(wins - losses) / (G - 1) of each rollout against the others of its group, from -1 to 1.
+    """Return (wins - losses) / (G - 1) of each rollout against the others of its group, from -1 to 1.
 
-    Source: Bukharin et al. 2023 (arXiv 2309.02632); the rank as a reward without a reward model is ours.
+    Source: Bukharin et al. 2023 (arXiv 2309.02632); using the rank directly as a reward, without a
+    reward model, is our variant.
 
     Args:
-        rollouts: the group; margins in standard deviations are the group's.
-        levels: most important first: `part` (another reward of the rubric that is scored per rollout, or a column),
-            `margin`, `margin_in` (`std` or `value`), `lower_is_better`.
+        rollouts: the group; margins in standard deviations refer to its values.
+        levels: criteria, most important first: `part` (a per-rollout reward of the same rubric, or a column), `margin`,
+            `margin_in` (`std` or `value`), `lower_is_better`.
 
     Raises:
-        KeyError: there is no reward and no column of a level's name.
+        KeyError: a level names neither a reward nor a column.
     """
     hierarchy = HierarchicalPreference(levels)
     items: list[dict[str, float | None]] = []

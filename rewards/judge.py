@@ -5,8 +5,8 @@
         args:
           judge: {base_url: "http://localhost:8000/v1", model: Qwen/Qwen3-32B, cache_dir: judge_cache}
 
-Rows need `answer`; with `criteria` (a column, or fixed in args) the judge gives a grade from 0 to 10 instead, worth
-grade / 10. A thought (`<think>...</think>`) is not shown to the judge.
+Rows need `answer`. With `criteria` (a column, or fixed in args) the judge gives a grade from 0 to 10 instead, and the
+reward is grade / 10. Thinking (`<think> ... </think>`) is not shown to the judge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Score
-from llmrl.verify.checks.answers import after_thinking, gold_answers
+from llmrl.verify.checks.answers import gold_answers
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.correct import judge_correct
 from llmrl.verify.judge.judge import OfflineJudge, Question, get_judge
 
@@ -37,14 +38,14 @@ async def judge(
     criteria: str | None = None,
     judge: Any = None,
 ) -> Score:
-    """1 or 0 by the known answer, or grade / 10 by `criteria`; None where the judge's answer cannot be read.
+    """Return 1 or 0 by the known answer, or grade / 10 by `criteria`; None when the judge's answer cannot be read.
 
     Args:
         completion: the policy's answer.
-        answer: the known answer (a list: any of them is right). Not needed with `criteria`.
+        answer: the known answer, or a list of accepted ones. Not needed with `criteria`.
         prompt: the last user message of the prompt (text or content parts), or the prompt's messages.
-        question: what was asked, where that is not the prompt.
-        criteria: what to grade by.
+        question: the question, if it differs from the prompt.
+        criteria: the criteria to grade by.
         judge: see `llmrl.verify.judge.judge.get_judge`.
 
     Raises:
@@ -57,30 +58,30 @@ async def judge(
     golds = gold_answers(answer)
     if criteria is None and not golds:
         raise UserError("judge: rows need `answer`, or `criteria` to grade by")
-    asking = get_judge(judge)
-    response = after_thinking(completion).strip()
+    chosen = get_judge(judge)
+    response = without_thinking(completion).strip()
     if not response:
         return Score(reward=0.0, info={"reason": "empty response"})
     if criteria is not None:
-        verdict = await asking.ask(GRADE, {"question": asked, "criteria": criteria, "response": response})
+        verdict = await chosen.ask(GRADE, {"question": asked, "criteria": criteria, "response": response})
         if verdict.values is None:
             return Score(reward=None, info={"problem": verdict.problem})
         return Score(reward=verdict.values["grade"] / 10, info={"reason": verdict.values["reason"]})
-    reward, said = await judge_correct(asking, asked, golds, response)
-    return Score(reward=reward, info=said)
+    reward, values = await judge_correct(chosen, asked, golds, response)
+    return Score(reward=reward, info=values)
 
 
 def _text(content: Any) -> str:
-    """Text of a message's content; of content parts, the text parts; of messages, the last user's."""
+    """Return the text of a message's content or content parts, or of the last user message in a list of messages."""
     if not isinstance(content, list):
         return str(content or "")
     parts = [part for part in content if isinstance(part, dict)]
-    said = [part.get("content") for part in parts if part.get("role") == "user"]
-    return _text(said[-1]) if said else "\n".join(str(part["text"]) for part in parts if "text" in part)
+    asked = [part.get("content") for part in parts if part.get("role") == "user"]
+    return _text(asked[-1]) if asked else "\n".join(str(part["text"]) for part in parts if "text" in part)
 
 
 def _example_judge(question: str, case: dict[str, str]) -> dict[str, Any] | None:
-    """Compares the last word; grades by the share of the criteria's words; abstains on a response of '???'."""
+    """Compare the last word; grade by the share of the criteria's words; abstain on a response of '???'."""
     words = case["response"].strip(" .").split()
     if words == ["???"]:
         return None
@@ -97,7 +98,7 @@ EXAMPLES = [
     {**_ROW, "answer": ["Canberra", "ACT"], "completion": "It lies in the ACT", "reward": 1.0},
     # The judge cannot tell: an abstention, not a zero.
     {**_ROW, "completion": "???", "reward": None},
-    # Nothing after the thought: wrong, and the judge is not asked.
+    # Nothing after the thinking: wrong, and the judge is not asked.
     {**_ROW, "completion": "<think>It must be Canberra</think>", "reward": 0.0},
     {**_ROW, "completion": "<think>It must be Canberra", "reward": 0.0},
     {**_ROW, "completion": "", "reward": 0.0},

@@ -1,6 +1,6 @@
 """Rewards on the length of a completion in tokens: DAPO's soft overlong punishment, and the cosine length reward.
 
-A rollout without token ids (a stored completion that has only text) is an abstention.
+For a rollout without token ids (a stored completion that is only text) both abstain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXAMPLES = {
 
 
 def soft_overlong(rollout: Rollout, max_length: int, cache: int) -> float | None:
-    """0 up to max_length - cache tokens, then falling linearly to -1 at max_length, and -1 beyond.
+    """Return 0 up to max_length - cache tokens, a linear fall to -1 at max_length, and -1 beyond.
 
     Source: DAPO (arXiv 2503.14476), equation 13, with L_max = max_length and L_cache = cache.
     """
@@ -55,20 +55,22 @@ def cosine_length(
     correct_bounds: tuple[float, float] = (0.5, 1.0),
     wrong_bounds: tuple[float, float] = (-1.0, -0.5),
 ) -> list[float | None]:
-    """Short and correct is best, short and wrong is worst; both move along a cosine to their other bound at max_length.
+    """Reward a short correct answer most and a short wrong one least, along a cosine of the length:
 
-    r = far + (near - far) / 2 * (1 + cos(pi * length / max_length)), constant beyond max_length.
+        r = far + (near - far) / 2 * (1 + cos(pi * length / max_length)), constant beyond max_length
+
+    `near` is the bound at length 0, `far` the one at max_length.
     Source: Demystifying Long Chain-of-Thought Reasoning (arXiv 2502.03373), cosine reward; default bounds as in TRL.
 
     Args:
         rollouts: the group.
         max_length: tokens at which the far bound is reached.
-        accuracy: name of the reward of the same rubric that says which rollouts are correct (above 0); or a column.
+        accuracy: reward of the same rubric, or column, that is above 0 for a correct rollout.
         correct_bounds: (far, near) for a correct answer.
-        wrong_bounds: (near, far) for a wrong one.
+        wrong_bounds: (near, far) for a wrong answer.
 
     Raises:
-        KeyError: there is no reward and no column `accuracy`.
+        KeyError: `accuracy` names neither a reward nor a column.
     """
     rewards: list[float | None] = []
     for rollout in rollouts:

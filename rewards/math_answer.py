@@ -1,7 +1,8 @@
 r"""Exact-answer reward for mathematics: 1.0 if the completion's answer equals the reference, else 0.0.
 
 The answer is the last \boxed{}; without a box, what follows `####`, then `answer is`, then the last number. A
-reference that cannot be read is an abstention (None), never "wrong". Runs in the pool: some expressions take for ever.
+reference that cannot be read is an abstention (None), never "wrong". Runs in the worker pool, because some expressions
+take forever to simplify and must be killed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrl.types import Score
-from llmrl.verify.checks.math import extract_answer, gold_answers, judge
+from llmrl.verify.checks.math import equals_gold, extract_answer, gold_answers
 
 POOL = True
 
@@ -48,8 +49,8 @@ EXAMPLES = [
 
 
 def warm_up() -> None:
-    """Load math-verify and its LaTeX parser, which takes a second; each worker does it once, outside any time limit."""
-    judge(r"\frac{x}{2} + 9", [r"\frac{y}{3}"])
+    """Load math-verify and its LaTeX parser (about a second); each worker calls this once, outside any time limit."""
+    equals_gold(r"\frac{x}{2} + 9", [r"\frac{y}{3}"])
 
 
 def math_answer(
@@ -64,18 +65,18 @@ def math_answer(
     Args:
         completion: text of the last assistant message.
         answer: plain answer, GSM8K solution (`#### x`), MATH solution (\boxed{}), or a list of accepted forms.
-        require_box: an answer that is not in a box is wrong.
-        strict_single_box: the completion must hold exactly one box.
-        allow_unevaluated: where the reference is a number, accept a sum or a product that comes to it; see `judge`.
+        require_box: count an answer outside a box as wrong.
+        strict_single_box: require exactly one box in the completion.
+        allow_unevaluated: accept a sum or product that evaluates to a numeric reference; see `equals_gold`.
     """
     extraction = extract_answer(completion, require_box=require_box or strict_single_box)
     golds = gold_answers(answer)
     info: dict[str, Any] = {"extracted": extraction.answer, "gold": golds[0] if len(golds) == 1 else golds}
-    correct = judge(extraction.answer, golds, allow_unevaluated=allow_unevaluated)
+    correct = equals_gold(extraction.answer, golds, allow_unevaluated=allow_unevaluated)
     if correct is None:
         return Score(
             reward=None, info=info | {"reason": "the reference answer cannot be read", "answer": str(answer)[:200]}
         )
     if strict_single_box and extraction.num_boxes != 1:
-        return Score(reward=0.0, info=info | {"reason": f"{extraction.num_boxes} boxes, where there must be one"})
+        return Score(reward=0.0, info=info | {"reason": f"{extraction.num_boxes} boxes, expected one"})
     return Score(reward=float(correct), info=info)

@@ -1,4 +1,4 @@
-"""Reward for short-answer questions: exact match, F1 or substring against one or several gold answers, or the whole
+"""Reward for short-answer questions: exact match, F1 or substring against one or several gold answers, or the complete
 reward of Search-R1 or DeepResearcher. In: a completion (or a rollout) and the row's gold answers; out: a Score.
 """
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Score
 from llmrl.verify.checks import answers as qa
+from llmrl.verify.checks.text import without_thinking
 
 Measure = Literal["em", "f1", "substring", "search_r1", "deepresearcher"]
 _MEASURES = {"em": qa.exact_match, "f1": qa.f1, "substring": qa.substring_match}
@@ -34,20 +35,20 @@ def qa_match(
 
     Args:
         completion: text, or messages (the last assistant message is read).
-        answer: gold answer(s), in any form `answers.gold_answers` takes. The first of the four columns that holds one
-            is used.
+        answer: gold answer(s), in any form `answers.gold_answers` takes. The first of these four columns that holds an
+            answer is used.
         golden_answers: gold answers (Natural Questions rows of FlashRAG).
         answers: gold answers (SQuAD, TriviaQA).
         reward_model: gold answers (Search-R1 and DeepResearcher rows).
         rollout: gives `search_r1` and `deepresearcher` all turns and the environment's replies.
         measure: em, f1, substring; or `search_r1` (lattice of the three format scores) or `deepresearcher` (-1 or F1).
         normalizer: squad_em | deepresearcher_f1 | multilingual.
-        answer_tag: the answer is the last <answer>...</answer>; without one the reward is 0. None: all that follows
-            the thinking is the answer.
-        observations_inline: for `search_r1`: the completion holds the environment's <information> blocks as well, as
-            in stored transcripts. Otherwise such a block is the policy's forgery, and the transcript malformed.
-        structure_format_score: of `search_r1`, as are the next two; see `answers.search_r1_reward`.
-        retrieval_score: for a transcript whose retrieved text holds a gold answer.
+        answer_tag: the answer is the last <answer>...</answer> outside the thinking; without one the reward is 0.
+            None: everything outside the thinking is the answer.
+        observations_inline: for `search_r1`: the completion includes the environment's <information> blocks, as stored
+            transcripts do. Otherwise the policy forged such a block, and the transcript counts as malformed.
+        structure_format_score: for `search_r1`, as are the next two; see `answers.search_r1_reward`.
+        retrieval_score: added when the retrieved text of a transcript holds a gold answer.
         final_format_score: for a wrong answer in a malformed transcript.
 
     Raises:
@@ -55,8 +56,9 @@ def qa_match(
     """
     golds = _golds(answer, golden_answers, answers, reward_model)
     text = qa.completion_text(completion)
-    extracted = qa.after_thinking(text).strip() if answer_tag is None else qa.extract_tag(text, answer_tag)
-    # Unknown names must raise whatever the completion, so the measures are taken even where nothing was extracted.
+    answered = without_thinking(text)
+    extracted = answered.strip() if answer_tag is None else qa.extract_tag(answered, answer_tag)
+    # Compute the measures even if nothing was extracted, so that an unknown normalizer raises for any completion.
     parts = {name: function(extracted or "", golds, normalizer) for name, function in _MEASURES.items()}
     if measure in _MEASURES:
         reward = parts[measure]
@@ -92,7 +94,7 @@ def _policy_text(text: str, rollout: Rollout | None) -> str:
 
 
 def _search_r1(text: str, golds: list[str], rollout: Rollout | None, inline: bool, **scores: Any) -> float:
-    # <information> is the environment's word: a policy that writes its own would collect the retrieval score.
+    # Only the environment may write <information>: a policy that forged it would collect the retrieval score.
     forged = not inline and "information>" in _policy_text(text, rollout)
     if rollout is not None and rollout.turns:
         messages = [message for turn in rollout.turns for message in [turn.message, *turn.replies]]
@@ -124,7 +126,8 @@ EXAMPLES: list[dict[str, Any]] = [
     },
     {"completion": "So it is Paris.", "answer": "Paris", "answer_tag": None, "reward": 0.0},
     {"completion": "<think>London?</think>Paris", "answer": "Paris", "answer_tag": None, "reward": 1.0},
-    # Hostile: no tags, an unclosed tag, many answers, nothing at all, a gold answer that normalises to nothing.
+    # Hostile: an answer in the thinking, no tags, an unclosed tag, many answers, nothing, a gold answer of no words.
+    {"completion": "<think><answer>Paris</answer></think>", "answer": "Paris", "reward": 0.0},
     {"completion": "Paris Paris Paris", "answer": "Paris", "reward": 0.0},
     {"completion": "<answer>Paris", "answer": "Paris", "reward": 0.0},
     {"completion": "<answer>Paris or London or Rome</answer>", "answer": "Paris", "reward": 0.0},

@@ -22,12 +22,12 @@ from llmrl.verify.reward import group_reward
 async def reward_model(
     rollouts: list[Rollout], model: Any, base_url: str | None = None, options: dict[str, Any] | None = None
 ) -> list[Score]:
-    """The model's raw output for each whole conversation (a logit: unbounded, differences mean something).
+    """Return the model's raw output for each whole conversation: an unbounded logit; differences are meaningful.
 
     Args:
-        rollouts: the group; groups that arrive together share forward passes.
+        rollouts: the group. Groups that arrive together share forward passes.
         model: folder or hub id of a sequence classifier with one output; or a function from conversations to numbers.
-        base_url: of a server that answers `/classify` as vLLM does; then `model` is the name it serves.
+        base_url: a server that answers `/classify` as vLLM does; `model` is then its model's name.
         options: further arguments of `llmrl.verify.models.classifier.get_reward_model` (device, dtype, max_length ...).
 
     Raises:
@@ -38,7 +38,7 @@ async def reward_model(
 
 
 def _example_model(conversations: Sequence[list[Message]]) -> list[float | None]:
-    """Counts polite words of the last message; abstains on an empty one."""
+    """Count the polite words of the last message; abstain on an empty one."""
     found: list[float | None] = []
     for conversation in conversations:
         words = str(conversation[-1].get("content") or "").lower().split()

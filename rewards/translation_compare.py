@@ -1,7 +1,7 @@
-"""Translation by comparison with an exemplar (ExTrans), by grade (DeepTrans), by rule, or by a metric.
+"""Reward for translation: comparison with an exemplar (ExTrans), a grade (DeepTrans), rules only, or a metric.
 
 The policy answers `<think> thought </think> translation`. A row has `source`, `source_language`, `target_language`, and
-`exemplar` and `reference` where the mode needs them; languages can also be fixed for the run in the reward's args.
+`exemplar` and `reference` if the mode needs them; the languages can also be fixed for the run in the reward's args.
 
     rewards:
       - fn: rewards/translation_compare.py:translation_compare
@@ -17,7 +17,7 @@ from typing import Any
 
 from llmrl.types import Score
 from llmrl.verify.judge.judge import OfflineJudge
-from llmrl.verify.translation.compare import Row, config_from, translation_score
+from llmrl.verify.translation.compare import TranslationRow, config_from, translation_score
 
 
 async def translation_compare(
@@ -30,7 +30,7 @@ async def translation_compare(
     judge: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> Score:
-    """Reward of one translation; see `llmrl.verify.translation.compare.translation_score` for its terms.
+    """Score one translation; see `llmrl.verify.translation.compare.translation_score` for the terms of the reward.
 
     Args:
         completion: the policy's output.
@@ -42,7 +42,7 @@ async def translation_compare(
         judge: see `llmrl.verify.judge.judge.get_judge` (modes compare and grade).
         options: fields of TranslationConfig.
     """
-    row = Row(
+    row = TranslationRow(
         source=source,
         source_language=source_language,
         target_language=target_language,
@@ -59,7 +59,7 @@ _THOUGHT = "<think>'rules' here are regulations; Saturday goes before the verb.<
 
 
 def _example_judge(question: str, case: dict[str, str]) -> dict[str, Any] | None:
-    """Knows that _GOOD is the best translation, that notes are additions, and abstains on question marks."""
+    """Prefer _GOOD to any other translation, recognize notes as additions, abstain on question marks."""
     if question == "translation_format":
         kind = "translation_with_additions" if "Note" in case["output"] else "translation_only"
         return {"kind": kind}
@@ -90,9 +90,9 @@ EXAMPLES = [
         "completion": "<think>Easy.</think>\u90e8\u957f\u4eec\u5468\u516d\u53d1\u5e03\u65b0\u89c4\u3002",
         "reward": 3.0,
     },
-    # The judge abstains: not the same as wrong.
+    # The judge abstains, which is not the same as wrong.
     {**_ROW, "completion": "<think>Easy.</think>\u90e8\u957f\u4eec\u5468\u516d\u53d1\u5e03?", "reward": None},
-    # No thought, two thoughts, nothing after the thought.
+    # Malformed: no thought, two thoughts, nothing after the thought.
     {**_ROW, "completion": _GOOD, "reward": 0.0},
     {**_ROW, "completion": f"<think>a</think><think>b</think>{_GOOD}", "reward": 0.0},
     {**_ROW, "completion": f"{_THOUGHT}  ", "reward": 0.0},
@@ -105,12 +105,12 @@ EXAMPLES = [
     {**_ROW, "completion": f"{_THOUGHT}\uc7a5\uad00\ub4e4\uc774 \ubc1c\ud45c\ud588\ub2e4", "reward": 0.0},
     # A note after the translation.
     {**_ROW, "completion": f"{_THOUGHT}{_GOOD}\uff08Note\uff09", "reward": 0.0},
-    # Padding without end.
+    # Endless padding.
     {**_ROW, "completion": f"{_THOUGHT}{_GOOD * 200}", "reward": 0.0},
-    # Light: format and language are all that counts.
+    # Light: only format and language count.
     {**_LIGHT, "completion": f"<think>Easy.</think>{_GOOD}", "reward": 1.0},
     {**_LIGHT, "completion": f"<think>Easy.</think>{_SOURCE}", "reward": 0.0},
-    # Another direction than the judged ones: nobody is asked, and the exemplar is not needed.
+    # A direction that is not judged: no judge is asked, and no exemplar is needed.
     {
         **_LIGHT,
         "exemplar": None,
@@ -118,7 +118,7 @@ EXAMPLES = [
         "options": {"judged_directions": ["zh-en"], "light_reward": 0.5},
         "reward": 0.5,
     },
-    # A metric alone: the reference itself has chrF 100.
+    # A metric alone: the reference itself has a chrF of 100.
     {
         **_LIGHT,
         "completion": f"<think>x</think>{_GOOD}",

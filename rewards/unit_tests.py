@@ -1,4 +1,4 @@
-"""Reward for code: the program in the completion against the unit tests of its row, run in a sandbox.
+"""Reward for code: run the program in the completion against the unit tests of its row, in a sandbox.
 In: a completion and a row of HumanEval, MBPP, APPS or LiveCodeBench. Out: a Score with one verdict per test.
 """
 
@@ -16,7 +16,7 @@ from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of,
 from llmrl.verify.code.rows import Row, extract_program, read_row
 
 POOL = True
-"""Judging takes seconds for some programs: it runs in the pool's worker processes, each with a box of its own."""
+"""Some programs take seconds to judge, so this runs in the pool's worker processes, each with a sandbox of its own."""
 _OUTCOMES = ("all", "fraction", "bcoder")
 
 
@@ -43,64 +43,52 @@ def unit_tests(
     memory_mb: int = 1024,
     sandbox: Sandbox | None = None,
 ) -> Score:
-    """Run the program of a completion against its row's tests. All columns have the names of their data sets.
+    """Run the program of a completion against its row's tests. Columns are named as in their data sets.
 
     Args:
         completion: text or messages; the program is taken from its code blocks.
-        prompt: HumanEval; a body without its function continues it.
+        prompt: HumanEval; a completion that is only a function body continues it.
         test: HumanEval: defines check(candidate).
         entry_point: HumanEval: name of the function.
         test_list: MBPP: assertions.
         test_setup_code: MBPP: runs before them.
         test_imports: MBPP: import statements for them.
         challenge_test_list: MBPP: more assertions.
-        code: MBPP: the reference solution, for the names that it defines; it is not run.
+        code: MBPP: the reference solution, read for the names it defines; it is not run.
         input_output: APPS: inputs, outputs and, for calls, fn_name.
         public_test_cases: LiveCodeBench: input, output, testtype.
         private_test_cases: LiveCodeBench: more of them.
-        starter_code: LiveCodeBench: names the method where metadata do not.
+        starter_code: LiveCodeBench: names the method if metadata does not.
         metadata: LiveCodeBench: func_name.
         outcome: `all` (1 or 0), `fraction` (share of tests passed) or `bcoder` (+1, -0.3 wrong, -0.6 run-time error or
             time-out, -1 does not compile).
         cpu_seconds: processor time of one run: all assertions of a row together, or one input.
         wall_seconds: real time of one run.
         total_seconds: real time of all runs of one completion; keep it below the time limit of the worker pool.
-        memory_mb: memory of the program on top of the interpreter's own.
-        sandbox: where programs run; by default the process's own, chosen by LLMRL_SANDBOX.
+        memory_mb: memory of the program, in addition to the interpreter's own.
+        sandbox: where programs run; default: the process's sandbox, chosen by LLMRL_SANDBOX.
 
     Returns:
-        A Score; an abstention where the row's tests cannot be used; an error where no sandbox could be had.
+        A Score: an abstention if the row's tests cannot be used, an error if no sandbox is available.
 
     Raises:
-        UserError: unknown outcome, or a row without the columns of any of these data sets.
+        UserError: unknown outcome, or a row with the columns of none of these data sets.
     """
     if outcome not in _OUTCOMES:
         raise UserError(f"unit_tests: outcome {outcome!r} is unknown: use {', '.join(_OUTCOMES)}")
-    row = read_row(
-        {
-            "prompt": prompt if isinstance(prompt, str) else None,
-            "test": test,
-            "entry_point": entry_point,
-            "test_list": test_list,
-            "test_setup_code": test_setup_code,
-            "test_imports": test_imports,
-            "challenge_test_list": challenge_test_list,
-            "code": code,
-            "input_output": input_output,
-            "public_test_cases": public_test_cases,
-            "private_test_cases": private_test_cases,
-            "starter_code": starter_code,
-            "metadata": metadata,
-        }
-    )
+    human_eval = {"prompt": prompt if isinstance(prompt, str) else None, "test": test, "entry_point": entry_point}
+    mbpp = {"test_list": test_list, "test_setup_code": test_setup_code, "test_imports": test_imports, "code": code}
+    mbpp["challenge_test_list"] = challenge_test_list
+    live_code_bench = {"public_test_cases": public_test_cases, "private_test_cases": private_test_cases}
+    live_code_bench |= {"starter_code": starter_code, "metadata": metadata}
+    row = read_row({**human_eval, **mbpp, **live_code_bench, "input_output": input_output})
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
-    return _judge(completion_text(completion), row, outcome, limits, total_seconds, sandbox)
+    return _run(completion_text(completion), row, outcome, limits, total_seconds, sandbox)
 
 
-def _judge(
+def _run(
     answer: str, row: Row, outcome: Outcome, limits: Limits, total_seconds: float, sandbox: Sandbox | None
 ) -> Score:
-    """Run the program of an answer against the tests of a row."""
     if row.tests is None:
         return Score(reward=None, info={"reason": "the row has no tests"})
     program = extract_program(answer, row)
@@ -115,7 +103,7 @@ def _judge(
 
 
 def _shown(program: str, results: list[TestResult]) -> dict[str, Any]:
-    """What people are shown: the program, the verdicts, and the first failure in the program's own words."""
+    """Return the program, the verdicts and the first failure, for display."""
     verdicts = [result.verdict for result in results]
     info = {"program": program[:4000], "tests": verdicts, "counts": dict(Counter(verdicts))}
     failure = next((result for result in results if result.verdict != "passed"), None)
@@ -146,7 +134,7 @@ EXAMPLES: list[dict[str, Any]] = [
         "reward": 1.0,
     },
     {"completion": "def add(a, b):\n    return a + b", "test_list": [], "reward": None},
-    # hostile: leaves before it can be judged, claims success, answers with something that equals everything
+    # Hostile: exits before it can be judged, claims success, returns an object that equals everything.
     {"completion": "import os\nos._exit(0)", **_ADD, "reward": 0.0},
     {"completion": "print('ALL TESTS PASSED')\nimport sys\nsys.exit(0)", **_ADD, "reward": 0.0},
     {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from llmrl.verify.judge.cache import Ledger, ReplyCache, Spent
+from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent
 
 
 def write_and_read(folder: str, worker: int) -> None:
-    cache, ledger = ReplyCache(folder), Ledger(f"{folder}/ledger.jsonl", budget_tokens=None, budget_cost=None)
+    cache, ledger = ReplyCache(folder), SpendLedger(f"{folder}/ledger.jsonl", budget_tokens=None, budget_cost=None)
     for i in range(50):
         cache.put(f"{i % 5:064d}", f"{i % 5}" * 20_000)
         found = cache.get(f"{(i + worker) % 5:064d}")

@@ -108,14 +108,6 @@ def test_extract_tag(text: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [("<think>a</think>b", "b"), ("a</think>b</think>c", "c"), ("<think>a", ""), ("plain", "plain")],
-)
-def test_after_thinking(text: str, expected: str) -> None:
-    assert qa.after_thinking(text) == expected
-
-
-@pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("x", ["x"]),
@@ -322,7 +314,6 @@ def test_format_is_what_the_grammar_says(text: str) -> None:
 )
 def test_long_texts_take_linear_time(pattern: str) -> None:
     assert_linear(qa.extract_tag, pattern)
-    assert_linear(qa.after_thinking, pattern)
     assert_linear(qa.search_r1_format, pattern)
     assert_linear(lambda text: qa.deepresearcher_reward(text, ["x"]), pattern)
     assert_linear(lambda text: qa.f1(text, ["x"], "multilingual"), pattern)

@@ -85,15 +85,6 @@ def test_grid_is_time_height_width() -> None:
     assert bx.grid_size([1, 5, 10], patch_size=16) == (160, 80)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((100, 50), (100, 50)), ((14, 28), (28, 56)), ((10, 100), (28, 280)), ((27, 29), (28, 30)), ((1, 1), (28, 28))],
-)
-def test_small_images_are_enlarged_in_proportion(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert bx.enlarged_size(*size) == expected
-    assert bx.enlarged_size(*expected) == expected
-
-
 def test_a_resized_image_gives_the_reward_of_the_original() -> None:
     gold = [12, 30, 200, 90]
     seen = bx.rescale_box((12, 30, 200, 90), (400, 300), (280, 140))

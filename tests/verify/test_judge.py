@@ -19,7 +19,7 @@ from llmrl import endpoint as judge_http
 from llmrl.endpoint import Endpoint
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge import judge as judge_module
-from llmrl.verify.judge.cache import Ledger, Spent
+from llmrl.verify.judge.cache import SpendLedger, Spent
 from llmrl.verify.judge.judge import (
     Canary,
     EndpointError,
@@ -346,7 +346,7 @@ def test_several_processes_share_cache_and_ledger(tmp_path: Any) -> None:
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    spent = Ledger(tmp_path / "ledger.jsonl", budget_tokens=None, budget_cost=None).spent()
+    spent = SpendLedger(tmp_path / "ledger.jsonl", budget_tokens=None, budget_cost=None).spent()
     assert spent == Spent(calls=100, input_tokens=50, output_tokens=100, cost=50.0)
     assert not list(tmp_path.rglob(".writing-*"))
 

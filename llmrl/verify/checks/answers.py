@@ -15,6 +15,7 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Message
+from llmrl.verify.checks.text import without_thinking
 
 GOLD_SEPARATOR = "<|answer_split|>"
 """DeepResearcher rows join several gold answers with it."""
@@ -170,12 +171,6 @@ def extract_tag(text: str, tag: str = "answer") -> str | None:
     return text[start : text.index(closing, start)].strip()
 
 
-def after_thinking(text: str) -> str:
-    """What follows the last </think>; "" when thinking was opened and never closed."""
-    _, closed, tail = text.rpartition("</think>")
-    return "" if not closed and "<think>" in tail else tail
-
-
 def gold_answers(value: Any) -> list[str]:
     """The gold answers in whatever form question-answering rows hold them, in order, without repetitions or blanks.
 
@@ -218,11 +213,12 @@ def deepresearcher_reward(text: str, golds: Iterable[str]) -> float:
         opening, closing = f"<{tag}>", f"</{tag}>"
         if lowered.count(opening) != lowered.count(closing) or lowered.rfind(opening) > lowered.rfind(closing):
             return -1.0
-    start = lowered.find("<answer>")
-    end = lowered.find("</answer>", start)
+    answered = without_thinking(lowered)
+    start = answered.find("<answer>")
+    end = answered.find("</answer>", start)
     if start < 0 or end < 0:
         return -1.0
-    return f1(lowered[start + len("<answer>") : end], golds, "deepresearcher_f1")
+    return f1(answered[start + len("<answer>") : end], golds, "deepresearcher_f1")
 
 
 def search_r1_format(text: str) -> bool:
@@ -274,7 +270,7 @@ def search_r1_reward(
     """
     if well_formed is None:
         well_formed = search_r1_format(text)
-    answer = extract_tag(text)
+    answer = extract_tag(without_thinking(text))
     if answer is not None and exact_match(answer, golds, normalizer):
         return 1.0 if well_formed else 1.0 - structure_format_score
     if not well_formed:

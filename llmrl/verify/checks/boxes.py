@@ -140,15 +140,6 @@ def grid_size(image_grid_thw: Any, patch_size: int = 14) -> tuple[int, int]:
     return int(grid[2]) * patch_size, int(grid[1]) * patch_size
 
 
-def enlarged_size(width: int, height: int, min_side: int = 28) -> tuple[int, int]:
-    """Size (width, height) after enlarging an image, proportions kept, until no side is below `min_side`.
-
-    A function of this image alone: sizes of other images of the row never leak into it.
-    """
-    scale = max(1.0, min_side / min(width, height))
-    return max(min_side, round(width * scale)), max(min_side, round(height * scale))
-
-
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+from llmrl.verify.checks.text import without_thinking
+
 MAX_ANSWER_LENGTH = 1000
 """Characters; a longer "answer" is not an answer."""
 TAIL_LENGTH = 10_000
@@ -35,13 +37,6 @@ class Extraction:
 # --- extraction -------------------------------------------------------------------------------------------------------
 
 
-def strip_thinking(text: str) -> str:
-    """The text without its thinking: what follows the last `</think>`, up to a `<think>` that is never closed."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    opened = text.find("<think>")
-    return text if opened < 0 else text[:opened]
-
-
 def extract_answer(completion: str, *, require_box: bool = False) -> Extraction:
     """Find the answer of a completion: its last box; without a box, `#### x`, then `answer is x`, then the last number.
 
@@ -52,7 +47,7 @@ def extract_answer(completion: str, *, require_box: bool = False) -> Extraction:
         completion: any text; thinking (`<think>...</think>`) is left out first.
         require_box: give no answer where there is no box.
     """
-    text = strip_thinking(completion)
+    text = without_thinking(completion)
     num_boxes = text.count("\\boxed") + text.count("\\fbox")
     if num_boxes:
         return Extraction(answer=last_box(text), num_boxes=num_boxes)
@@ -163,7 +158,7 @@ def is_readable(gold: str) -> bool:
 # --- equivalence ------------------------------------------------------------------------------------------------------
 
 
-def judge(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
+def equals_gold(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
     r"""Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
 
     Must be called where a hang can be killed: some expressions take for ever to simplify.

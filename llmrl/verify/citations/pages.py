@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.types import Message
-from llmrl.verify.checks.answers import after_thinking, multilingual
+from llmrl.verify.checks.answers import multilingual
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.verdict import clean_text
 
 MAX_CITATIONS = 1000
@@ -87,11 +88,11 @@ def final_response(history: list[Message]) -> str | None:
 
 
 def judged_text(text: str) -> str:
-    """The part of an answer that is judged: after the thinking, before the last "## References", stripped.
+    """The part of an answer that is judged: without its thinking, before the last "## References", stripped.
 
     NUL and lone surrogates become U+FFFD, so that the text can be sent anywhere.
     """
-    return clean_text(after_thinking(text).rsplit("## References", 1)[0]).strip()
+    return clean_text(without_thinking(text).rsplit("## References", 1)[0]).strip()
 
 
 def clean_url(url: str) -> str:
@@ -192,7 +193,7 @@ def _calls(message: Message) -> list[tuple[str, str]]:
     calls = list(message.get("tool_calls") or [])
     if not calls:
         # A call that is only thought about is not executed, so it would name the output of another one.
-        for block in after_thinking(str(message.get("content") or "")).split("<tool_call>")[1:]:
+        for block in without_thinking(str(message.get("content") or "")).split("<tool_call>")[1:]:
             try:
                 calls.append(json.loads(block.partition("</tool_call>")[0]))
             except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Citation-aware rubrics: a deep-research conversation and its single-hop rubrics in, outcome and rubric reward out.
 
 CaRR (arXiv 2601.06021): a rubric counts when its hidden entities are named in the answer, the cited pages support
-it, and a chain of supported rubrics connects it to the final answer. `mix_rewards` is C-GRPO's mixing in a group.
+it, and a chain of supported rubrics connects it to the final answer. `llmrl.algo.ops.mixing` mixes both rewards.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from llmrl.errors import UserError
 from llmrl.types import Message
 from llmrl.verify.citations.pages import final_response, gather_evidence
 from llmrl.verify.citations.support import PLACEHOLDER, entities_of, identify_entities, judge_support
@@ -21,9 +20,6 @@ from llmrl.verify.judge.verdict import AnyJudge
 
 ANSWER_ENTITY = "E0"
 """The placeholder that stands for the final answer in every rubric set."""
-
-RubricNorm = Literal["group_max", "group_max_correct", "none"]
-RubricFor = Literal["correct", "wrong", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,71 +57,6 @@ class Evaluation:
     rubric: float | None = 0.0
     records: list[RubricRecord] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-
-
-# --- C-GRPO: a group's rewards ----------------------------------------------------------------------------------------
-
-
-def mix_rewards(
-    outcomes: Sequence[float | None],
-    rubrics: Sequence[float | None],
-    *,
-    alpha: float = 0.3,
-    rubric_norm: RubricNorm = "group_max",
-    rubric_for: RubricFor = "correct",
-) -> list[float | None]:
-    """Mix the outcome and rubric rewards of one group, C-GRPO's way: R = (1 - alpha) Ro + alpha Ro Rr / max(Rr).
-
-    Args:
-        outcomes: Ro in [0, 1] of each rollout; None where it could not be judged. Ill-formed and unfinished rollouts
-            are (0, 0).
-        rubrics: Rr in [0, 1]; None where it could not be judged.
-        alpha: share of the rubric reward (0.3 in the paper); 0 is plain GRPO on the outcome.
-        rubric_norm: divide by the largest rubric reward of the group (the paper), of its correct rollouts only, or
-            not at all.
-        rubric_for: who gets the rubric reward: `correct` rollouts (the paper), `wrong` ones, R = Ro + alpha (1 - Ro)
-            Rr/max (like E-GRPO), or `all`, R = (1 - alpha) Ro + alpha Rr/max.
-
-    Returns:
-        R in [0, 1] of each rollout; None where a value it depends on is None. A None never lowers anybody's maximum.
-
-    Raises:
-        UserError: alpha outside [0, 1], an unknown name, or a normaliser that contradicts `rubric_for`.
-    """
-    check_mixing(alpha, rubric_norm, rubric_for)
-    pairs = list(zip(outcomes, rubrics, strict=True))
-    if rubric_norm == "none":
-        ceiling = 1.0
-    else:
-        in_norm = [r for o, r in pairs if r is not None and (rubric_norm == "group_max" or (o or 0) > 0)]
-        ceiling = max(in_norm, default=0.0)
-    return [_mix_one(o, r, ceiling, alpha, rubric_for) for o, r in pairs]
-
-
-def _mix_one(
-    outcome: float | None, rubric: float | None, ceiling: float, alpha: float, rubric_for: str
-) -> float | None:
-    if outcome is None:
-        return None
-    weight = alpha * {"correct": outcome, "wrong": 1 - outcome, "all": 1.0}[rubric_for]
-    base = outcome if rubric_for == "wrong" else (1 - alpha) * outcome
-    if weight == 0:
-        return base
-    if rubric is None:
-        return None
-    return base + weight * (min(rubric / ceiling, 1.0) if ceiling > 0 else 0.0)
-
-
-def check_mixing(alpha: float, rubric_norm: str, rubric_for: str) -> None:
-    """Raise a UserError for options of `mix_rewards` that are wrong or contradict each other."""
-    if not 0 <= alpha <= 1:
-        raise UserError(f"alpha is {alpha}: must lie in [0, 1]")
-    if rubric_norm not in ("group_max", "group_max_correct", "none"):
-        raise UserError(f"rubric_norm {rubric_norm!r} is unknown: use group_max, group_max_correct or none")
-    if rubric_for not in ("correct", "wrong", "all"):
-        raise UserError(f"rubric_for {rubric_for!r} is unknown: use correct, wrong or all")
-    if rubric_norm == "group_max_correct" and rubric_for != "correct":
-        raise UserError(f"rubric_norm=group_max_correct contradicts rubric_for={rubric_for}: use group_max or none")
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.verify.checks.answers import after_thinking
+from llmrl.verify.checks.text import without_thinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +243,7 @@ def extract_program(answer: str, row: Row) -> str:
     Returns:
         Source code, "" when there is none.
     """
-    text = after_thinking(answer)
+    text = without_thinking(answer)
     code = _choose(_FENCE.findall(text + "\n"), row.names) if "```" in text or "~~~" in text else text
     if not code.strip():
         return ""

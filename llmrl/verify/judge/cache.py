@@ -1,4 +1,4 @@
-"""What a judge remembers: replies by the hash of the request, and what was spent; safe with several processes."""
+"""A judge's memory, shared safely by several processes: replies by the hash of the request, and what they cost."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from llmrl.verify.judge.verdict import canonical_json
 
 
 def request_key(request: dict[str, Any]) -> str:
-    """Hash of everything that a reply depends on: endpoint, model, messages, sampling, schema."""
+    """Hash everything that a reply depends on: endpoint, model, messages, sampling, schema."""
     return hashlib.sha256(canonical_json(request).encode()).hexdigest()
 
 
 class ReplyCache:
-    """Readable replies on disk, one file each, named by the hash of the request.
+    """Store readable replies on disk, one file each, named by the hash of the request.
 
-    Files are written beside and renamed into place, so that a reader in another process sees a whole one or none.
+    Each file is written under a temporary name and renamed, so a reader in another process sees all of it or nothing.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
 
     def get(self, key: str) -> str | None:
-        """The reply's text, or None where there is none (or the file is damaged)."""
+        """Return the reply's text, or None if there is none or the file is damaged."""
         try:
             content = json.loads(self._file(key).read_text())["content"]
             return content if isinstance(content, str) else None
@@ -37,6 +37,7 @@ class ReplyCache:
             return None
 
     def put(self, key: str, content: str) -> None:
+        """Store the text of a reply."""
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
@@ -72,14 +73,14 @@ class Spent:
         self.cost += other.cost
 
 
-class Ledger:
-    """Sums what every paid call used, and stops the run when a budget is gone.
+class SpendLedger:
+    """Add up the tokens and cost of every paid call, and stop the run when a budget is used up.
 
-    With a file, each call is one appended line, and the sum is that of all processes that write to it, now and before:
-    a budget then holds over ranks and restarts.
+    With a file, each call appends one line, and the sum covers every process that ever wrote to it. A budget then holds
+    across ranks and restarts.
 
     Args:
-        file: where lines are appended; None keeps the sum in this process only.
+        file: the file to append to; None keeps the sum in this process only.
         budget_tokens: limit on input plus output tokens.
         budget_cost: limit on cost.
     """
@@ -92,10 +93,12 @@ class Ledger:
         self._read_to = 0
 
     def record(self, call: Spent) -> None:
+        """Count one call."""
         if self.file is None:
             self._spent.add(call)
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        # One write to a file opened with O_APPEND is atomic, so lines of other processes never interleave.
         handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, (json.dumps(asdict(call)) + "\n").encode())
@@ -103,24 +106,28 @@ class Ledger:
             os.close(handle)
 
     def spent(self) -> Spent:
-        """The sum so far, lines that other processes appended included."""
+        """Return the sum so far, including lines that other processes appended."""
         if self.file is not None and self.file.exists():
             with self.file.open("rb") as stream:
                 stream.seek(self._read_to)
                 fresh = stream.read()
+            # Leave a line that is still being written for the next call.
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._read_to += len(whole)
             for line in whole.splitlines():
                 try:
                     self._spent.add(Spent(**json.loads(line)))
                 except (ValueError, TypeError):
-                    raise RunFailed(f"{self.file}: {line[:80]!r} is no ledger line; remove or mend it") from None
+                    raise RunFailed(
+                        f"{self.file}: {line[:80]!r} is not a valid ledger line; fix or remove it"
+                    ) from None
         return self._spent
 
     def check(self) -> None:
-        """
+        """Check the budgets before a call.
+
         Raises:
-            RunFailed: a budget is used up. Calls already under way finish and are counted.
+            RunFailed: a budget is used up. Calls in progress finish and are counted.
         """
         if self.budget_tokens is None and self.budget_cost is None:
             return

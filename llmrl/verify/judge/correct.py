@@ -1,4 +1,4 @@
-"""Is an answer the known one? The question that several rewards put to a judge: a response in, 1, 0 or None out."""
+"""The question that several rewards ask a judge: is this answer the known one? Response in; 1, 0 or None out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from llmrl.verify.judge.verdict import AnyJudge, Canary, Question
 
 KNOWN_SEPARATOR = " | "
-"""Between several known answers."""
+"""Joins several known answers into one block of the question."""
 _CASE = {"question": "What is the capital of Australia?", "known_answer": "Canberra"}
 CORRECT = Question(
     name="correct",
@@ -35,20 +35,20 @@ CORRECT = Question(
 async def judge_correct(
     judge: AnyJudge, question: str, known_answers: Sequence[str], response: str
 ) -> tuple[float | None, dict[str, Any]]:
-    """1.0 when the response commits to an answer and it is a known one, else 0.0; None: the judge abstained.
+    """Ask whether the response commits to a known answer.
 
     Returns:
-        (reward, what the judge said).
+        (1.0 if it does, 0.0 if not, None if the judge abstained; the fields of the judge's verdict).
     """
     case = {"question": question, "known_answer": KNOWN_SEPARATOR.join(known_answers), "response": response}
     verdict = await judge.ask(CORRECT, case)
     if verdict.values is None:
         return None, {"problem": verdict.problem}
-    # A response in which the judge finds no final answer cannot be correct, whatever it says next.
+    # If the judge finds no final answer, the response cannot be correct, whatever the field `correct` says.
     answered = stated(verdict.values["final_answer"]) is not None or None in map(stated, known_answers)
     return float(verdict.values["correct"] and answered), verdict.values
 
 
 def stated(name: str | None) -> str | None:
-    """A name that a judge gives, or None where it says that there is none, be it as null or as a word."""
+    """Return a name that a judge gives, or None if it says there is none, as null or as a word such as `none`."""
     return None if name is None or name.strip().lower() in ("", "null", "none") else name

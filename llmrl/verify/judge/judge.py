@@ -1,8 +1,8 @@
-"""A language model as judge, over any OpenAI-compatible endpoint: Question and case go in, a typed Verdict comes out.
+"""A language model as judge, over any OpenAI-compatible endpoint: Question and case in, a typed Verdict out.
 
-A judge that cannot be reached is an error of the sample (EndpointError), one whose answer cannot be read abstains
-(Verdict.values None); neither is ever a verdict of "wrong". What it costs is counted, and how far it can be trusted is
-measured with canaries: cases of known verdict mixed among the real ones.
+A judge that cannot be reached is an error of the sample (EndpointError); a judge whose answer cannot be read abstains
+(Verdict.values None). Neither counts as "wrong". The cost is recorded, and canaries (cases with a known verdict, mixed
+among the real ones) measure how far the judge can be trusted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from llmrl.endpoint import Endpoint, EndpointError, PerLoop
 from llmrl.errors import RunFailed, UserError
-from llmrl.verify.judge.cache import Ledger, ReplyCache, Spent, request_key
+from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent, request_key
 from llmrl.verify.judge.options import JudgeConfig
 from llmrl.verify.judge.verdict import (
     AnyJudge,
@@ -50,19 +50,21 @@ __all__ = [
 
 
 @dataclass(kw_only=True)
-class _Lane:
-    """What a judge holds per event loop: connections belong to one loop."""
+class _LoopState:
+    """A judge's state per event loop, because connections belong to one loop."""
 
     endpoint: Endpoint
     in_flight: dict[str, asyncio.Task[Verdict]] = field(default_factory=dict)
 
 
 class Judge:
-    """A judge behind an OpenAI-compatible endpoint. One object serves a whole run, any number of tasks and loops."""
+    """A judge behind an OpenAI-compatible endpoint. One object serves a whole run, on any number of event loops."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self.ledger = Ledger(config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost)
+        self.ledger = SpendLedger(
+            config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost
+        )
         self.counts = dict.fromkeys(
             (
                 "questions",
@@ -80,13 +82,13 @@ class Judge:
         self._canaries_due = 0.0
         self._canaries_asked: Counter[str] = Counter()
         self._warned = False
-        self._lanes = PerLoop(self._make_lane)
+        self._states = PerLoop(self._make_state)
 
     async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
-        """Judge one case. Equal questions under way at the same time are asked once.
+        """Judge one case. Identical requests in progress at the same time are sent once.
 
         Args:
-            question: what is asked and which fields the verdict has.
+            question: the instructions, and the fields of the verdict.
             case: block name -> text.
 
         Raises:
@@ -100,13 +102,13 @@ class Judge:
         if remembered is not None:
             self.counts["cache_hits"] += 1
             return remembered
-        in_flight = self._lanes.get().in_flight
+        in_flight = self._states.get().in_flight
         task = in_flight.get(key)
         if task is None:
             task = asyncio.create_task(self._ask_paid(question, messages, key))
             in_flight[key] = task
             task.add_done_callback(lambda done: (in_flight.pop(key), done.cancelled() or done.exception()))
-        # Shielded: another waiter may want the answer although this one was cancelled.
+        # Shielded, because other callers may wait for the same answer when this one is canceled.
         return await asyncio.shield(task)
 
     def _remembered(self, key: str, question: Question) -> Verdict | None:
@@ -116,10 +118,10 @@ class Judge:
         try:
             return Verdict(values=read_verdict(cached, question.fields), raw=cached, cached=True)
         except ValueError:
-            return None  # a damaged file is asked for again and overwritten
+            return None  # a damaged file: ask again and overwrite it
 
     async def _ask_paid(self, question: Question, messages: list[dict[str, str]], key: str) -> Verdict:
-        """Ask the endpoint, with a canary beside it when one is due, and remember a readable reply."""
+        """Ask the endpoint, together with a canary when one is due, and cache a readable reply."""
         self._canaries_due += self.config.canary_rate if question.canaries else 0.0
         if self._canaries_due < 1:
             verdict = await self._dialogue(question, messages)
@@ -129,13 +131,13 @@ class Judge:
             try:
                 verdict = await self._dialogue(question, messages)
             finally:
-                await canary  # what it finds out about the judge goes before any verdict
+                await canary  # if the judge fails its canaries, raise that instead of returning a verdict
         if verdict.values is not None and self._cache is not None:
             self._cache.put(key, verdict.raw)
         return verdict
 
     async def _dialogue(self, question: Question, messages: list[dict[str, str]]) -> Verdict:
-        """Ask until the answer can be read, saying each time what was wrong with it."""
+        """Ask until the answer can be read; a retry states what was wrong with the first answer."""
         raw, problem = "", "no answer"
         for attempt in range(self.config.format_retries + 1):
             if attempt > 0:
@@ -143,25 +145,25 @@ class Judge:
             raw, finish = await self._complete(messages, question)
             try:
                 if finish not in ("stop", None):
-                    # A reply that was cut off may hold a draft verdict, which is not the verdict.
+                    # A reply that was cut off may hold only a draft of the verdict.
                     raise ValueError(f"the answer ended by {finish!r} instead of a stop")
                 return Verdict(values=read_verdict(raw, question.fields), raw=raw)
             except ValueError as error:
                 problem = str(error)
             if attempt == 0:
-                told = f"Your answer could not be read: {problem}. Answer again with the JSON object alone."
+                correction = f"Your answer could not be read: {problem}. Answer again with the JSON object alone."
                 messages = [
                     *messages,
                     {"role": "assistant", "content": raw[-4000:] or "-"},
-                    {"role": "user", "content": told},
+                    {"role": "user", "content": correction},
                 ]
         self.counts["unreadable"] += 1
         return Verdict(values=None, problem=problem, raw=raw)
 
     async def _complete(self, messages: list[dict[str, str]], question: Question) -> tuple[str, str | None]:
-        """One chat completion: (text, finish reason). Its tokens are recorded."""
+        """Request one chat completion, record its tokens, and return (text, finish reason)."""
         self.ledger.check()
-        endpoint = self._lanes.get().endpoint
+        endpoint = self._states.get().endpoint
         body = self._body(messages)
         if self._structured:
             schema = {"name": question.name, "strict": True, "schema": json_schema(question.fields)}
@@ -170,6 +172,7 @@ class Judge:
             except EndpointError as error:
                 if error.status not in (400, 415, 422, 501):
                     raise
+                # The server may not know `response_format`. Only if it takes the request without is that the cause.
                 reply = await endpoint.post(body)
                 self._structured = False
         else:
@@ -201,7 +204,7 @@ class Judge:
         self.ledger.record(Spent(calls=1, input_tokens=counted[0], output_tokens=counted[1], cost=cost))
 
     async def _check_canary(self, question: Question) -> None:
-        """Judge the question's next canary, past the cache, and stop or warn when too many went wrong."""
+        """Judge the question's next canary, bypassing the cache; stop or warn if too many were judged wrongly."""
         canary = question.canaries[self._canaries_asked[question.name] % len(question.canaries)]
         self._canaries_asked[question.name] += 1
         if canary.fields is not None:
@@ -221,8 +224,8 @@ class Judge:
         message = (
             f"judge: {self.config.model} got {failed} of {asked} known cases wrong (limit "
             f"{self.config.canary_max_failure:.0%}); last: {question.name!r} expected {canary.expected}, got "
-            f"{verdict.values or verdict.problem}. Its verdicts cannot be trusted: look at the model and its template, "
-            "or raise canary_max_failure."
+            f"{verdict.values or verdict.problem}. Its verdicts cannot be trusted: check the model and its chat "
+            "template, or raise canary_max_failure."
         )
         if self.config.on_canary_failure == "error":
             raise RunFailed(message)
@@ -231,7 +234,7 @@ class Judge:
             warnings.warn(message, stacklevel=2)
 
     def metrics(self) -> dict[str, float]:
-        """What was asked, spent and got wrong since the start, by metric name."""
+        """Return the counts of questions, costs and failures since the start, by metric name."""
         spent = self.ledger.spent()
         counts: dict[str, float] = {f"judge/{name}": float(count) for name, count in self.counts.items()}
         return counts | {
@@ -241,7 +244,7 @@ class Judge:
             "judge/cost": spent.cost,
         }
 
-    def _make_lane(self) -> _Lane:
+    def _make_state(self) -> _LoopState:
         key = os.environ.get(self.config.api_key_env, "") if self.config.api_key_env else ""
         endpoint = Endpoint(
             self.config.base_url.rstrip("/") + "/chat/completions",
@@ -251,16 +254,16 @@ class Judge:
             max_concurrency=self.config.max_concurrency,
             on_retry=self._count_retry,
         )
-        return _Lane(endpoint=endpoint)
+        return _LoopState(endpoint=endpoint)
 
     def _count_retry(self) -> None:
         self.counts["transport_retries"] += 1
 
     async def close(self) -> None:
-        """Close the connections of the running loop. The judge can be used again."""
-        lane = self._lanes.pop()
-        if lane is not None:
-            await lane.endpoint.close()
+        """Close the connections of the running event loop. The judge can still be used afterwards."""
+        state = self._states.pop()
+        if state is not None:
+            await state.endpoint.close()
 
 
 JUDGE_FORMS = (
@@ -271,20 +274,20 @@ _judges: dict[str, Judge] = {}
 
 
 def get_judge(judge: AnyJudge | Mapping[str, Any] | str | None) -> AnyJudge:
-    """The judge object for a reward's `judge` argument.
+    """Return the judge object for a reward's `judge` argument.
 
     Args:
         judge: an object with `ask`; a mapping with the fields of JudgeConfig (equal mappings share one Judge); or
             `package.module:factory` or `file.py:factory`, called once per process without arguments.
 
     Raises:
-        UserError: no judge, an unknown or missing key, a value out of range, or a factory that is not there.
+        UserError: no judge, an unknown or missing key, a value out of range, or a factory that does not exist.
     """
     if isinstance(judge, str) and ":" in judge:
         return _made_judge(judge)
     if not isinstance(judge, Mapping):
         if judge is None or isinstance(judge, str) or not hasattr(judge, "ask"):
-            raise UserError(f"this reward needs a judge, which {judge!r} is not: {JUDGE_FORMS}")
+            raise UserError(f"this reward needs a judge, but got {judge!r}: {JUDGE_FORMS}")
         return judge
     known = {f.name: f for f in dataclasses.fields(JudgeConfig)}
     unknown = sorted(set(judge) - set(known))
@@ -310,7 +313,7 @@ def _made_judge(spec: str) -> AnyJudge:
 
 
 def judge_metrics() -> dict[str, float]:
-    """The metrics of all configured judges of this process together (see `Judge.metrics`)."""
+    """Return the summed metrics of all judges configured in this process (see `Judge.metrics`)."""
     total: Counter[str] = Counter()
     for judge in _judges.values():
         total.update(judge.metrics())
@@ -324,13 +327,13 @@ async def both_orders(
     *,
     on_contradiction: Literal["tie", "abstain"] = "tie",
 ) -> float | None:
-    """Preference for `first` over `second`, asked in both orders so that a taste for a position cancels.
+    """Return the preference for `first` over `second`, asked in both orders so that position bias cancels.
 
     Args:
         prefer: judges (a, b): above 0 if a is better, below 0 if b is, 0 for a tie, None for an abstention.
         first: one text.
         second: the other text.
-        on_contradiction: what it is worth when each order prefers the other text.
+        on_contradiction: the result when the two orders prefer different texts.
 
     Returns:
         The mean of both preferences as seen from `first`; 0 or None on contradiction; None if either order abstained.
@@ -338,13 +341,14 @@ async def both_orders(
     forward, backward = await asyncio.gather(prefer(first, second), prefer(second, first))
     if forward is None or backward is None:
         return None
+    # Equal signs contradict each other: both orders prefer the text at the same position.
     if forward * backward > 0:
         return 0.0 if on_contradiction == "tie" else None
     return (forward - backward) / 2
 
 
 def _text_of(reply: dict[str, Any]) -> tuple[str, str | None]:
-    """(text, finish reason) of a chat completion; '' where there is no text."""
+    """Return (text, finish reason) of a chat completion; the text is '' if there is none."""
     try:
         choice = reply["choices"][0]
         content = choice["message"].get("content")

@@ -1,9 +1,9 @@
-"""What a judge is asked and how it is read: Question and case in, messages out; reply in, typed values out.
+"""Ask a judge and read its answer: Question and case in, messages out; reply in, typed values out.
 
-Also what every judge is (AnyJudge), and the judge that is a plain function.
+Also defines the protocol of every judge (AnyJudge) and a judge that is a plain function (OfflineJudge).
 
-Reading is tolerant about what surrounds the JSON object (prose, code fences, thoughts) and strict about what is in it:
-a boolean is `true` or `false`, a grade is an integer in its range, a choice is one of the choices.
+Reading tolerates anything around the JSON object (prose, code fences, thoughts) but is strict about its contents: a
+boolean is `true` or `false`, a grade is an integer in its range, a choice is one of the choices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 Fields = dict[str, Any]
 """Name -> kind. A kind is bool, str, Literal["a", "b"], range(low, high) for integers, or one of these `| None`."""
 
-# A verdict is the last thing a judge says; looking no further back keeps reading linear in the length of the reply.
+# The verdict comes last in a reply; a bounded search for it keeps reading linear in the length of the reply.
 MAX_TAIL_CHARS = 20_000
 MAX_CANDIDATES = 200
 _UNSENDABLE = re.compile("[\0\ud800-\udfff]")
@@ -28,16 +28,16 @@ _UNSENDABLE = re.compile("[\0\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """A case whose verdict is known, mixed among the real ones to measure the judge."""
+    """A case with a known verdict, mixed among the real ones to measure the judge."""
 
     case: dict[str, str]
     expected: dict[str, Any]
-    """The fields that must come out (a range stands for any number in it); the others may hold anything."""
+    """Fields that the verdict must have (a range accepts any number in it); other fields may hold anything."""
     fields: Fields | None = None
-    """What this case is asked for, where that depends on the case; None: the question's fields."""
+    """Fields to ask for, if they depend on the case; None: the question's fields."""
 
     def agrees(self, values: dict[str, Any] | None) -> bool:
-        """Whether a judge's values (None: it abstained) are what is known to be right."""
+        """Return whether a judge's values match the known verdict; False for None, an abstention."""
         if values is None:
             return False
         return all(
@@ -48,7 +48,7 @@ class Canary:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a judge is asked about each case.
+    """A question that a judge answers about each case.
 
     Example: Question(name="correct", instructions="Is the answer right?", fields={"correct": bool})
     """
@@ -56,13 +56,13 @@ class Question:
     name: str
     instructions: str
     fields: Fields
-    """Answer fields in the order the judge is to give them; a reason before the verdict makes it think first."""
+    """Answer fields, in the order the judge must give them; a reason before the verdict makes the judge think first."""
     canaries: tuple[Canary, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The judge's answer. `values` None is an abstention: the judge answered, but not in a form that can be read."""
+    """A judge's answer. `values` None is an abstention: the judge answered, but the answer cannot be read."""
 
     values: dict[str, Any] | None
     problem: str | None = None
@@ -72,10 +72,10 @@ class Verdict:
 
 
 class AnyJudge(Protocol):
-    """What a reward needs of a judge."""
+    """The interface that rewards use to ask a judge."""
 
     async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
-        """The verdict on one case (block name -> text). A judge that cannot be reached raises."""
+        """Return the verdict on one case (block name -> text); raise if the judge cannot be reached."""
         ...
 
 
@@ -83,14 +83,14 @@ class OfflineJudge:
     """A judge that is a plain function, for tests and examples.
 
     Args:
-        answer: from (question name, case) to the verdict's values, or None to abstain.
+        answer: maps (question name, case) to the verdict's values, or to None to abstain.
     """
 
     def __init__(self, answer: Callable[[str, dict[str, str]], dict[str, Any] | None]) -> None:
         self.answer = answer
 
     async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
-        """See `AnyJudge.ask`. A ValueError says that the function gave other fields than the question's."""
+        """See `AnyJudge.ask`; ValueError if the function's fields are not the question's."""
         values = self.answer(question.name, case)
         if values is None:
             return Verdict(values=None, problem="the offline judge abstains")
@@ -98,15 +98,15 @@ class OfflineJudge:
 
 
 def render(question: Question, case: dict[str, str], *, max_chars: int) -> list[dict[str, str]]:
-    """Chat messages that put `case` before a judge.
+    """Make the chat messages that show `case` to a judge.
 
-    Each text stands in a block whose name ends in a hash of all texts, so that no text can close its own block and
-    pose as instructions. One user message, because some chat templates take no system message.
+    Each text stands in a block whose name ends in a hash of all texts, so no text can close its own block and pose as
+    instructions. Everything is one user message, because some chat templates take no system message.
 
     Args:
-        question: instructions and the fields wanted back.
-        case: block name -> text; trusted and untrusted alike.
-        max_chars: longer texts lose their middle.
+        question: the instructions and the fields to answer with.
+        case: block name -> text, trusted or not.
+        max_chars: the middle of longer texts is cut out.
     """
     texts = {name: clean_text(_shorten(text, max_chars)) for name, text in case.items()}
     mark = hashlib.sha256(canonical_json(texts).encode()).hexdigest()[:12]
@@ -120,13 +120,13 @@ def render(question: Question, case: dict[str, str], *, max_chars: int) -> list[
 
 
 def answer_format(fields: Fields) -> str:
-    """The sentence that tells a judge which JSON object to answer with."""
+    """Return the sentence that tells a judge which JSON object to answer with."""
     lines = [f"  {json.dumps(name)}: {_describe(kind)}" for name, kind in fields.items()]
     return "Answer with one JSON object and nothing after it, with exactly these keys:\n{\n" + ",\n".join(lines) + "\n}"
 
 
 def json_schema(fields: Fields) -> dict[str, Any]:
-    """The JSON schema of an answer, for servers that constrain decoding to one."""
+    """Return the JSON schema of an answer, for servers with constrained decoding."""
     return {
         "type": "object",
         "properties": {name: _schema(kind) for name, kind in fields.items()},
@@ -136,10 +136,10 @@ def json_schema(fields: Fields) -> dict[str, Any]:
 
 
 def read_verdict(text: str, fields: Fields) -> dict[str, Any]:
-    """The last JSON object in `text` that has all `fields`, with every value of its kind.
+    """Read the last JSON object in `text` that has all `fields`, each with a value of its kind.
 
     Raises:
-        ValueError: there is none, or a value is not of its kind; the message says which.
+        ValueError: there is no such object, or a value is not of its kind; the message names the field.
     """
     tail = text[-MAX_TAIL_CHARS:]
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -158,7 +158,7 @@ def read_verdict(text: str, fields: Fields) -> dict[str, Any]:
 
 
 def check_values(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """The wanted fields of `values`, unchanged.
+    """Return the `fields` of `values`, unchanged.
 
     Raises:
         ValueError: a field is missing or not of its kind.
@@ -172,17 +172,17 @@ def check_values(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
 
 
 def clean_text(text: str) -> str:
-    """`text` with NUL and lone surrogates, which neither UTF-8 nor many servers take, replaced by U+FFFD."""
+    """Replace NUL and lone surrogates, which UTF-8 or many servers reject, by U+FFFD."""
     return _UNSENDABLE.sub("\ufffd", text)
 
 
 def canonical_json(value: Any) -> str:
-    """One text per value: sorted keys, no spaces, ASCII."""
+    """Return the one canonical text of a value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _parts(kind: Any) -> tuple[Any, bool]:
-    """(kind without None, whether None is allowed)."""
+    """Split a kind into (kind without None, whether None is allowed)."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         inner = [part for part in typing.get_args(kind) if part is not type(None)]
         if len(inner) != 1 or len(inner) == len(typing.get_args(kind)):
@@ -209,12 +209,12 @@ def _is_kind(value: Any, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     inner, optional = _parts(kind)
     if isinstance(inner, range):
-        said = f"an integer from {inner.start} to {inner.stop - 1}"
+        text = f"an integer from {inner.start} to {inner.stop - 1}"
     elif typing.get_origin(inner) is Literal:
-        said = " | ".join(json.dumps(choice) for choice in typing.get_args(inner))
+        text = " | ".join(json.dumps(choice) for choice in typing.get_args(inner))
     else:
-        said = {bool: "true | false", str: "a string"}[inner]
-    return f"{said} | null" if optional else said
+        text = {bool: "true | false", str: "a string"}[inner]
+    return f"{text} | null" if optional else text
 
 
 def _schema(kind: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Score
+from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.judge import AnyJudge, Canary, Question, both_orders, get_judge
 from llmrl.verify.translation.language import base_language, is_language
 from llmrl.verify.translation.metrics import LOCAL_METRICS, metric_value, surface_metrics
@@ -39,7 +40,7 @@ class TranslationConfig:
     judged_directions: Sequence[str] = ()
     """Directions such as en-zh in which `mode` holds, all others being light; empty: it holds in all."""
     require_thought: bool = True
-    """The output is `<think> thought </think> translation`; False takes the whole output as the translation."""
+    """The output must be `<think> thought </think> translation`. False: whatever is outside the thinking is."""
     check_format: bool = True
     """Ask the judge (compare, grade) whether the translation stands alone, with no explanation attached."""
     levels: Literal[3, 5] = 5
@@ -72,7 +73,7 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TranslationRow:
     """What the translation is judged against."""
 
     source: str
@@ -155,7 +156,9 @@ COMPARE = {
 }
 
 
-async def translation_score(completion: str, row: Row, config: TranslationConfig, judge: Any = None) -> Score:
+async def translation_score(
+    completion: str, row: TranslationRow, config: TranslationConfig, judge: Any = None
+) -> Score:
     """Reward of one translation: 0 if the format is wrong or it is no translation, else the weighted sum of its parts.
 
         compare   comparison_weight * (1..5) + thought_weight * (0..2) + metric_weight * (0..1)
@@ -209,20 +212,18 @@ async def translation_score(completion: str, row: Row, config: TranslationConfig
 
 
 def parse_output(completion: str, *, require_thought: bool = True) -> Output | None:
-    """Thought and translation of `<think> thought </think> translation`, or None where the form is another.
+    """Split `<think> thought </think> translation`; None when it has another form.
 
-    Exactly one thought, at the start, and neither part empty. Without `require_thought` a thought may be absent.
+    With `require_thought` the form is exactly one thought, at the start, with neither part empty. Without it, all text
+    outside the thinking is the translation, and only that must not be empty.
     """
     text = completion.strip()
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if (opened, closed) == (0, 0) and not require_thought:
-        return Output(thought="", translation=text) if text else None
-    if (opened, closed) != (1, 1) or not text.startswith("<think>"):
+    thought, _, _ = text.removeprefix("<think>").partition("</think>")
+    one_block = text.startswith("<think>") and text.count("<think>") == text.count("</think>") == 1
+    if require_thought and not (one_block and thought.strip()):
         return None
-    thought, translation = text.removeprefix("<think>").split("</think>")
-    if not thought.strip() or not translation.strip():
-        return None
-    return Output(thought=thought.strip(), translation=translation.strip())
+    translation = without_thinking(text).strip()
+    return Output(thought=thought.strip() if one_block else "", translation=translation) if translation else None
 
 
 def copied_share(source: str, translation: str) -> float:
@@ -237,7 +238,7 @@ def copied_share(source: str, translation: str) -> float:
     return len(windows_a & windows_b) / min(len(windows_a), len(windows_b))
 
 
-def _is_judged(row: Row, config: TranslationConfig) -> bool:
+def _is_judged(row: TranslationRow, config: TranslationConfig) -> bool:
     directions = [direction.split("-") for direction in config.judged_directions]
     if not all(len(direction) == 2 for direction in directions):
         raise UserError(f"translation_compare: judged_directions {config.judged_directions}: give a list like [en-zh]")
@@ -245,7 +246,7 @@ def _is_judged(row: Row, config: TranslationConfig) -> bool:
     return own in [[base_language(code) for code in direction] for direction in directions]
 
 
-def _check(row: Row, config: TranslationConfig) -> None:
+def _check(row: TranslationRow, config: TranslationConfig) -> None:
     def need(ok: bool, message: str) -> None:
         if not ok:
             raise UserError(f"translation_compare: {message}")
@@ -268,7 +269,7 @@ def _check(row: Row, config: TranslationConfig) -> None:
     need(not local or bool(row.reference), f"metric {config.metric} needs the column `reference`")
 
 
-def _first_fault(completion: str, row: Row, config: TranslationConfig) -> tuple[Output | None, str | None]:
+def _first_fault(completion: str, row: TranslationRow, config: TranslationConfig) -> tuple[Output | None, str | None]:
     """The output taken apart, and what is wrong with it by rule (None: nothing). Cheap checks first."""
     output = parse_output(completion, require_thought=config.require_thought)
     if output is None:
@@ -288,7 +289,7 @@ def _first_fault(completion: str, row: Row, config: TranslationConfig) -> tuple[
 
 
 async def _judged_parts(
-    output: Output, row: Row, config: TranslationConfig, judge: AnyJudge | None
+    output: Output, row: TranslationRow, config: TranslationConfig, judge: AnyJudge | None
 ) -> dict[str, float | None]:
     """Every part that takes asking someone, all asked at once."""
     asked: dict[str, Any] = {}
@@ -306,7 +307,7 @@ async def _judged_parts(
     return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
 
-async def _comparison(judge: AnyJudge, output: Output, row: Row, config: TranslationConfig) -> float | None:
+async def _comparison(judge: AnyJudge, output: Output, row: TranslationRow, config: TranslationConfig) -> float | None:
     """1 (much worse than the exemplar) to 5 (much better), both orders averaged."""
     unit = 1 if config.levels == 5 else 2
 
@@ -320,12 +321,12 @@ async def _comparison(judge: AnyJudge, output: Output, row: Row, config: Transla
     return None if preference is None else 3.0 + preference
 
 
-async def _grade(judge: AnyJudge, output: Output, row: Row) -> float | None:
+async def _grade(judge: AnyJudge, output: Output, row: TranslationRow) -> float | None:
     verdict = await judge.ask(GRADE, {**_languages(row), "translation": output.translation})
     return None if verdict.values is None else float(verdict.values["grade"])
 
 
-async def _thought(judge: AnyJudge, output: Output, row: Row) -> float | None:
+async def _thought(judge: AnyJudge, output: Output, row: TranslationRow) -> float | None:
     kind = await _choice(judge, THOUGHT, {"source": row.source, "thought": output.thought}, "kind")
     return None if kind is None else float(THOUGHTS[kind])
 
@@ -335,7 +336,7 @@ async def _choice(judge: AnyJudge, question: Question, case: dict[str, str], nam
     return None if verdict.values is None else verdict.values[name]
 
 
-def _languages(row: Row) -> dict[str, str]:
+def _languages(row: TranslationRow) -> dict[str, str]:
     return {
         "source": row.source,
         "source_language": row.source_language,
