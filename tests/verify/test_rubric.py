@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Score, Status
+from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.reward import group_reward, trl_style
 from llmrl.verify.rubric import Part, Rubric
 from tests.verify.rollouts import group, rollout
