@@ -7,9 +7,6 @@ last answer: right for deterministic programs, one HTTP request per call.
 from __future__ import annotations
 
 import json
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ from llmrl.sandbox.session import ProgramEnded, Session
 
 _HERE = Path(__file__).parent
 _PACKAGE = __name__.rpartition(".")[0]
-_ATTEMPTS = 3
+_RETRIES = 2
 _EXTRA_SECONDS = 30.0
-"""What the server may take on top of the program's wall time, for its queue."""
+"""Time the server may take on top of the program's wall time, for its queue."""
 _GLUE = """
 import sys, types
 for name, source in {modules!r}:
@@ -91,31 +88,20 @@ class HttpSandbox:
             "compile_timeout": limits.wall_seconds,
             "memory_limit_MB": limits.memory_mb,
         }
-        answer = self._send(json.dumps(body).encode(), limits.wall_seconds + _EXTRA_SECONDS)
+        answer = self._send(body, limits.wall_seconds + _EXTRA_SECONDS)
         result = answer.get("run_result")
         if answer.get("status") not in ("Success", "Failed") or not isinstance(result, dict):
             raise SandboxUnavailable(f"{self.url}: {answer.get('status')}: {str(answer.get('message'))[:500]}")
         return result
 
-    def _send(self, body: bytes, timeout: float) -> dict[str, Any]:
-        """POST; transport errors and 5xx are tried again."""
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        reason = ""
-        for attempt in range(_ATTEMPTS):
-            time.sleep(0.5 * attempt)
-            try:
-                with urllib.request.urlopen(request, timeout=timeout) as response:
-                    answer = json.load(response)
-                if isinstance(answer, dict):
-                    return answer
-                reason = "the answer is no JSON object"
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}"
-                if error.code < 500:
-                    break
-            except (OSError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-        raise SandboxUnavailable(f"the sandbox at {self.url} does not answer: {reason}")
+    def _send(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        # Imported here, because a local sandbox works without the packages of the HTTP client.
+        from llmrl.endpoint import EndpointError, post_json
+
+        try:
+            return post_json(self.url, body, timeout_s=timeout_s, retries=_RETRIES, retried_status=())
+        except EndpointError as error:
+            raise SandboxUnavailable(f"the sandbox does not answer: {error}") from error
 
 
 def _status(result: dict[str, Any], stderr: str) -> Status:

@@ -14,31 +14,17 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Task
+from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
 
 T = TypeVar("T")
 
 
-@dataclass(kw_only=True)
-class Part:
-    """One reward inside a rubric."""
-
-    fn: str | Callable[..., Any]
-    """Spec or callable."""
-    weight: float = 1.0
-    """0 makes it a metric."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments fixed for the whole run."""
-    time_limit_s: float = 20.0
-    """Per call, for rewards that run in the pool."""
-    gate: str | None = None
-    """Name of another reward: this part counts only where that one is above 0."""
-    scale: tuple[float, float] | None = None
-    """(low, high): the part's value is mapped from there to [0, 1] and clipped before it is weighted."""
+Part = RewardConfig
+"""A rubric written in Python calls its rewards parts; they take the same options as in a recipe."""
 
 
 @dataclass(kw_only=True)
@@ -46,8 +32,11 @@ class TrainerState:
     """What TRL reward functions read from their `trainer_state`. The trainer keeps it up to date."""
 
     global_step: int = 0
+    """Optimizer steps finished so far."""
     max_steps: int = 0
+    """Optimizer steps of the whole run."""
     epoch: float = 0.0
+    """Passes over the training data so far, as a fraction."""
 
 
 class RowError(UserError):
@@ -122,10 +111,8 @@ class Rubric:
     ) -> Rubric:
         """The rubric of a run; this machine's cores are shared by its `num_processes` training processes."""
         workers = verify.num_workers or available_cores() // num_processes
-        known = set(Part.__dataclass_fields__)
-        parts = [Part(**{k: v for k, v in vars(reward).items() if k in known}) for reward in rewards]
         return cls(
-            parts,
+            [Part(**vars(reward)) for reward in rewards],
             num_workers=max(1, workers),
             memory_limit_bytes=int(verify.memory_limit_gb * 2**30),
             conversational=conversational,

@@ -1,4 +1,4 @@
-"""The box behind an HTTP server: the same verdicts, and a failure of the server is none."""
+"""The box behind an HTTP server: it gives the same verdicts, and a failure of the server is not a verdict."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def remote() -> Iterator[HttpSandbox]:
 def test_the_remote_box_runs_scripts_and_functions(remote: HttpSandbox) -> None:
     end = remote.run("print(input()[::-1])", "abc\n", LIMITS)
     assert (end.status, end.stdout) == ("ok", "cba\n")
-    for source, status in (("print(", "compile_error"), ("1 / 0", "error"), ("while 1: pass", "timeout")):
-        assert remote.run(source, "", SHORT).status == status
+    for source, status in (("print(", "compile_error"), ("1 / 0", "error")):
+        assert remote.run(source, "", LIMITS).status == status
+    assert remote.run("while 1: pass", "", SHORT).status == "timeout"
     source = "class Box:\n    def __init__(self): self.n = 0\ndef f(x): return (x, {1})\ndef boom(): raise KeyError(1)"
     with remote.open(source, LIMITS) as session:
         session.load(source)
@@ -52,12 +53,12 @@ def test_the_remote_box_runs_scripts_and_functions(remote: HttpSandbox) -> None:
         with pytest.raises(Raised):
             session.name("boom")()
     for source, kind in (("def f(:", "compile_error"), ("import os; os._exit(0)", "error")):
-        with remote.open(source, SHORT) as session, pytest.raises(ProgramEnded) as ended:
+        with remote.open(source, LIMITS) as session, pytest.raises(ProgramEnded) as ended:
             session.load(source)
         assert ended.value.kind == kind
 
 
-def test_a_remote_failure_is_no_verdict() -> None:
+def test_a_remote_failure_is_not_a_verdict() -> None:
     answers: list[tuple[int, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -81,6 +82,7 @@ def test_a_remote_failure_is_no_verdict() -> None:
     assert box.describe() == f"sandbox http: programs run on {box.url}, under the limits of that server"
     for bad, message in (
         ([(400, None)], "HTTP 400"),
+        ([(429, None)], "HTTP 429"),
         ([(200, {"status": "SandboxError", "message": "no pod"})], "SandboxError: no pod"),
         ([(500, None)] * 3, "HTTP 500"),
     ):
@@ -92,18 +94,18 @@ def test_a_remote_failure_is_no_verdict() -> None:
 
 
 def test_an_address_without_a_server_is_unavailable() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(SandboxUnavailable, match="does not answer"):
-        open_sandbox(f"http://127.0.0.1:{port}")
+    with socket.socket() as silent:  # bound, so that no other process takes the port meanwhile
+        silent.bind(("127.0.0.1", 0))
+        with pytest.raises(SandboxUnavailable, match="does not answer"):
+            open_sandbox(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_the_server_script_serves() -> None:
     any_box(packages=()).close()
     command = [sys.executable, str(ROOT / "scripts" / "serve_sandbox"), "--port", "0"]
-    # Where the tests themselves run in the background of a shell, SIGINT is ignored, and a child would inherit that.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/", preexec_fn=heard)
+    # A shell ignores SIGINT for what it runs in the background; if that is these tests, the child would inherit it.
+    heed_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/", preexec_fn=heed_sigint)
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("sandbox ")
@@ -111,5 +113,5 @@ def test_the_server_script_serves() -> None:
         assert open_sandbox(address).run("print(input())", "7\n", LIMITS).stdout == "7\n"
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=120) == 0
         server.stdout.close()

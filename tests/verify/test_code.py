@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import itertools
 import json
 import pickle
 import random
 import re
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from llmrl.errors import UserError
 from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
 from llmrl.types import Score
+from llmrl.verify.code import check
 from llmrl.verify.code.check import TestResult as Result
 from llmrl.verify.code.check import reward_of, run_tests, same_output, same_value
 from llmrl.verify.code.rows import AssertTests, CallTests, StdinTests, extract_program, read_row
@@ -28,8 +29,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "code"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the repository")
-SLOW = Limits(cpu_seconds=60, wall_seconds=120.0)
+SLOW = Limits(cpu_seconds=60, wall_seconds=300.0)
 """One MBPP reference counts divisors up to 9999 in pure Python, which takes seconds."""
+LIMITS = Limits(cpu_seconds=1, wall_seconds=300.0)
+"""Processor time alone ends a program here: it does not depend on how busy the machine is, as real time does."""
+PATIENT = {"wall_seconds": 300.0, "total_seconds": 3000.0}
+"""The same for `unit_tests`."""
 
 
 def load_reward() -> ModuleType:
@@ -54,9 +59,7 @@ def box() -> Iterator[Sandbox]:
 
 
 def verdicts(program: str, box: Sandbox, limits: Limits | None = None, **row: Any) -> list[str]:
-    results = run_tests(
-        program, read_row(row), box, limits or Limits(cpu_seconds=1, wall_seconds=5.0), stop_early=False
-    )
+    results = run_tests(program, read_row(row), box, limits or LIMITS, stop_early=False)
     return [result.verdict for result in results]
 
 
@@ -123,7 +126,7 @@ def test_a_future_import_stays_first() -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_known_by_their_columns() -> None:
+def test_rows_are_recognized_by_their_columns() -> None:
     checks = {"test_list": ["assert add(sum([1]), 2) == 3"], "challenge_test_list": ["assert add(0, 0) == 0"]}
     mbpp = read_row(checks | {"test": None})
     assert isinstance(mbpp.tests, AssertTests) and len(mbpp.tests.checks) == 2 and mbpp.names == ["add"]
@@ -174,7 +177,7 @@ def test_a_pickled_object_in_a_row_is_refused() -> None:
         ({"public_test_cases": [{"input": "", "output": "", "testtype": "functional"}]}, "needs func_name"),
     ],
 )
-def test_a_row_in_another_format_is_the_users_mistake(row: dict[str, Any], message: str) -> None:
+def test_a_row_in_another_format_is_a_user_error(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_row(row)
 
@@ -246,21 +249,26 @@ def test_outcomes_become_one_number(results: list[Any], all_: float, fraction: f
 
 def test_each_test_has_its_own_verdict(box: Sandbox) -> None:
     program = """
-import os, time
+import os
 def f(x):
     if x == 1: return 1 / 0
     if x == 2: os._exit(0)
-    if x == 3: time.sleep(100)
+    while x == 3: pass
     return x
 """
     checks = [f"assert f({x}) == {x}" for x in (0, 1, 2, 5, 6)]
     assert verdicts(program, box, test_list=checks) == ["passed", "error", "error", "passed", "passed"]
-    slow = [checks[0], "assert f(3) == 3", checks[0]]
-    assert verdicts(program, box, test_list=slow) == ["passed", "timeout", "not_run"]
+    endless = [checks[0], "assert f(3) == 3", checks[0]]
+    assert verdicts(program, box, test_list=endless) == ["passed", "timeout", "not_run"]
     assert verdicts("def f(x", box, test_list=checks) == ["compile_error"] * 5
     assert verdicts("", box, test_list=checks) == ["compile_error"] * 5
     assert verdicts("x = " + "1" * 2_000_000, box, test_list=checks) == ["compile_error"] * 5
     assert verdicts("def g(x): return x", box, test_list=["assert f(0) == 0"]) == ["error"]
+
+
+def test_a_program_that_sleeps_runs_into_the_limit_on_real_time(box: Sandbox) -> None:
+    sleeps, short = "import time\ndef f(x): time.sleep(1000)", Limits(cpu_seconds=60, wall_seconds=1.0)
+    assert verdicts(sleeps, box, short, test_list=["assert f(3) == 3"]) == ["timeout"]
 
 
 def test_a_raising_function_never_returns_what_is_expected(box: Sandbox) -> None:
@@ -375,17 +383,23 @@ def test_stdin_rows_run_the_program_once_per_input(box: Sandbox) -> None:
     ]
 
 
-def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
-    sleeps = "import time\ninput()\ntime.sleep(0.4)\nprint(1)"
+def test_all_runs_together_have_a_limit(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        ({"input_output": {"inputs": ["x"] * 9, "outputs": ["1"] * 9}}, sleeps),
-        ({"test_list": ["assert f(1) == 1"] * 9}, "import os, time\ndef f(x):\n    time.sleep(0.6)\n    os._exit(0)"),
+        ({"input_output": {"inputs": ["x"] * 9, "outputs": ["1"] * 9}}, "input()\nprint(1)", "passed"),
+        ({"test_list": ["assert f(1) == 1"] * 9}, "import os\ndef f(x): os._exit(0)", "error"),
     ]
-    for row, program in rows:
-        started = time.monotonic()
-        results = run_tests(program, read_row(row), box, Limits(), stop_early=False, total_seconds=1.0)
-        assert time.monotonic() - started < 5.0
-        assert [r.verdict for r in results].count("timeout") == 1 and results[-1].verdict == "not_run"
+    for row, program, verdict in rows:
+        clock = itertools.count(0.0, 400.0)  # seconds: each look at the clock finds 400 more gone
+        monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
+        results = run_tests(program, read_row(row), box, LIMITS, stop_early=False, total_seconds=1000.0)
+        assert [r.verdict for r in results] == [verdict] * 2 + ["timeout"] + ["not_run"] * 6
+
+
+def test_a_run_may_take_what_is_left_of_the_time_for_all(box: Sandbox) -> None:
+    row = read_row({"input_output": {"inputs": ["x"] * 3, "outputs": ["1"] * 3}})
+    endless = "import time\ntime.sleep(1000)"
+    results = run_tests(endless, row, box, Limits(wall_seconds=900.0), stop_early=False, total_seconds=1.0)
+    assert [r.verdict for r in results] == ["timeout", "not_run", "not_run"]
 
 
 # --- the reward -------------------------------------------------------------------------------------------------------
@@ -395,27 +409,27 @@ def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
 def test_examples_get_the_reward_they_say(number: int, box: Sandbox) -> None:
     example = dict(reward.EXAMPLES[number])
     expected = example.pop("reward")
-    assert reward.unit_tests(**example, sandbox=box).reward == expected
+    assert reward.unit_tests(**example, **PATIENT, sandbox=box).reward == expected
 
 
 def test_messages_are_read_too(box: Sandbox) -> None:
     messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "def add(a, b): return a + b"}]
-    assert reward.unit_tests(messages, test_list=["assert add(1, 2) == 3"], sandbox=box).reward == 1.0
+    assert reward.unit_tests(messages, test_list=["assert add(1, 2) == 3"], **PATIENT, sandbox=box).reward == 1.0
 
 
 def test_the_score_shows_verdicts_but_no_expected_value(box: Sandbox) -> None:
     row = {"test_list": ["assert f(1) == 'sesame-open', 'wanted sesame-open'", "assert f(2) == 2"]}
-    score = reward.unit_tests("def f(x): return x", **row, outcome="fraction", sandbox=box)
+    score = reward.unit_tests("def f(x): return x", **row, outcome="fraction", **PATIENT, sandbox=box)
     assert score.reward == 0.5 and score.error is None
     assert score.info["tests"] == ["wrong", "passed"] and score.info["counts"] == {"wrong": 1, "passed": 1}
     assert "sesame" not in repr(score)
-    stopped = reward.unit_tests("def f(x): return x", **row, sandbox=box)
+    stopped = reward.unit_tests("def f(x): return x", **row, **PATIENT, sandbox=box)
     assert stopped.reward == 0.0 and stopped.info["tests"] == ["wrong", "not_run"]
 
 
 def test_an_unusable_row_is_an_abstention(box: Sandbox) -> None:
     for row in ({"test_list": []}, {"test_list": ["assert f(1 =="]}, {"test_list": ["assert f(open) == 1"]}):
-        score = reward.unit_tests("def f(x): return 1", **row, sandbox=box)
+        score = reward.unit_tests("def f(x): return 1", **row, **PATIENT, sandbox=box)
         assert (score.reward, score.error) == (None, None) and score.info["reason"]
 
 
@@ -472,7 +486,7 @@ def negated(program: str, names: list[str]) -> str:
 
 
 @needs_data
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3000)
 def test_humaneval_solutions_pass_and_their_negations_do_not(box: Sandbox) -> None:
     rows = rows_of("HumanEval.jsonl")
     assert len(rows) == 164
@@ -484,7 +498,7 @@ def test_humaneval_solutions_pass_and_their_negations_do_not(box: Sandbox) -> No
 
 
 @needs_data
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3000)
 def test_mbpp_solutions_pass_and_their_negations_do_not(box: Sandbox) -> None:
     rows = rows_of("mbpp_first600.jsonl")
     assert len(rows) == 600
@@ -510,23 +524,23 @@ def apps_rows() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 @needs_data
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3000)
 def test_apps_solutions_pass_and_spoilt_ones_do_not(box: Sandbox) -> None:
     for columns, tests in apps_rows():
         for program in columns["solutions"]:
-            assert reward.unit_tests(f"```python\n{program}\n```", **tests, sandbox=box).reward == 1.0
+            assert reward.unit_tests(f"```python\n{program}\n```", **tests, **PATIENT, sandbox=box).reward == 1.0
             wrong = re.sub(r"\bprint\(", "print('?', ", program) + "\nprint('?')"
-            assert reward.unit_tests(f"```python\n{wrong}\n```", **tests, sandbox=box).reward == 0.0
+            assert reward.unit_tests(f"```python\n{wrong}\n```", **tests, **PATIENT, sandbox=box).reward == 0.0
 
 
 @needs_data
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3000)
 def test_apps_programs_get_the_result_codes_they_carry(box: Sandbox) -> None:
     contradictions = []
     for columns, tests in apps_rows():
         carried = {source_lines(entry["code"]): entry["result"] for entry in columns["gen_solutions"]}
         for entry in columns["gen_solutions"] + columns["baseline_solutions"]:
-            score = reward.unit_tests(entry["code"], **tests, outcome="bcoder", sandbox=box)
+            score = reward.unit_tests(entry["code"], **tests, outcome="bcoder", **PATIENT, sandbox=box)
             # A row that carries two codes for one program cannot be given both.
             code = carried.get(source_lines(entry["code"]), entry["result"])
             assert score.reward == CODES[code], (columns["id"], entry, score.info)
@@ -551,6 +565,6 @@ def test_a_program_in_the_form_of_the_apps_grader_is_called(box: Sandbox) -> Non
         (stored.replace("** 2", "** 3"), -0.3),
         (stored.replace("int(", "unknown("), -0.6),
     ):
-        assert reward.unit_tests(program, **row, outcome="bcoder", sandbox=box).reward == verdict
+        assert reward.unit_tests(program, **row, outcome="bcoder", **PATIENT, sandbox=box).reward == verdict
     uncalled = "def code():\n    print(int(input()) ** 2)\n"
-    assert reward.unit_tests(uncalled, **row, outcome="bcoder", sandbox=box).reward == -0.3
+    assert reward.unit_tests(uncalled, **row, outcome="bcoder", **PATIENT, sandbox=box).reward == -0.3

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrl.errors import UserError
@@ -75,6 +75,7 @@ def score(rollouts: list[Rollout], **args: Any) -> None:
     asyncio.run(main())
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-100, 100), min_size=1, max_size=60),
     st.lists(st.integers(0, 9), max_size=59),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.verify.command import run
+from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.rubric import Rubric
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmrl.config import RewardConfig, VerifyConfig
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Score, Status
+from llmrl.verify.options import RewardConfig, VerifyConfig
+from llmrl.verify.pool import Pool
 from llmrl.verify.reward import group_reward, trl_style
 from llmrl.verify.rubric import Part, Rubric
 from tests.verify.rollouts import group, rollout
@@ -306,10 +307,18 @@ def test_workers_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Mo
     assert Rubric.from_config(rewards, VerifyConfig(num_workers=3), num_processes=4).pool.num_workers == 3
 
 
-def test_a_hang_in_the_pool_costs_one_rollout(tmp_path: Path) -> None:
+def test_a_hang_in_the_pool_costs_one_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow.py").write_text(
         "POOL = True\ndef slow(completion):\n    while completion == 'hang': pass\n    return 1.0\n"
     )
+    call = Pool.call
+
+    async def patient(self: Pool, spec: str, arguments: dict[str, Any], time_limit_s: float) -> Any:
+        """Give only the call that never returns its limit, which others could miss on a busy machine."""
+        assert time_limit_s == 1.0
+        return await call(self, spec, arguments, time_limit_s if arguments["completion"] == "hang" else 300.0)
+
+    monkeypatch.setattr(Pool, "call", patient)
 
     async def main() -> list[Score | None]:
         rubric = Rubric([Part(fn=f"{tmp_path}/slow.py", time_limit_s=1.0)], num_workers=2)

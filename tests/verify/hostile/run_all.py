@@ -24,7 +24,8 @@ CHECKS = ["solve([3, 1, 2]) == 39", "solve([10, 20]) == 9002", "solve([]) == 'no
 FUNCTIONS = read_row({"test_list": [f"assert {check}" for check in CHECKS]})
 STDIN = read_row({"input_output": {"inputs": ["3 1 2\n", "10 20\n"], "outputs": ["39\n", "9002\n"]}})
 LIMITS = Limits(cpu_seconds=1, wall_seconds=2.0, memory_mb=256, output_mb=2)
-HONEST_LIMITS = Limits(cpu_seconds=5, wall_seconds=20.0, memory_mb=256, output_mb=2)
+HONEST_LIMITS = Limits(cpu_seconds=60, wall_seconds=300.0, memory_mb=256, output_mb=2)
+"""Never reached: the honest program passes however busy the machine is."""
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def watch_servers() -> set[int]:
     return sessions
 
 
-def left_over(sessions: set[int], patience: float = 5.0) -> list[int]:
+def left_over(sessions: set[int], patience: float = 120.0) -> list[int]:
     """Processes that still belong to a server's session."""
     deadline = time.monotonic() + patience
     while True:
