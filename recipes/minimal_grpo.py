@@ -7,7 +7,7 @@ core.
 
 Written to be read from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled
 with a full forward pass over the prefix, one process. `llmrl` computes the same update packed, sharded and streamed;
-see docs/algorithms.md for what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
+see docs/algorithms for what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
 """
 
 from __future__ import annotations
