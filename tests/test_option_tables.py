@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import field
 from pathlib import Path
@@ -17,6 +18,9 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import option_tables  # noqa: E402
+
+NOT_OPTIONS = {"rollout.completion"}
+"""Dotted names in the documentation that look like options: attributes in examples of Python."""
 
 
 @option
@@ -86,6 +90,37 @@ def test_a_page_is_current(page: Path) -> None:
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} does not exist yet")
     assert new == text, f"{page} is stale: run scripts/option_tables"
+
+
+def paths(cls: type, prefix: str) -> set[str]:
+    """Dotted names of all options in a class, with those of every member of its choices."""
+    found = set()
+    for name, info in option_tables.fields_of(cls).items():
+        found.add(f"{prefix}.{name}")
+        for inner in option_tables.option_classes(info.annotation):
+            found |= paths(inner, f"{prefix}.{name}")
+    return found
+
+
+SECTIONS = ("model", "critic", "data", "rollout", "train", "track", "eval", "verify")
+FAMILIES = ("policy_gradient", "ppo", "preference", "bcoder")
+
+
+def test_every_option_that_the_documentation_names_exists() -> None:
+    known = set()
+    for root in (*SECTIONS, *FAMILIES):
+        try:
+            classes = option_tables.find(root)
+        except ModuleNotFoundError as error:
+            pytest.skip(f"{error.name} does not exist yet")
+        for cls in classes:
+            known |= paths(cls, root if root in SECTIONS else "algo")
+    dotted = re.compile(rf"(?<![\w./])((?:{'|'.join((*SECTIONS, 'algo'))})\.[a-z_.]*[a-z_0-9])")
+    repository = SCRIPTS.parent
+    for page in [*repository.glob("docs/**/*.md"), repository / "README.md", repository / "recipes" / "README.md"]:
+        named = {name for name in dotted.findall(page.read_text()) if not name.endswith((".py", ".jsonl", ".yaml"))}
+        unknown = named - known - NOT_OPTIONS
+        assert not unknown, f"{page.name} names options that do not exist: {sorted(unknown)}"
 
 
 def test_every_section_has_a_table() -> None:
