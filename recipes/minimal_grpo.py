@@ -6,7 +6,7 @@
 
 Read it from top to bottom. Nothing here is fast or general: sequences are padded, every token is sampled with a full
 forward pass over the prefix, and there is one process. `llmrl` computes the same update packed, sharded and streamed;
-docs/algorithms.md shows what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
+docs/algorithms/ shows what each line becomes there. Only the model, its tokenizer and the task come from elsewhere.
 """
 
 from __future__ import annotations

@@ -223,5 +223,5 @@ def test_no_torch_is_needed_to_check_a_configuration() -> None:
 
 
 def test_every_preset_is_documented() -> None:
-    text = (Path(__file__).resolve().parents[3] / "docs" / "algorithms.md").read_text()
+    text = (Path(__file__).resolve().parents[3] / "docs" / "algorithms" / "README.md").read_text()
     assert [name for name in PRESETS if f"| `{name}` |" not in text] == []
