@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrl.config import DataConfig, LevelConfig, LoraConfig, ModelConfig, parse
+from llmrl.algo.preference.options import Level as LevelConfig
+from llmrl.config import DataConfig, LoraConfig, ModelConfig, parse
 from llmrl.errors import UserError, run_main
 
 

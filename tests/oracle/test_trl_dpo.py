@@ -16,11 +16,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+from llmrl.algo.preference import options
 from llmrl.algo.preference.dpo import DPO
 from llmrl.algo.preference.kto import KTO
 from llmrl.algo.preference.pairs import count_pairs
-from llmrl.algo.preference_presets import resolve_preference
-from llmrl.config import AlgoConfig, Config, PreferenceConfig
 from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.train.packing import build_micro_batch
@@ -82,7 +81,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def rows_of(seed: int) -> list[dict[str, list[int]]]:
-    """Random ids of unlike lengths; in the first row chosen and rejected begin alike."""
+    """Random ids of different lengths; in the first row chosen and rejected begin with the same ids."""
     random = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -100,15 +99,8 @@ def groups_of(rows: list[dict[str, list[int]]]) -> list[RolloutGroup]:
     ]
 
 
-def resolved(**options: Any) -> PreferenceConfig:
-    config = Config(algo=AlgoConfig(name="dpo"), preference=PreferenceConfig(**options))
-    found, findings = resolve_preference(config)
-    assert not findings
-    return found
-
-
 def micro_batches(samples: list[Sample]) -> list[MicroBatch]:
-    """The batch in two parts; pairs in one row behind one copy of their prompt."""
+    """Two micro-batches; each pair is in one row behind one copy of its prompt."""
     by_group: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):
         by_group.setdefault(sample.group, []).append(i)
@@ -135,7 +127,7 @@ def counts_of(samples: list[Sample]) -> Counts:
 
 
 def fill(samples: list[Sample], theirs: Any, algorithm: Any) -> None:
-    """What the learner computes before the loss."""
+    """Set what the learner computes before the loss."""
     now, ref = (Policy(model, temperature=1.0, keep_reference=False) for model in (theirs.model, theirs.ref_model))
     for i, sample in enumerate(samples):
         batch = build_micro_batch(samples, [[i]])
@@ -186,17 +178,18 @@ def compare(theirs: Any, groups: list[RolloutGroup], inputs: dict[str, Any], alg
     return metrics
 
 
-def check(theirs: Any, seed: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, float]:
-    config = resolved(**options)
+def check(theirs: Any, seed: int, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, float]:
+    config = options.DPO(**given)
+    assert not config.findings()
     changes = {
-        "loss_types": config.loss_type,
-        "loss_weights": config.loss_weights,
-        "beta": config.beta or 0.1,
-        "label_smoothing": config.label_smoothing or 0.0,
-        "f_divergence_type": config.f_divergence_type or "reverse_kl",
-        "f_alpha_divergence_coef": config.f_alpha_divergence_coef or 0.5,
+        "loss_types": [term.kind for term in config.terms],
+        "loss_weights": [term.weight for term in config.terms],
+        "beta": next((term.beta for term in config.terms if hasattr(term, "beta")), 0.1),
+        "label_smoothing": max(getattr(term, "label_smoothing", 0.0) for term in config.terms),
+        "f_divergence_type": config.divergence.kind,
+        "f_alpha_divergence_coef": getattr(config.divergence, "coef", 0.5),
         "ld_alpha": config.ld_alpha,
-        "use_weighting": bool(config.use_weighting),
+        "use_weighting": config.use_weighting,
     }
     for name, value in changes.items():
         monkeypatch.setattr(theirs, name, value)
@@ -204,30 +197,30 @@ def check(theirs: Any, seed: int, monkeypatch: pytest.MonkeyPatch, **options: An
     return compare(theirs, groups_of(rows), theirs.data_collator(rows), DPO(config))
 
 
-def options_of(loss: str) -> dict[str, Any]:
-    return {"loss_type": [loss], **({"label_smoothing": 0.1} if loss in ("exo_pair", "robust") else {})}
+def loss_of(kind: str, **given: Any) -> dict[str, Any]:
+    smoothing = {"label_smoothing": 0.1} if kind in ("exo_pair", "robust") else {}
+    return {"kind": kind, **smoothing, **given}
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 @pytest.mark.parametrize("loss", TRL_LOSSES)
 def test_every_loss(trainer: Any, loss: str, beta: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = options_of(loss) if loss == "sft" else options_of(loss) | {"beta": beta}
-    check(trainer, seed, monkeypatch, **options)
+    check(trainer, seed, monkeypatch, loss=loss_of(loss) if loss == "sft" else loss_of(loss, beta=beta))
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
 def test_smoothed_sorted_losses(trainer: Any, loss: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(trainer, seed, monkeypatch, loss_type=[loss], label_smoothing=0.2)
+    check(trainer, seed, monkeypatch, loss=loss_of(loss, label_smoothing=0.2))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
 @pytest.mark.parametrize("loss", OF_DIFFERENCE)
 def test_divergences(trainer: Any, loss: str, divergence: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(trainer, seed, monkeypatch, **options_of(loss), f_divergence_type=divergence)
+    check(trainer, seed, monkeypatch, loss=loss_of(loss), divergence={"kind": divergence})
 
 
 def test_alpha_divergence_at_one_is_the_reverse_kl(trainer: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(trainer, seed, monkeypatch, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0)
+    check(trainer, seed, monkeypatch, divergence={"kind": "alpha_divergence", "coef": 1.0})
 
 
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.4, 1.0])
@@ -235,18 +228,19 @@ def test_alpha_divergence_at_one_is_the_reverse_kl(trainer: Any, seed: int, monk
 def test_length_desensitised(
     trainer: Any, loss: str, ld_alpha: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(trainer, seed, monkeypatch, loss_type=[loss], ld_alpha=ld_alpha)
+    check(trainer, seed, monkeypatch, loss=loss_of(loss), ld_alpha=ld_alpha)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "robust", "nca_pair"])  # TRL cannot differentiate a weighted hinge
 def test_weighted_by_the_policy(trainer: Any, loss: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(trainer, seed, monkeypatch, **options_of(loss), use_weighting=True)
+    check(trainer, seed, monkeypatch, loss=loss_of(loss), use_weighting=True)
 
 
 def test_a_weighted_sum(trainer: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MPO's sum; and what is reported is what TRL reports."""
+    """MPO's sum; the reported metrics equal TRL's."""
     trainer._metrics["train"].clear()
-    found = check(trainer, seed, monkeypatch, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    terms = [{"kind": "sigmoid", "weight": 0.8}, {"kind": "bco_pair", "weight": 0.2}, {"kind": "sft"}]
+    found = check(trainer, seed, monkeypatch, loss={"kind": "sum", "terms": terms})
     reported = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     pairs = {"accuracy": "accuracies", "margin": "margins", "chosen_reward": "chosen", "rejected_reward": "rejected"}
     for ours, theirs in pairs.items():
@@ -312,7 +306,7 @@ def kto_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_single_completions(
     kto_trainer: Any, loss: str, towards: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole batch as TRL's one micro-batch; ours in two."""
+    """TRL takes the whole batch as one micro-batch; we take two."""
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
     rows = [
         {"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"], "label": i % 2 == 0}
@@ -321,7 +315,7 @@ def test_single_completions(
     before = [rows[-1], *rows[:-1]]
     for row, other in zip(rows, before, strict=True):
         row["KL_completion_ids"] = other["completion_ids"]
-    if towards < 0:  # which of the two models is ahead decides the sign of the estimate
+    if towards < 0:  # swapping the two models changes the sign of the estimate
         monkeypatch.setattr(kto_trainer, "ref_model", kto_trainer.model)
         monkeypatch.setattr(kto_trainer, "model", kto_trainer.ref_model)
     changes = {"loss_type": loss, "calculate_KL": loss == "kto", "beta": 0.3, **weights}
@@ -331,6 +325,6 @@ def test_single_completions(
         dataset_group(str(i), row["prompt_ids"], [row["completion_ids"]], [float(row["label"])])
         for i, row in enumerate(rows)
     ]
-    config = resolved(loss_type=[loss], beta=0.3, **weights)
+    config = options.KTO(**{"loss": {"kind": loss, "beta": 0.3, **weights}})
     inputs = kto_trainer.data_collator(rows)
     compare(kto_trainer, groups, inputs, KTO(config))

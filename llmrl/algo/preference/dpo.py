@@ -1,23 +1,22 @@
 """DPO and its family: pairs of completions -> a loss on their log-ratios to the reference.
 
-Which member is configuration.
-
-The pairs come from a dataset (each row is a group of two "rollouts" with rewards 1 and 0) or from the policy's own
-rollouts; from here on both are the same. Every loss is a mean over all pairs of the optimizer step, on all processes.
+The options choose the member of the family. The pairs come from a dataset (each row is a group of two "rollouts" with
+rewards 1 and 0) or from the policy's own rollouts; this module does not tell the two apart. Every loss is a mean over
+all pairs of the optimizer step, on all processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
+from llmrl.algo.preference import loss_options, options
 from llmrl.algo.preference.hierarchy import net_wins
 from llmrl.algo.preference.pairs import Rollouts, attach_pairs, choose_pairs, rollouts_of
-from llmrl.algo.preference_presets import WHOLE_BATCH, needs_reference
 from llmrl.algo.samples import samples_of
 from llmrl.types import TrainBatch
 
@@ -25,31 +24,31 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from llmrl.config import PreferenceConfig
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
+
+Key = tuple[int, int]
+"""(group, index) of a rollout."""
 
 
 class DPO(Algorithm):
     """Direct Preference Optimization and its relatives.
 
     Args:
-        config: what is chosen, without gaps (`preference_presets.resolve_preference`).
-        max_completion_length: of the batch's record; not read here.
+        config: the family's options for pairs.
 
     References:
         Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms.md`.
     """
 
-    def __init__(self, config: PreferenceConfig, *, max_completion_length: int = 0) -> None:
-        self.config: Any = config
-        self.max_completion_length = max_completion_length
-        sorts = any(loss in WHOLE_BATCH for loss in config.loss_type or ())
+    def __init__(self, config: options.DPO | options.OnlineDPO) -> None:
+        self.config = config
+        self.num_iterations, self.num_mini_batches = config.num_iterations, config.num_mini_batches
         self.needs = Needs(
-            ref_logprobs=needs_reference(config),
+            ref_logprobs=config.needs_reference,
             every_sample=True,
-            old_logprobs=sorts,
-            collisions=bool(config.use_weighting),
-            refine=sorts,
+            old_logprobs=config.sorts_batch,
+            collisions=config.use_weighting,
+            refine=config.sorts_batch,
             whole_groups=True,
             ref_sync=ref_sync(config),
         )
@@ -57,9 +56,9 @@ class DPO(Algorithm):
     # --- stage 4 ---
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: pairs inside every group, and the samples of the rollouts that are in one.
+        """Stage 4: choose pairs inside every group, and make samples of the rollouts that are in one.
 
-        A rollout's advantage is its net share of wins, for the record.
+        A rollout's advantage is its net share of wins. The loss does not read it; it is kept for the records.
         """
         pairs = choose_pairs(groups, self.config)
         for group, chosen in zip(groups, pairs, strict=True):
@@ -69,25 +68,25 @@ class DPO(Algorithm):
         return TrainBatch(
             samples=samples,
             num_groups=len(groups),
-            max_completion_length=self.max_completion_length,
+            max_completion_length=0,  # no loss of this family divides by it
             policy_version=policy_version,
             metrics={
                 "preference/num_pairs": float(sum(map(len, pairs))),
                 "advantage/zero_variance_frac": sum(not chosen for chosen in pairs) / max(1, len(pairs)),
             },
             groups=groups,
-            sampled=self.config.source == "rollouts",
+            sampled=isinstance(self.config, options.OnlineDPO),
         )
 
     # --- between 4 and 5 ---
 
     def refine(self, batch: TrainBatch) -> None:
-        """AOT: sort over all pairs of the batch, and tell each pair what it is compared with.
+        """Sort over all pairs of the batch (AOT), and set the values that each pair is compared with.
 
-        Which values have equal rank does not change for a small step, so the loss and its gradient are those of sorting
+        A small step does not change which values have equal rank. So the loss and its gradient equal those of sorting
         inside the loss, however the batch is cut into micro-batches.
         """
-        old = {(s.group, s.index): 0.0 for s in batch.samples}
+        old: dict[Key, float] = {(s.group, s.index): 0.0 for s in batch.samples}
         ref = dict(old)
         for s in batch.samples:
             assert s.old_logprobs is not None and s.ref_logprobs is not None
@@ -95,31 +94,30 @@ class DPO(Algorithm):
             ref[s.group, s.index] += float(s.ref_logprobs.sum(dtype="float32"))
         found = [((s.group, s.index), (s.group, p.over), p) for s in batch.samples for p in s.preferences]
 
-        def tensor(of: Callable[[tuple[int, int], tuple[int, int]], float]) -> Tensor:
-            return torch.tensor([of(chosen, rejected) for chosen, rejected, _ in found])
+        def tensor(value: Callable[[Key, Key], float]) -> Tensor:
+            return torch.tensor([value(chosen, rejected) for chosen, rejected, _ in found])
 
-        if "aot" in self.config.loss_type:
+        if any(isinstance(term, loss_options.Aot) for term in self.config.terms):
             now = tensor(lambda chosen, rejected: old[chosen] - old[rejected])
             targets = losses.matched(now, tensor(lambda chosen, rejected: ref[chosen] - ref[rejected]))
-            pairs = [(target, 0.0) for target in targets.tolist()]
+            pairs = [(target, 0.0) for target in _floats(targets)]
         else:
             chosen = tensor(lambda chosen, _: old[chosen] - ref[chosen])
             rejected = tensor(lambda _, rejected: old[rejected] - ref[rejected])
             both = losses.matched(chosen, rejected), losses.matched(rejected, chosen)
-            pairs = list(zip(both[0].tolist(), both[1].tolist(), strict=True))
-        for (_, _, preference), targets in zip(found, pairs, strict=True):
-            preference.targets = targets
+            pairs = list(zip(_floats(both[0]), _floats(both[1]), strict=True))
+        for (_, _, preference), pair in zip(found, pairs, strict=True):
+            preference.targets = pair
 
     # --- stage 5 ---
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: this micro-batch's share of the mean over all pairs."""
-        c = self.config
-        pairs = PairTerms(outputs, batch, rollouts_of(batch), c)
+        """Stage 5: compute this micro-batch's share of the mean over all pairs."""
+        pairs = PairTerms(outputs, batch, rollouts_of(batch), self.config)
         total = outputs.logprobs.new_zeros(len(pairs.rollouts.chosen))
-        for name, weight in zip(c.loss_type, c.loss_weights, strict=True):
-            total = total + weight * pairs.loss(name, counts)
-        if c.use_weighting:
+        for term in self.config.terms:
+            total = total + term.weight * pairs.loss(term, counts)
+        if self.config.use_weighting:
             total = total * pairs.wpo_weights(batch)
         chosen, rejected = pairs.rewards()
         margin = chosen - rejected
@@ -136,21 +134,28 @@ class PairTerms:
     """What the losses of a micro-batch's K pairs are made of; every tensor is [K], chosen and rejected."""
 
     def __init__(
-        self, outputs: ForwardOutputs, batch: MicroBatch, rollouts: Rollouts, config: PreferenceConfig
+        self,
+        outputs: ForwardOutputs,
+        batch: MicroBatch,
+        rollouts: Rollouts,
+        config: options.DPO | options.OnlineDPO,
     ) -> None:
-        self.config: Any = config
+        self.config = config
         self.rollouts = rollouts
         self.logprobs = outputs.logprobs
+        self.has_reference = batch.ref_logprobs is not None
         self.chosen_logps, self.rejected_logps = self._sums(outputs.logprobs)
         self.lengths = tuple(rollouts.lengths[i].clamp(min=1) for i in (rollouts.chosen, rollouts.rejected))
         if batch.ref_logprobs is not None:
-            self.ref_chosen_logps, self.ref_rejected_logps = self._sums(batch.ref_logprobs)
-            self.chosen = self.chosen_logps - self.ref_chosen_logps
-            self.rejected = self.rejected_logps - self.ref_rejected_logps
-            options: dict[str, Any] = {"divergence": config.f_divergence_type or "reverse_kl"}
-            if config.f_alpha_divergence_coef is not None:
-                options["alpha"] = config.f_alpha_divergence_coef
-            self.scores = losses.f_score(self.chosen, **options), losses.f_score(self.rejected, **options)
+            ref_chosen_logps, ref_rejected_logps = self._sums(batch.ref_logprobs)
+            self.chosen = self.chosen_logps - ref_chosen_logps
+            self.rejected = self.rejected_logps - ref_rejected_logps
+            divergence = config.divergence
+            alpha = divergence.coef if isinstance(divergence, loss_options.AlphaDivergence) else 0.5  # 0.5 is not read
+            self.scores = (
+                losses.f_score(self.chosen, divergence.kind, alpha=alpha),
+                losses.f_score(self.rejected, divergence.kind, alpha=alpha),
+            )
             self.delta = self.scores[0] - self.scores[1]
 
     def _sums(self, stream: Float[Tensor, " M"]) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
@@ -162,75 +167,90 @@ class PairTerms:
     def _means(self) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
         return self.chosen_logps / self.lengths[0], self.rejected_logps / self.lengths[1]
 
-    def loss(self, name: str, counts: Counts) -> Float[Tensor, " K"]:
-        """The named loss of each pair."""
-        c = self.config
-        beta = {"beta": c.beta}
-        smooth = {"label_smoothing": c.label_smoothing}
-        if name == "sft":
-            return self._sft(counts)
-        if name == "simpo":
-            return losses.simpo_loss(*self._means(), **beta, gamma=c.simpo_gamma, **smooth)
-        if name == "orpo":
-            return losses.odds_ratio_loss(*self._means())
-        if name in ("aot", "aot_unpaired"):
-            return self._aot(name)
-        if name in _OF_TWO:
-            return _OF_TWO[name](self.chosen, self.rejected, **beta)
-        if name in ("ipo", "sigmoid_norm"):
-            per_token = self.scores[0] / self.lengths[0] - self.scores[1] / self.lengths[1]
-            # Smoothing is the sigmoid's alone here, as in TRL: a sharper target of lengths would mean something else.
-            return losses.ipo_loss(per_token, **beta) if name == "ipo" else losses.sigmoid_loss(per_token, **beta)
-        if name == "hinge":
-            return losses.hinge_loss(self.delta, **beta)
-        if name == "discopop":
-            return losses.discopop_loss(self.delta, **beta, tau=c.discopop_tau)
-        of_delta = {"sigmoid": losses.sigmoid_loss, "robust": losses.robust_loss, "exo_pair": losses.exo_pair_loss}
-        return of_delta[name](self.delta, **beta, **smooth)
+    def loss(self, term: loss_options.PairLoss, counts: Counts) -> Float[Tensor, " K"]:
+        """Compute one loss of each pair, without its weight."""
+        match term:
+            # of the difference of two scores
+            case loss_options.Sigmoid():
+                return losses.sigmoid_loss(self.delta, beta=term.beta, label_smoothing=term.label_smoothing)
+            case loss_options.SigmoidNorm():
+                return losses.sigmoid_loss(self._delta_per_token(), beta=term.beta)
+            case loss_options.Hinge():
+                return losses.hinge_loss(self.delta, beta=term.beta)
+            case loss_options.Ipo():
+                return losses.ipo_loss(self._delta_per_token(), beta=term.beta)
+            case loss_options.ExoPair():
+                return losses.exo_pair_loss(self.delta, beta=term.beta, label_smoothing=term.label_smoothing)
+            case loss_options.Robust():
+                return losses.robust_loss(self.delta, beta=term.beta, label_smoothing=term.label_smoothing)
+            case loss_options.Discopop():
+                return losses.discopop_loss(self.delta, beta=term.beta, tau=term.tau)
+            # of two log-ratios, each on its own
+            case loss_options.NcaPair():
+                return losses.nca_pair_loss(self.chosen, self.rejected, beta=term.beta)
+            case loss_options.BcoPair():
+                return losses.bco_pair_loss(self.chosen, self.rejected, beta=term.beta)
+            case loss_options.SppoHard():
+                return losses.sppo_hard_loss(self.chosen, self.rejected, beta=term.beta)
+            case loss_options.ApoZero():
+                return losses.apo_zero_loss(self.chosen, self.rejected, beta=term.beta)
+            case loss_options.ApoDown():
+                return losses.apo_down_loss(self.chosen, self.rejected, beta=term.beta)
+            # of all pairs of the batch
+            case loss_options.Aot() | loss_options.AotUnpaired():
+                return self._aot(term)
+            # without a reference
+            case loss_options.Sft():
+                return self._sft(counts)
+            case loss_options.Simpo():
+                smoothing = term.label_smoothing
+                return losses.simpo_loss(*self._means(), beta=term.beta, gamma=term.gamma, label_smoothing=smoothing)
+            case loss_options.Orpo():
+                return losses.odds_ratio_loss(*self._means())
+
+    def _delta_per_token(self) -> Float[Tensor, " K"]:
+        return self.scores[0] / self.lengths[0] - self.scores[1] / self.lengths[1]
 
     def _sft(self, counts: Counts) -> Float[Tensor, " K"]:
         """Minus the mean log-probability of all tokens of chosen completions, as a share for each pair."""
+        # Not `chosen_logps`: ld_alpha discounts a comparison of two lengths, and there is none here.
         sums = self.rollouts.sum(self.logprobs)[self.rollouts.chosen]
-        return -sums * (counts.num_pairs / counts.num_preferred_tokens)
+        return -sums * (counts.num_pairs / counts.num_preferred_tokens)  # `DPO.loss` divides by num_pairs
 
-    def _aot(self, name: str) -> Float[Tensor, " K"]:
-        c = self.config
-        options = {"beta": c.beta, "label_smoothing": c.label_smoothing}
+    def _aot(self, term: loss_options.WholeBatch) -> Float[Tensor, " K"]:
         targets = self.logprobs.new_tensor([p.targets for p in self.rollouts.preferences]).reshape(-1, 2)
-        if name == "aot":
-            return losses.aot_loss(self.chosen_logps - self.rejected_logps - targets[:, 0], **options)
+
+        def compare(delta: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+            return losses.aot_loss(delta, beta=term.beta, label_smoothing=term.label_smoothing)
+
+        if isinstance(term, loss_options.Aot):
+            return compare(self.chosen_logps - self.rejected_logps - targets[:, 0])
         # Chosen and rejected completions of equal rank belong to different pairs. Each is compared with the other's
         # value as a constant: both gradients are whole, and the value, twice the loss, is halved without touching them.
-        both = losses.aot_loss(self.chosen - targets[:, 0], **options)
-        both = both + losses.aot_loss(targets[:, 1] - self.rejected, **options)
+        both = compare(self.chosen - targets[:, 0]) + compare(targets[:, 1] - self.rejected)
         return both - 0.5 * both.detach()
 
     def wpo_weights(self, batch: MicroBatch) -> Float[Tensor, " K"]:
-        """The weight of each pair (`wpo_weight`)."""
+        """Compute the weight of each pair (`wpo_weight`)."""
         aligned = self.rollouts.sum(self.logprobs.detach() - batch.extras["collisions"].log())
         aligned = aligned / self.rollouts.lengths.clamp(min=1)
         return losses.wpo_weight(aligned[self.rollouts.chosen], aligned[self.rollouts.rejected])
 
     def rewards(self) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-        """The implicit rewards: beta times the log-ratio; without a reference, times the mean log-probability."""
-        pair = (self.chosen, self.rejected) if hasattr(self, "chosen") else self._means()
-        beta = self.config.beta or 1.0
+        """Return the implicit rewards: beta times the log-ratio; without a reference, times the mean log-probability.
+
+        In a sum, beta is that of the first loss that has one.
+        """
+        pair = (self.chosen, self.rejected) if self.has_reference else self._means()
+        betas = [term.beta for term in self.config.terms if isinstance(term, loss_options.BetaLoss)]
+        beta = betas[0] if betas else 1.0
         return beta * pair[0].detach(), beta * pair[1].detach()
 
 
-_OF_TWO: dict[str, Callable[..., Any]] = {
-    "nca_pair": losses.nca_pair_loss,
-    "bco_pair": losses.bco_pair_loss,
-    "sppo_hard": losses.sppo_hard_loss,
-    "apo_zero": losses.apo_zero_loss,
-    "apo_down": losses.apo_down_loss,
-}
-"""Losses of the two log-ratios, each on its own."""
+def ref_sync(config: options.PreferenceOptions) -> tuple[int, float] | None:
+    """Return how the reference follows the policy (`Needs.ref_sync`)."""
+    return None if config.reference is None else (config.reference.steps, config.reference.alpha)
 
 
-def ref_sync(config: PreferenceConfig) -> tuple[int, float] | None:
-    """How the reference follows the policy (`Needs.ref_sync`)."""
-    if not config.ref_model_sync_steps:
-        return None
-    assert config.ref_model_mixup_alpha is not None
-    return config.ref_model_sync_steps, config.ref_model_mixup_alpha
+def _floats(values: Float[Tensor, " K"]) -> list[float]:
+    return [float(value) for value in values]

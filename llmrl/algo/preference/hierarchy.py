@@ -1,61 +1,53 @@
-"""HERON: compare two attempts by a ranked list of reward parts, the next one only where the last did not decide.
+"""HERON: compare two attempts by a ranked list of reward parts, each used only where the ones before do not decide.
 
-Nobody has to weigh correctness against length: correctness decides, and length only among equally correct ones.
+No weight between correctness and length has to be chosen: correctness decides, and length among equally correct
+attempts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from llmrl.algo.preference.options import Level
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
-    from llmrl.config import LevelConfig
     from llmrl.types import Rollout
 
 Parts = Mapping[str, float | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """One reward part of the hierarchy, and how large a difference has to be to decide."""
-
-    part: str
-    margin: float = 0.0
-    """Differences up to this much leave the decision to the next level."""
-    margin_in: Literal["std", "value"] = "std"
-    """The margin counts in standard deviations over what is compared, or is a difference itself."""
-    lower_is_better: bool = False
-
-
 class HierarchicalPreference:
     """Compares by levels, the most important first.
 
-    Args:
-        levels: as `Level`, as `LevelConfig`, or as dictionaries of their fields.
+    With margins the preference may be cyclic: a beats b and b beats c by the second level, because their differences at
+    the first are within its margin, while c beats a by the first. A Bradley-Terry fit (DPO, a reward model) averages
+    that out.
 
-    With margins the preference need not be transitive: a may beat b by the second level and b beat c so, while c beats
-    a by the first, where each step was too small to count. A Bradley-Terry fit (DPO, a reward model) averages that out.
+    Args:
+        levels: as `Level`, or as dictionaries of its fields.
+
+    Raises:
+        UserError: there is no level, or one has a wrong field.
 
     Source: Bukharin et al. 2023, arXiv:2309.02632 (HERON), section 3.
     """
 
-    def __init__(self, levels: Sequence[Level | LevelConfig | dict[str, Any]]) -> None:
+    def __init__(self, levels: Sequence[Level | Mapping[str, Any]]) -> None:
         self.levels = [_level(given) for given in levels]
         if not self.levels:
-            raise UserError("a hierarchy needs at least one level")
-        for level in self.levels:
-            if level.margin < 0:
-                raise UserError(f"hierarchy level {level.part}: margin {level.margin} must not be negative")
+            raise UserError("a hierarchy has no level: name at least one")
 
     def margins(self, items: Sequence[Parts]) -> list[float]:
-        """The margin of each level as a difference: times the unbiased standard deviation over `items` where it is so
-        counted (0 with fewer than two values).
+        """Return the margin of each level as a difference.
+
+        A margin in standard deviations is multiplied by the unbiased one over `items` (0 with fewer than two values).
         """
-        found = []
+        found: list[float] = []
         for level in self.levels:
             values = [value for item in items if (value := item.get(level.part)) is not None]
             spread = stdev(values) if len(values) > 1 else 0.0
@@ -63,7 +55,7 @@ class HierarchicalPreference:
         return found
 
     def compare(self, a: Parts, b: Parts, margins: Sequence[float]) -> int:
-        """1 where `a` is better, -1 where `b` is, 0 where no level decides.
+        """Return 1 where `a` is better, -1 where `b` is, 0 where no level decides.
 
         A part that is missing or None could not be judged. Then nothing is decided: a less important level must not
         overrule what is unknown.
@@ -78,23 +70,23 @@ class HierarchicalPreference:
         return 0
 
     def pairs(self, items: Sequence[Parts], margins: Sequence[float] | None = None) -> list[tuple[int, int]]:
-        """(better, worse) of every pair that is decided, by position; `margins` are those of `items` unless given."""
+        """Return (better, worse) positions of every decided pair; `margins` default to those over `items`."""
         margins = self.margins(items) if margins is None else margins
-        found = []
+        found: list[tuple[int, int]] = []
         for i in range(len(items)):
             for j in range(i + 1, len(items)):
-                verdict = self.compare(items[i], items[j], margins)
-                if verdict:
-                    found.append((i, j) if verdict > 0 else (j, i))
+                sign = self.compare(items[i], items[j], margins)
+                if sign:
+                    found.append((i, j) if sign > 0 else (j, i))
         return found
 
     def ranks(self, items: Sequence[Parts], margins: Sequence[float] | None = None) -> list[float]:
-        """(wins - losses) / (n - 1) of each item against the others, from -1 to 1; 0 for a single item."""
+        """Return (wins - losses) / (n - 1) of each item against the others, from -1 to 1; 0 for a single item."""
         return net_wins(self.pairs(items, margins), len(items))
 
 
 def net_wins(pairs: Sequence[tuple[int, int]], count: int) -> list[float]:
-    """(wins - losses) / (count - 1) of each of `count` items in (better, worse) pairs."""
+    """Return (wins - losses) / (count - 1) of each of `count` items in (better, worse) pairs."""
     balance = [0] * count
     for better, worse in pairs:
         balance[better] += 1
@@ -103,15 +95,16 @@ def net_wins(pairs: Sequence[tuple[int, int]], count: int) -> list[float]:
 
 
 def parts_of(rollout: Rollout) -> dict[str, float | None]:
-    """What a hierarchy compares: the parts of the score, and the reward itself under the name `reward`."""
+    """Return what a hierarchy compares: the parts of the score, and the reward itself under the name `reward`."""
     score = rollout.score
     return {} if score is None else {"reward": score.reward, **score.parts}
 
 
-def _level(given: Level | LevelConfig | dict[str, Any]) -> Level:
+def _level(given: Level | Mapping[str, Any]) -> Level:
     if isinstance(given, Level):
         return given
     try:
-        return Level(**(given if isinstance(given, dict) else vars(given)))
-    except TypeError as error:
-        raise UserError(f"hierarchy level {given}: {error}") from None
+        return Level(**given)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"hierarchy level {dict(given)}: {reasons}") from None

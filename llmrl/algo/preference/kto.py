@@ -1,14 +1,15 @@
-"""KTO: single completions with a label, desirable or not, against a reference point of the whole batch."""
+"""KTO: single completions with a label, desirable or not, compared with a reference point of the whole batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
+from llmrl.algo.preference import loss_options, options
 from llmrl.algo.preference.dpo import ref_sync
 from llmrl.algo.samples import samples_of
 from llmrl.types import Sample, TrainBatch
@@ -16,72 +17,72 @@ from llmrl.types import Sample, TrainBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmrl.config import PreferenceConfig
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
+
+
+DATASET_THRESHOLD = 0.5
+"""A dataset's labels arrive as rewards of 1 and 0."""
 
 
 class KTO(Algorithm):
     """Kahneman-Tversky Optimization, and APO-zero for completions without a partner.
 
     The reference point is an estimate over all completions of the batch, on all processes, under the policy that takes
-    it: one value, the same for every micro-batch and mini-batch. (TRL's is one of each micro-batch.)
+    the batch: one value, the same for every micro-batch and mini-batch. (TRL takes one per micro-batch.)
 
     Args:
-        config: what is chosen, without gaps.
-        max_completion_length: of the batch's record; not read here.
+        config: the family's options for single completions.
 
     References:
         Ethayarajh et al. 2024, arXiv:2402.01306; D'Oosterlinck et al. 2024, arXiv:2408.06266.
     """
 
-    def __init__(self, config: PreferenceConfig, *, max_completion_length: int = 0) -> None:
-        self.config: Any = config
-        self.max_completion_length = max_completion_length
-        self.name: str = self.config.loss_type[0]
+    def __init__(self, config: options.KTO | options.OnlineKTO) -> None:
+        self.config = config
+        self.num_iterations, self.num_mini_batches = config.num_iterations, config.num_mini_batches
         self.kl = 0.0
-        estimates = self.name == "kto"
-        self.needs = Needs(ref_logprobs=True, every_sample=True, refine=estimates, ref_sync=ref_sync(config))
+        self.estimates_kl = isinstance(config.loss, loss_options.KtoLoss)
+        self.needs = Needs(ref_logprobs=True, every_sample=True, refine=self.estimates_kl, ref_sync=ref_sync(config))
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: labels (advantage 1 or -1), and for `kto` each completion behind another group's prompt too."""
-        threshold = self.config.desirable_above
-        threshold = 0.5 if threshold is None else threshold  # a dataset's labels are rewards of 1 and 0
+        """Stage 4: label completions (advantage 1 or -1); for `kto`, also put each behind another group's prompt."""
+        threshold = self.config.desirable_above if isinstance(self.config, options.OnlineKTO) else DATASET_THRESHOLD
         for group in groups:
             for rollout in group.rollouts:
                 reward = None if rollout.score is None else rollout.score.reward
                 rollout.advantage = 0.0 if reward is None else 1.0 if reward > threshold else -1.0
         samples = samples_of(groups)
         desirable = sum(bool(s.advantages[0] > 0) for s in samples)
-        probes = mismatched(samples) if self.name == "kto" else []
+        probes = mismatched(samples) if self.estimates_kl else []
         return TrainBatch(
             samples=samples + probes,
             num_groups=len(groups),
-            max_completion_length=self.max_completion_length,
+            max_completion_length=0,  # no loss of this family divides by it
             policy_version=policy_version,
             metrics={"preference/desirable_frac": desirable / max(1, len(samples))},
             groups=groups,
-            sampled=self.config.source == "rollouts",
+            sampled=isinstance(self.config, options.OnlineKTO),
         )
 
     def refine(self, batch: TrainBatch) -> None:
-        """Set the reference point from the mismatched completions, and leave these out of the batch."""
+        """Set the reference point from the mismatched completions, and remove these from the batch."""
         probes = [s for s in batch.samples if s.probe]
         batch.samples = [s for s in batch.samples if not s.probe]
-        ratios = []
+        ratios: list[float] = []
         for s in probes:
             assert s.old_logprobs is not None and s.ref_logprobs is not None
             ratios.append(float((s.old_logprobs - s.ref_logprobs).sum(dtype=np.float64)))
         self.kl = losses.kto_reference_point(torch.tensor(ratios)).item()
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: this micro-batch's share of the weighted mean over all completions."""
-        c = self.config
+        """Stage 5: compute this micro-batch's share of the weighted mean over all completions."""
+        c = self.config.loss
         assert batch.ref_logprobs is not None
-        of_tokens = outputs.logprobs - batch.ref_logprobs
-        ratios = of_tokens.new_zeros(len(batch.samples)).index_add(0, batch.sequence_ids, of_tokens)
+        token_ratios = outputs.logprobs - batch.ref_logprobs
+        ratios = token_ratios.new_zeros(len(batch.samples)).index_add(0, batch.sequence_ids, token_ratios)
         labels = [bool(sample.advantages[0] > 0) for sample in batch.samples]
         desirable = torch.tensor(labels, dtype=torch.bool, device=ratios.device)
-        if self.name == "kto":
+        if isinstance(c, loss_options.KtoLoss):
             each = losses.kto_loss(ratios, desirable, beta=c.beta, kl=self.kl)
         else:
             each = losses.apo_zero_unpaired_loss(ratios, desirable, beta=c.beta)
@@ -97,10 +98,10 @@ class KTO(Algorithm):
 
 
 def mismatched(samples: list[Sample]) -> list[Sample]:
-    """Each group's prompts with the completions of the group before it: the first group's get the last group's.
+    """Put the completions of each group behind the prompts of the next group, and the last group's behind the first's.
 
-    With one rollout per group this is TRL's rotation by one, over the whole batch. A single group has no other prompt
-    to offer, and gives none.
+    With one rollout per group this is TRL's rotation by one, over the whole batch. A single group has no other prompt:
+    the result is empty.
     """
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
@@ -108,7 +109,7 @@ def mismatched(samples: list[Sample]) -> list[Sample]:
     ordered = list(groups.values())
     if len(ordered) < 2:
         return []
-    found = []
+    found: list[Sample] = []
     for here, before in zip(ordered, ordered[-1:] + ordered[:-1], strict=True):
         for i, sample in enumerate(here):
             other = before[i % len(before)]

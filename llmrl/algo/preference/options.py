@@ -294,4 +294,4 @@ def _as_text(value: Any) -> str:
     texts = {field.name: _as_text(getattr(value, field.name)) for field in dataclasses.fields(value)}
     kind = texts.pop("kind", "")
     inner = ", ".join(f"{name} {text}" for name, text in texts.items() if text and (name, text) != ("weight", "1.0"))
-    return f"{kind} ({inner})" if kind and inner else kind or inner
+    return " ".join([kind] * bool(kind) + [f"({inner})"] * bool(inner))

@@ -1,4 +1,4 @@
-"""Scored groups -> which rollouts are preferred to which; and a micro-batch -> tensors over its pairs.
+"""Scored groups -> pairs of rollouts, one preferred to the other; and a micro-batch -> tensors over its pairs.
 
 A rollout that is in several pairs is computed once: pairs are index tensors over the rollouts of a micro-batch.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmrl.algo.preference import options
 from llmrl.algo.preference.hierarchy import HierarchicalPreference, net_wins, parts_of
 from llmrl.types import Preference, Sample
 
@@ -18,32 +19,33 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from llmrl.config import PreferenceConfig
     from llmrl.types import MicroBatch, RolloutGroup
 
 Pair = tuple[int, int]
 """(better, worse): positions in a group's `rollouts`."""
 
 
-def choose_pairs(groups: Sequence[RolloutGroup], config: PreferenceConfig) -> list[list[Pair]]:
-    """The pairs of each group. Rollouts without a score are in none.
+def choose_pairs(groups: Sequence[RolloutGroup], config: options.DPO | options.OnlineDPO) -> list[list[Pair]]:
+    """Return the pairs of each group. Rollouts without a score are in none.
 
-    By reward, a pair is decided when the rewards differ by more than `min_margin`; with a `hierarchy`, when that
-    decides it, its margins taken over the whole batch. `best_worst` keeps one pair of a group: the rollout with the
-    most net wins against the one with the fewest, if that pair is decided (ties go to the first); `all` keeps all.
+    A row of a dataset is one pair: its rewards are 1 and 0. Among rollouts, a pair is decided when the rewards differ
+    by more than `min_margin`; with a `hierarchy`, when that decides, with margins taken over the whole batch.
+    `best_worst` keeps one pair of a group: the rollout with the most net wins against the one with the fewest, if that
+    pair is decided (the first of equals is taken); `all` keeps every decided pair.
     """
+    if isinstance(config, options.DPO):
+        config = options.OnlineDPO()  # two completions: the best and the worst are the chosen and the rejected one
     hierarchy = HierarchicalPreference(config.hierarchy) if config.hierarchy else None
-    everything = [parts_of(rollout) for group in groups for rollout in group.rollouts]
-    margins = hierarchy.margins(everything) if hierarchy else []
-    found = []
-    for group in groups:
-        items = [parts_of(rollout) for rollout in group.rollouts]
+    items = [[parts_of(rollout) for rollout in group.rollouts] for group in groups]
+    margins = hierarchy.margins([item for group in items for item in group]) if hierarchy else []
+    found: list[list[Pair]] = []
+    for group in items:
         if hierarchy:
-            scored = [{} if item.get("reward") is None else item for item in items]
+            scored = [{} if item.get("reward") is None else item for item in group]
             decided = hierarchy.pairs(scored, margins)
         else:
-            decided = _decided_by_reward([item.get("reward") for item in items], config.min_margin or 0.0)
-        found.append(decided if config.pairs == "all" else _extremes(decided, len(items)))
+            decided = _decided_by_reward([item.get("reward") for item in group], config.min_margin)
+        found.append(decided if config.pairs == "all" else _extremes(decided, len(group)))
     return found
 
 
@@ -63,16 +65,17 @@ def _extremes(decided: list[Pair], count: int) -> list[Pair]:
 def attach_pairs(
     samples: Sequence[Sample], groups: Sequence[RolloutGroup], pairs: Sequence[list[Pair]]
 ) -> list[Sample]:
-    """The samples of rollouts that are in a pair, the preferred ones told to what."""
+    """Return the samples of rollouts that are in a pair; those of preferred rollouts carry the `Preference`s."""
     indices = [[rollout.index for rollout in group.rollouts] for group in groups]
-    used = {(g, indices[g][place]) for g, of_group in enumerate(pairs) for pair in of_group for place in pair}
+    used = {(g, indices[g][place]) for g, chosen in enumerate(pairs) for pair in chosen for place in pair}
     preferred: dict[tuple[int, int], list[int]] = {}
-    for g, of_group in enumerate(pairs):
-        for better, worse in of_group:
+    for g, chosen in enumerate(pairs):
+        for better, worse in chosen:
             preferred.setdefault((g, indices[g][better]), []).append(indices[g][worse])
     kept = [sample for sample in samples if (sample.group, sample.index) in used]
     for sample in kept:
-        worse = preferred.pop((sample.group, sample.index), [])  # the rollout's first sample gets them
+        # `pop`: a rollout of several samples counts once, so its first sample gets its preferences.
+        worse = preferred.pop((sample.group, sample.index), [])
         sample.preferences = [Preference(over=index) for index in worse]
     return kept
 
@@ -81,30 +84,30 @@ def attach_pairs(
 class Rollouts:
     """The R rollouts of a micro-batch and the K preferences among them."""
 
-    of_token: Int[Tensor, " M"]
+    rollout_ids: Int[Tensor, " M"]
     """Which rollout each trained token belongs to."""
     lengths: Int[Tensor, " R"]
-    """Trained tokens."""
+    """Number of trained tokens of each."""
     chosen: Int[Tensor, " K"]
     rejected: Int[Tensor, " K"]
     samples: list[Sample]
-    """[R] the first sample of each."""
+    """[R] First sample of each rollout."""
     preferences: list[Preference]
-    """[K]"""
+    """[K] Where the pairs come from."""
 
     def sum(self, stream: Float[Tensor, " M"]) -> Float[Tensor, " R"]:
-        """Sum of a stream over each rollout's tokens."""
-        return stream.new_zeros(len(self.samples)).index_add(0, self.of_token, stream)
+        """Sum a stream over each rollout's tokens."""
+        return stream.new_zeros(len(self.samples)).index_add(0, self.rollout_ids, stream)
 
     def shared(self, stream: Float[Tensor, " M"], *, tail: float) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-        """LD-DPO: sums over the first min(lengths) tokens of each pair plus `tail` times the rest, chosen and rejected.
+        """Sum the first min(lengths) tokens of each pair plus `tail` times the rest, chosen and rejected (LD-DPO).
 
         Source: Liu et al. 2024, arXiv:2409.06411, equation 11.
         """
         limits = torch.minimum(self.lengths[self.chosen], self.lengths[self.rejected])
-        order = torch.argsort(self.of_token, stable=True)  # a rollout's samples need not lie behind each other
+        order = torch.argsort(self.rollout_ids, stable=True)  # a rollout's samples may lie apart in the micro-batch
         starts = self.lengths.cumsum(0) - self.lengths
-        sums = []
+        sums: list[Tensor] = []
         for rollouts in (self.chosen, self.rejected):
             lengths = self.lengths[rollouts]
             pair = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -116,26 +119,26 @@ class Rollouts:
 
 
 def rollouts_of(batch: MicroBatch) -> Rollouts:
-    """The rollouts of a micro-batch (one may be several sequences) and the preferences among them."""
+    """Collect the rollouts of a micro-batch (one may be several sequences) and the preferences among them."""
     places: dict[tuple[int, int], int] = {}
     firsts: list[Sample] = []
-    of_sequence = []
+    sequences: list[int] = []
     for sample in batch.samples:
         key = (sample.group, sample.index)
         if key not in places:
             places[key] = len(places)
             firsts.append(sample)
-        of_sequence.append(places[key])
+        sequences.append(places[key])
     found = [(sample, preference) for sample in batch.samples for preference in sample.preferences]
     device = batch.targets.device
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    of_token = tensor(of_sequence)[batch.sequence_ids]
+    rollout_ids = tensor(sequences)[batch.sequence_ids]
     return Rollouts(
-        of_token=of_token,
-        lengths=torch.bincount(of_token, minlength=len(firsts)),
+        rollout_ids=rollout_ids,
+        lengths=torch.bincount(rollout_ids, minlength=len(firsts)),
         chosen=tensor([places[sample.group, sample.index] for sample, _ in found]),
         rejected=tensor([places[sample.group, preference.over] for sample, preference in found]),
         samples=firsts,
@@ -144,7 +147,7 @@ def rollouts_of(batch: MicroBatch) -> Rollouts:
 
 
 def count_pairs(samples: Sequence[Sample]) -> tuple[int, int]:
-    """(preferences, trained tokens of preferred rollouts, once per preference): the denominators of pair losses."""
+    """Return the denominators of pair losses: preferences, and tokens of preferred rollouts, once per preference."""
     lengths: dict[tuple[int, int], int] = {}
     for sample in samples:
         key = (sample.group, sample.index)

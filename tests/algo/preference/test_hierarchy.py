@@ -1,4 +1,4 @@
-"""HERON's comparator on cases made by hand: margins, ties, unknown parts, preferences that go in a circle."""
+"""HERON's comparator on handmade cases: margins, ties, unknown parts, cyclic preferences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrl.algo.preference.hierarchy import HierarchicalPreference, Level, net_wins
+from llmrl.algo.preference.hierarchy import HierarchicalPreference, net_wins
+from llmrl.algo.preference.options import Level
 from llmrl.errors import UserError
 
 VALUES = st.lists(
@@ -40,15 +41,15 @@ def test_levels_margins_ties_and_unknown_parts(a: dict, b: dict, expected: int) 
     assert heron.compare(b, a, margins) == -expected
 
 
-def test_margins_in_standard_deviations_are_of_all_that_is_compared() -> None:
+def test_margins_in_standard_deviations_are_taken_over_all_items() -> None:
     heron = HierarchicalPreference([Level(part="q", margin=0.5), Level(part="r")])
     items = [{"q": 0.0}, {"q": 2.0}, {"q": 4.0}, {"q": None}]
     assert heron.margins(items) == [pytest.approx(1.0), 0.0]  # deviation 2
     assert heron.margins([{"q": 3.0}]) == [0.0, 0.0]
 
 
-def test_preferences_may_go_in_a_circle() -> None:
-    """a beats b and b beats c by the second level, c beats a by the first, where each step was too small to count."""
+def test_preferences_may_be_cyclic() -> None:
+    """a beats b and b beats c by the second level, c beats a by the first, whose margin each single step is within."""
     heron = by_value(("quality", 1.0), ("length", 0.0), lower=("length",))
     items = [{"quality": 0.0, "length": 1.0}, {"quality": 0.8, "length": 2.0}, {"quality": 1.6, "length": 3.0}]
     assert heron.pairs(items) == [(0, 1), (2, 0), (1, 2)]
@@ -66,7 +67,7 @@ def test_ranks() -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(items=VALUES)
-def test_never_both_ways_and_ranks_add_up_to_nothing(items: list[dict[str, float | None]]) -> None:
+def test_no_pair_is_decided_both_ways_and_ranks_sum_to_zero(items: list[dict[str, float | None]]) -> None:
     heron = HierarchicalPreference(
         [{"part": "right"}, {"part": "quality", "margin": 0.5}, {"part": "length", "lower_is_better": True}]
     )
@@ -84,6 +85,6 @@ def test_without_margins_one_level_sorts() -> None:
 @pytest.mark.parametrize(
     "levels", [[], [{"part": "x", "margin": -1.0}], [{"part": "x", "weight": 2}], [{"margin": 1.0}]], ids=str
 )
-def test_wrong_levels_are_told(levels: list) -> None:
+def test_wrong_levels_are_refused(levels: list) -> None:
     with pytest.raises(UserError):
         HierarchicalPreference(levels)

@@ -1,4 +1,4 @@
-"""Which rollouts become pairs, and what a micro-batch makes of them."""
+"""Which rollouts become pairs, and the tensors over pairs of a micro-batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from llmrl.algo.ops.preference_losses import kto_reference_point, matched
+from llmrl.algo.preference import options
 from llmrl.algo.preference.dpo import DPO
 from llmrl.algo.preference.kto import KTO, mismatched
+from llmrl.algo.preference.loss_options import ApoZeroUnpaired
 from llmrl.algo.preference.pairs import choose_pairs, count_pairs, rollouts_of
-from llmrl.config import LevelConfig, PreferenceConfig
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Score, Turn
 from tests.algo.preference.preference_cases import dataset_group
@@ -20,13 +21,12 @@ def group(rewards: list[float | None], name: str = "t"):
     return dataset_group(name, [1, 2], [[10 + i] * (i + 1) for i in range(len(rewards))], rewards)
 
 
-def config(**options) -> PreferenceConfig:
-    defaults = {"source": "rollouts", "loss_type": ["sigmoid"], "loss_weights": [1.0], "beta": 0.1, "pairs": "all"}
-    return PreferenceConfig(**{**defaults, "label_smoothing": 0.0, **options})
+def config(**given) -> options.OnlineDPO:
+    return options.OnlineDPO(**{"pairs": "all", **given})
 
 
 @pytest.mark.parametrize(
-    ("rewards", "options", "expected"),
+    ("rewards", "given", "expected"),
     [
         ([0.0, 1.0, 0.5], {}, [(1, 0), (1, 2), (2, 0)]),
         ([0.0, 1.0, 0.5], {"pairs": "best_worst"}, [(1, 0)]),
@@ -39,8 +39,8 @@ def config(**options) -> PreferenceConfig:
         ([0.0, 1.0, 0.0, 1.0], {"pairs": "best_worst"}, [(1, 0)]),  # ties go to the first
     ],
 )
-def test_pairs_by_reward(rewards: list, options: dict, expected: list) -> None:
-    assert sorted(choose_pairs([group(rewards)], config(**options))[0]) == sorted(expected)
+def test_pairs_by_reward(rewards: list, given: dict, expected: list) -> None:
+    assert sorted(choose_pairs([group(rewards)], config(**given))[0]) == sorted(expected)
 
 
 def test_pairs_by_hierarchy_take_their_margins_over_the_whole_batch() -> None:
@@ -50,9 +50,10 @@ def test_pairs_by_hierarchy_take_their_margins_over_the_whole_batch() -> None:
     ):
         assert rollout.score is not None
         rollout.score.parts = {"right": float(right), "length": float(length)}
-    levels = [LevelConfig(part="right"), LevelConfig(part="length", margin=0.5, lower_is_better=True)]
+    levels = [options.Level(part="right"), options.Level(part="length", margin=0.5, lower_is_better=True)]
     found = choose_pairs(groups, config(hierarchy=levels))
-    # The lengths' deviation is 11.83, so differences up to 5.9 decide nothing; the unscored rollout is in no pair.
+    # The standard deviation of the lengths is 11.83: differences up to 5.9 decide nothing. The unscored rollout is in
+    # no pair.
     assert found == [[(0, 1), (0, 2), (1, 2)], []]
 
 
@@ -101,7 +102,7 @@ def test_ranks_are_matched() -> None:
 
 def test_mismatched_completions_come_from_the_group_before() -> None:
     groups = [dataset_group(str(i), [i, i], [[100 + i], [200 + i, 0]], [1.0, 0.0]) for i in range(3)]
-    algorithm = KTO(config(source="dataset", loss_type=["kto"], desirable_weight=1.0, undesirable_weight=1.0))
+    algorithm = KTO(options.KTO())
     batch = algorithm.prepare(groups, policy_version=0)
     probes = [s for s in batch.samples if s.probe]
     assert [s.input_ids.tolist() for s in probes] == [
@@ -116,7 +117,7 @@ def test_mismatched_completions_come_from_the_group_before() -> None:
     assert mismatched(batch.samples[:2]) == []
 
 
-def test_the_reference_point_is_never_below_nothing() -> None:
+def test_the_reference_point_is_never_below_zero() -> None:
     assert kto_reference_point(torch.tensor([-3.0, 1.0])) == 0
     assert kto_reference_point(torch.tensor([])) == 0
     assert kto_reference_point(torch.tensor([3.0, 1.0])) == 2
@@ -124,7 +125,7 @@ def test_the_reference_point_is_never_below_nothing() -> None:
 
 def test_unscored_completions_are_left_out_of_kto() -> None:
     groups = [group([1.0, None], "a"), group([0.2, 0.7], "b")]
-    algorithm = KTO(config(loss_type=["apo_zero_unpaired"], desirable_above=0.5))
+    algorithm = KTO(options.OnlineKTO(loss=ApoZeroUnpaired(), desirable_above=0.5))
     batch = algorithm.prepare(groups, policy_version=0)
     assert [(s.group, s.index, float(s.advantages[0])) for s in batch.samples] == [(0, 0, 1), (1, 0, -1), (1, 1, 1)]
     assert groups[0].rollouts[1].score == Score(reward=None)
