@@ -18,6 +18,7 @@ from llmrl.run.build import make_algorithm
 from llmrl.train.learner import Learner
 from tests.algo.ops.test_token_hidden_reward import make_groups
 from tests.invariance.cases import make_config, make_ppo_learner, scored_groups, tiny_model, trained_parameters
+from tests.invariance.edges import recorded_edges
 
 CASES: dict[str, dict[str, Any]] = {
     "thr": {"name": "thr", "thr_p": 0.25},
@@ -53,13 +54,18 @@ def run_critics(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
         options = case | {"algo": {"num_mini_batches": 2} | case.get("algo", {})}
         learner, algorithm = make_ppo_learner(parallel=parallel, **options)
         metrics: dict[str, float] = {}
+        may_flip: dict[str, float] = {}
         for step in range(2):
             batch = algorithm.prepare(scored_groups(seed + step), policy_version=step)
-            metrics |= {f"{step} {k}": v for k, v in (learner.update(batch, algorithm) | batch.metrics).items()}
+            with recorded_edges(learner, algorithm) as edges:
+                found = learner.update(batch, algorithm)
+            metrics |= {f"{step} {k}": v for k, v in (found | batch.metrics).items()}
+            may_flip |= {f"{step} {k}": v for k, v in edges.items()}
             algorithm.observe(batch.metrics)
         advantages = [r.advantage for group in batch.groups for r in group.rollouts]  # pyright: ignore
         results[name] = {
             "metrics": metrics,
+            "may_flip": may_flip,
             "parameters": trained_parameters(learner),
             "scores": [],
             "advantages": advantages,
@@ -76,11 +82,13 @@ def run_cases(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
         policy = Policy(tiny_model(), temperature=1.0, keep_reference=algorithm.needs.reference)
         learner = Learner(policy, config.train, parallel)  # pyright: ignore
         groups = make_groups(seed)
-        metrics = learner.update(algorithm.prepare(groups, policy_version=0), algorithm)
+        with recorded_edges(learner, algorithm) as may_flip:
+            metrics = learner.update(algorithm.prepare(groups, policy_version=0), algorithm)
         scores = [r.token_scores for group in groups for r in group.rollouts]
         advantages = [r.advantage for group in groups for r in group.rollouts]
         results[name] = {
             "metrics": metrics,
+            "may_flip": may_flip,
             "parameters": trained_parameters(learner),
             "scores": scores,
             "advantages": advantages,

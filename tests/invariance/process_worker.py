@@ -17,6 +17,7 @@ from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.types import Preference
 from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, update_and_look
+from tests.invariance.edges import recorded_edges
 
 CASES: dict[str, dict[str, Any]] = {
     "packed": {"algo": {"loss_type": "dapo"}},
@@ -63,8 +64,9 @@ def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
                 for sample in samples[:: case.get("samples", {}).get("size", 3)]:
                     others = [s.index for s in samples if s.group == sample.group and s.index != sample.index]
                     sample.preferences = [Preference(over=index) for index in others]
-            outcome = update_and_look(learner, algorithm, samples)
-            steps.append({"metrics": outcome.metrics, "gradients": outcome.gradients})
+            with recorded_edges(learner, algorithm) as may_flip:
+                outcome = update_and_look(learner, algorithm, samples)
+            steps.append({"metrics": outcome.metrics, "may_flip": may_flip, "gradients": outcome.gradients})
         results[name] = steps
     return results
 
@@ -79,6 +81,10 @@ def main() -> int:
         return 0
     parallel = Parallel(Accelerator(cpu=True))
     assert parallel.world == 2, parallel.world
+    assert parallel.broadcast(parallel.rank) == 0
+    assert parallel.gather_objects([parallel.rank, "both"]) == [0, "both", 1, "both"]
+    numbers = {"sum": torch.tensor(1.0 + parallel.rank), "most/max": torch.tensor(1.0 + parallel.rank)}
+    assert parallel.reduce(numbers, largest={"most/max"}) == {"sum": torch.tensor(3.0), "most/max": torch.tensor(2.0)}
     results = run_cases(int(sys.argv[2]), parallel)
     if parallel.is_main:
         torch.save(results, sys.argv[1])

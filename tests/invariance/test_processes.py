@@ -36,7 +36,9 @@ def test_two_processes_are_one(case: str, two_processes: dict, one_process: dict
         ours, alone = two_processes[case][step], one_process[case][step]
         assert ours["metrics"].keys() == alone["metrics"].keys()
         for key, value in alone["metrics"].items():
-            assert ours["metrics"][key] == pytest.approx(value, abs=1e-6, rel=1e-5), f"step {step}: {key}"
+            may_flip = alone["may_flip"].get(key, 0.0)  # the share of tokens at the edge of a clip
+            expected = pytest.approx(value, abs=1e-6 + may_flip, rel=1e-5)
+            assert ours["metrics"][key] == expected, f"step {step}: {key}"
         for key in ("loss/total", "policy/grad_norm"):
             assert abs(ours["metrics"][key] - alone["metrics"][key]) <= 1e-6, f"step {step}: {key}"
         assert alone["metrics"]["policy/grad_norm"] > 1e-4
