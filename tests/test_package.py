@@ -1,4 +1,4 @@
-"""The package as it is installed: light to import, complete, and small enough to read."""
+"""The installed package is light to import, complete, and its files are short enough to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "jsonargpar
 
 
 def imported_by(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after `statement`."""
+    """Return the top-level modules that a fresh interpreter has loaded after `statement`."""
     program = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     return set(found.stdout.split())
@@ -60,4 +60,4 @@ def test_files_stay_readable() -> None:
         lines = len(file.read_text().splitlines())
         if lines > 480:
             long[str(file.relative_to(REPOSITORY))] = lines
-    assert not long, f"split these by what they are about: {long}"
+    assert not long, f"split these by topic: {long}"

@@ -30,7 +30,7 @@ def test_configuration_is_valid(file: Path) -> None:
 
 
 def gsm8k_rows(folder: Path) -> Path:
-    """Questions in the form of GSM8K."""
+    """Return a file of questions in the format of GSM8K."""
     real = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     if real.is_file():
         return real
@@ -55,11 +55,7 @@ def test_gsm8k_rows_and_a_continuation(recipe: str, size: int, tmp_path: Path) -
     ]
     for steps, more in ((2, []), (3, ["--train.resume_from_checkpoint", "last"])):
         found = subprocess.run(
-            [*command, "--train.max_steps", str(steps), *more],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            [*command, "--train.max_steps", str(steps), *more], cwd=REPOSITORY, capture_output=True, text=True
         )
         assert found.returncode == 0, found.stdout + found.stderr
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
@@ -70,7 +66,7 @@ def test_gsm8k_rows_and_a_continuation(recipe: str, size: int, tmp_path: Path) -
 
 
 def preference_rows(folder: Path) -> Path:
-    """Pairs in TRL's conversational form."""
+    """Write pairs in TRL's conversational format."""
     file = folder / "pairs.jsonl"
     rows = [
         {
@@ -85,14 +81,13 @@ def preference_rows(folder: Path) -> Path:
 
 
 def start(recipe: str, *arguments: str) -> str:
-    """Run a recipe in a fresh process; its output."""
+    """Run a recipe in a fresh process and return its output."""
     found = subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
@@ -120,12 +115,12 @@ def test_online_dpo_a_reward_model_of_its_rollouts_and_that_as_a_reward(tmp_path
     )  # fmt: skip
     assert len(read_jsonl(run / "rollouts.jsonl")) == 2 * 16
     hierarchy = [{"part": "math_answer"}, {"part": "soft_overlong", "margin": 0.01, "margin_in": "value"}]
-    said = start(
+    output = start(
         "reward_model", "--config", "recipes/reward_model_ultrafeedback_tiny.yaml", "--max_steps", "2",
         "--data.path", str(run / "rollouts.jsonl"), "--hierarchy", json.dumps(hierarchy),
         "--max_length", "1200", "--output_dir", str(folder),
     )  # fmt: skip
-    report = json.loads(said.strip().splitlines()[-1])
+    report = json.loads(output.strip().splitlines()[-1])
     assert report["pairs"] > 4
     from llmrl.verify.models.classifier import get_reward_model
 

@@ -1,17 +1,18 @@
-"""Tiny models and tokenizers: lossless text, reproducible weights, and the way through save_pretrained and back."""
+"""Tiny models and tokenizers: lossless text, reproducible weights, saving and loading, fine-tuning."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from llmrl.errors import UserError
-from llmrl.tiny import TINY_ARCHS, build_tiny_model, byte_tokenizer, char_tokenizer
+from llmrl.tiny import TINY_ARCHS, build_tiny_model, byte_tokenizer, char_tokenizer, fine_tune
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 BYTES = byte_tokenizer()
@@ -185,3 +186,20 @@ def test_import_does_without_torch() -> None:
     modules = "llmrl.tiny, llmrl.data.tasks, llmrl.data.chat, llmrl.data.sampler"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_fine_tuning_ends_when_stop_returns_true(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer("ab\n")
+    model = build_tiny_model("qwen2", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, seed=SEED)
+    before = model.get_input_embeddings().weight.detach().clone()
+    rows = [{"prompt": "a\n", "completion": "b"}] * 16
+    seen: list[int] = []
+
+    def stop(step: int) -> bool:
+        seen.append(step)
+        return step == 3
+
+    assert fine_tune(model, tokenizer, rows, output_dir=tmp_path, max_steps=9, batch_size=2, stop=stop) == 3
+    assert seen == [1, 2, 3] and not model.training
+    assert not before.equal(model.get_input_embeddings().weight)
+    assert fine_tune(model, tokenizer, rows, output_dir=tmp_path, max_steps=2, batch_size=2) == 2

@@ -1,4 +1,4 @@
-"""The IRCoCo recipe, all its parts, with very little of each; and what it refuses before anything is loaded."""
+"""The IRCoCo recipe: all its parts at a small scale, and what it refuses before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {"edit_similarity", "exact_match", "sampled_edit_similarity", "sampled_e
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "recipes/ircoco.py", "--config", "recipes/ircoco_tiny.yaml", *arguments]
     given = os.environ | environment
-    return subprocess.run(command, cwd=REPOSITORY, env=given, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=REPOSITORY, env=given, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_all_parts_and_a_continuation(more: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--algo.name", "grpo"], "does not pay single tokens"),
         (["--algo.use_token_rewards", "false"], "does not pay single tokens"),
@@ -60,10 +60,10 @@ def test_all_parts_and_a_continuation(more: list[str], tmp_path: Path) -> None:
         (["--terminal", "[grpo, nothing]"], "nothing"),
     ],
 )
-def test_what_cannot_be_is_said_first(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_contradictions_are_reported_first(arguments: list[str], message: str, tmp_path: Path) -> None:
     found = start("--train.output_dir", str(tmp_path / "run"), *arguments)
     assert found.returncode == 2, found.stdout + found.stderr
-    assert said in found.stderr
+    assert message in found.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -80,7 +80,7 @@ def test_the_runs_that_are_planned(tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "metrics.jsonl").write_text("")
     again, *others = recipe.plan(config, tmp_path).values()
-    assert again.train.resume_from_checkpoint == "last", "a run that was stopped goes on"
+    assert again.train.resume_from_checkpoint == "last", "an interrupted run is resumed"
     assert all(run.train.resume_from_checkpoint is None for run in others)
 
 

@@ -1,4 +1,4 @@
-"""The one-file GRPO: it is short, it runs, and its advantages and loss are those of the library."""
+"""The one-file GRPO is short, it runs, and its advantages and loss equal those of the library."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_its_verifier(recipe: Any, text: str, reward: float) -> None:
 def test_it_runs() -> None:
     options = ["--warm_start_steps", "20", "--steps", "5", "--prompts", "4", "--group", "4", "--updates", "2"]
     environment = os.environ | {"PYTHONPATH": str(RECIPE.parents[1])}
-    done = subprocess.run(
-        [sys.executable, str(RECIPE), *options], capture_output=True, text=True, timeout=240, env=environment
-    )
+    done = subprocess.run([sys.executable, str(RECIPE), *options], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step   5" in done.stdout
     assert "after: held-out accuracy" in done.stdout

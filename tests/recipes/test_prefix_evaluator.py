@@ -1,4 +1,4 @@
-"""The evaluator's labels against a model's own greedy steps, and its fit to prefixes of known quality."""
+"""The evaluator's labels compared with a model's greedy steps, and its fit to prefixes of known quality."""
 
 from __future__ import annotations
 

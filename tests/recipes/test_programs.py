@@ -1,4 +1,4 @@
-"""The made-up programs: right where they claim to be, faulty where they should be, spelled by their tokenizer."""
+"""The made-up programs are correct or faulty as intended, and their tokenizer can spell them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart's task, and VAPO on its harder form."""
+"""The quickstart's task, and VAPO on its harder variant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON-lines files: what is appended is there at once, and going back forgets what came later."""
+"""JSON-lines files: rows are there at once, and truncating drops later ones. Replaced files are whole or not there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrl.errors import RunFailed
-from llmrl.track.files import JsonlFile, read_jsonl
+from llmrl.errors import RunFailed, UserError
+from llmrl.track.files import JsonlFile, read_jsonl, replacing
 
 
 def test_rows_are_readable_before_the_file_is_closed(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_values_json_does_not_know(tmp_path: Path) -> None:
     assert read_jsonl(file.path) == [{"error": "no", "lone surrogate": "a\ud800b"}]
 
 
-def test_truncating_forgets_what_came_later_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_truncating_drops_later_rows_and_continues_there(tmp_path: Path) -> None:
     file = JsonlFile(tmp_path / "rows.jsonl")
     file.append({"step": 1})
     length = file.sync()
@@ -73,3 +73,17 @@ def test_metrics_that_are_not_numbers_stay_readable_everywhere(tmp_path: Path) -
 
     json.loads(file.path.read_text(), parse_constant=refuse)
     assert read_jsonl(file.path) == [{"reward/mean": None, "deep": {"row": [None, 1.0]}}]
+
+
+def test_a_replaced_file_is_whole_or_unchanged(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    with replacing(file) as output:
+        output.write("first\n")
+        assert not file.exists()
+    with pytest.raises(ZeroDivisionError), replacing(file) as output:
+        output.write("half")
+        raise ZeroDivisionError
+    assert file.read_text() == "first\n"
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(UserError, match=r"--output .*missing/x: cannot be written"), replacing(tmp_path / "missing/x"):
+        pass
