@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrl.types import RolloutGroup, Score
-from llmrl.verify.contract import Verdict, examples_of, run_examples
+from llmrl.verify.contract import ExampleResult, examples_of, run_examples
 from llmrl.verify.rows import row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 from llmrl.verify.spec import load_file, resolve, shipped_folder, shipped_names
@@ -92,7 +92,7 @@ def test_functions_say_what_they_do(spec: str) -> None:
 
 
 def test_a_verdict_fails_on_any_difference() -> None:
-    verdict = Verdict(row={}, expected=1.0, score=Score(reward=1.0 + 1e-9))
+    verdict = ExampleResult(row={}, expected=1.0, score=Score(reward=1.0 + 1e-9))
     assert verdict.passed
     for expected, score in (
         (1.0, Score(reward=0.99)),

@@ -1,4 +1,4 @@
-"""`llmrl verify`: stored completions and rewards in, scores out, no model needed; or a reward's examples, checked."""
+"""`llmrl verify`: scores stored completions, or checks the examples of rewards. It needs no model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from typing import IO, Any
 from llmrl.errors import LlmrlError, RunFailed, UserError
 from llmrl.track.files import replacing
 from llmrl.types import Rollout, RolloutGroup, Score
-from llmrl.verify.contract import Verdict, run_examples
+from llmrl.verify.contract import ExampleResult, run_examples
 from llmrl.verify.pool import available_cores
 from llmrl.verify.rows import is_conversational, read_rows, result_line, row_key, row_to_rollout
 from llmrl.verify.rubric import RowError, Rubric
 
 PROGRESS_EVERY_S = 10.0
-"""Seconds between progress lines where there is no terminal."""
+"""Seconds between progress lines when stderr is not a terminal."""
 
 DESCRIPTION = (
     "Score stored completions. Input: one JSON object per line with `completion` (text or messages) and the columns "
-    "that the rewards name. Output: the same rows in the same order with `reward` (null: could not judge), `parts`, "
-    "`info` and `error`. Consecutive rows that differ in nothing but their completion are one group."
+    "that the rewards name. Output: the same rows in the same order with `reward` (null: not judged), `parts`, `info` "
+    "and `error`. Consecutive rows that differ in nothing but their completion form one group."
 )
 
 
 def run(argv: list[str]) -> int:
-    """The command. Returns its exit code: 0 done, 1 the run (or an example) failed, 2 arguments or input are wrong."""
+    """Run the command and return its exit code: 0 done, 1 the run or an example failed, 2 arguments or input wrong."""
     try:
         arguments = _parse(argv)
         if arguments.self_test:
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="llmrl verify", description=DESCRIPTION)
-    parser.add_argument("--reward", action="append", required=True, metavar="SPEC", help="repeat it to add up several")
+    parser.add_argument("--reward", action="append", required=True, metavar="SPEC", help="repeat it to add several up")
     parser.add_argument("--input", type=Path, metavar="ROWS.jsonl")
     parser.add_argument("--output", type=Path, metavar="SCORES.jsonl")
     parser.add_argument("--num_workers", type=int, default=available_cores(), help="default: all cores")
@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 @dataclass
 class _Tally:
-    """What the summary says."""
+    """Counts and sums for the summary."""
 
     scored: int = 0
     abstained: int = 0
@@ -120,7 +120,7 @@ async def _verify(arguments: argparse.Namespace) -> int:
             groups = _read_groups(arguments.input, rubric, arguments.answer_column)
             await _score_all(groups, rubric, arguments, output, tally, advance)
             if not tally.rows:
-                raise UserError(f"--input {arguments.input}: there are no rows in it")
+                raise UserError(f"--input {arguments.input}: it has no rows")
     finally:
         await rubric.close()
     print(f"{tally.summary()}\n{arguments.output}, {time.perf_counter() - started:.1f} s")
@@ -137,7 +137,7 @@ async def _score_all(
     tally: _Tally,
     advance: Any,
 ) -> None:
-    """Score groups with a bounded number in flight, and write them in their order."""
+    """Score groups, a bounded number at a time, and write them in their order."""
     window = 32 + 8 * arguments.num_workers
     waiting: deque[tuple[_Group, asyncio.Task[None]]] = deque()
 
@@ -190,7 +190,7 @@ def _where(file: Path, lines: list[int]) -> str:
 
 @contextlib.contextmanager
 def _progress(tally: _Tally) -> Iterator[Any]:
-    """A function to call after each group: a live line on a terminal, a plain one every few seconds elsewhere."""
+    """Give a function to call after each group: it updates a line on a terminal, or prints one every few seconds."""
     if sys.stderr.isatty():
         from rich.console import Console
 
@@ -214,28 +214,28 @@ def _progress(tally: _Tally) -> Iterator[Any]:
 async def _self_test(specs: list[str], num_workers: int) -> int:
     failed = 0
     for spec in specs:
-        verdicts = await run_examples(spec, num_workers=num_workers)
-        _print_table(spec, verdicts)
-        failed += sum(not verdict.passed for verdict in verdicts)
+        results = await run_examples(spec, num_workers=num_workers)
+        _print_table(spec, results)
+        failed += sum(not result.passed for result in results)
     return 1 if failed else 0
 
 
-def _print_table(spec: str, verdicts: list[Verdict]) -> None:
+def _print_table(spec: str, results: list[ExampleResult]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("", "completion", "expected", "got", title=spec)
-    for verdict in verdicts:
-        completion = ascii(verdict.row["completion"])
+    for result in results:
+        completion = ascii(result.row["completion"])
         completion = completion if len(completion) <= 60 else f"{completion[:57]}..."
-        got = "error" if verdict.score.error is not None else str(verdict.score.reward)
-        mark = Text("ok", style="green") if verdict.passed else Text("FAILED", style="bold red")
-        table.add_row(mark, Text(completion), str(verdict.expected), got)
+        got = "error" if result.score.error is not None else str(result.score.reward)
+        mark = Text("ok", style="green") if result.passed else Text("FAILED", style="bold red")
+        table.add_row(mark, Text(completion), str(result.expected), got)
     console = Console()
     console.print(table)
-    for verdict in verdicts:
-        if verdict.score.error is not None:
-            console.print(Text(verdict.score.error))
-    passed = sum(verdict.passed for verdict in verdicts)
-    print(f"{spec}: {passed} of {len(verdicts)} examples hold")
+    for result in results:
+        if result.score.error is not None:
+            console.print(Text(result.score.error))
+    passed = sum(result.passed for result in results)
+    print(f"{spec}: {passed} of {len(results)} examples pass")

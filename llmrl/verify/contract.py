@@ -1,4 +1,4 @@
-"""Runs the EXAMPLES of a reward file: completions with the reward they must get, in; a verdict for each, out."""
+"""Checking a reward file by its EXAMPLES: completions with the rewards they must get go in, a result each comes out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from llmrl.verify.rows import check_row, is_conversational, row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 
 TOLERANCE = 1e-6
+"""Largest difference, relative or absolute, between a reward and its example's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """One example and what became of it."""
+class ExampleResult:
+    """One example and the score it got."""
 
     row: dict[str, Any]
     expected: float | None
@@ -24,7 +25,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """The expected number within `TOLERANCE`, or the expected abstention; an error never passes."""
+        """Whether it got the expected number within TOLERANCE, or abstained as expected; an error never passes."""
         if self.score.error is not None:
             return False
         if self.expected is None or self.score.reward is None:
@@ -33,10 +34,10 @@ class Verdict:
 
 
 def examples_of(rubric: Rubric) -> list[dict[str, Any]]:
-    """EXAMPLES of the rubric's only reward: a list, or a dict from function name to list where a file has several.
+    """Return the EXAMPLES of the rubric's only reward. A file with several functions has a dict of lists by name.
 
     Raises:
-        UserError: there are none, or one of them has no `completion` or no `reward`.
+        UserError: there are no examples, or one has no `completion` or no `reward`.
     """
     (name, reward), *_ = rubric.rewards.items()
     examples = reward.examples
@@ -56,24 +57,24 @@ def examples_of(rubric: Rubric) -> list[dict[str, Any]]:
     return examples
 
 
-async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_workers: int = 1) -> list[Verdict]:
+async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_workers: int = 1) -> list[ExampleResult]:
     """Score every example of the reward that `spec` names.
 
     Raises:
-        UserError: unknown spec, no examples, or an example without an argument that the reward needs.
+        UserError: the spec is unknown, there are no examples, or one lacks an argument that the reward needs.
     """
     rubric = Rubric([Part(fn=spec, args=args or {})], num_workers=num_workers)
     try:
         examples = examples_of(rubric)
         rubric.conversational = is_conversational(examples[0])
-        verdicts = []
+        results = []
         for i, example in enumerate(examples):
             row = {key: value for key, value in example.items() if key != "reward"}
             rollout = row_to_rollout(row, name=f"example-{i}")
             rubric.check(rollout.task)
             await rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout]))
             assert rollout.score is not None
-            verdicts.append(Verdict(row=row, expected=example["reward"], score=rollout.score))
-        return verdicts
+            results.append(ExampleResult(row=row, expected=example["reward"], score=rollout.score))
+        return results
     finally:
         await rubric.close()

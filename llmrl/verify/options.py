@@ -1,4 +1,4 @@
-"""Options of rewards, and of how they are computed."""
+"""Options of rewards and of how they are computed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llmrl.option import MISSING, Count, Positive, Share, option
 
 @option
 class RewardConfig:
-    """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters look at."""
+    """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters use."""
 
     fn: str | Callable[..., Any] = MISSING
     """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry. In
     Python also the function itself."""
     weight: float = 1.0
-    """0 logs it without training on it."""
+    """Factor in the sum of rewards. 0 logs the reward without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments fixed for the whole run."""
     gate: str | None = None
-    """Name of another reward: this one counts only where that one is above 0."""
+    """Name of another reward. This one counts only where that one is above 0."""
     scale: tuple[float, float] | None = None
-    """[low, high]: map the value from there to [0, 1] and clip it before it is weighted."""
+    """[low, high]: map this range to [0, 1] and clip, before the weight is applied."""
     time_limit_s: Positive = 20.0
-    """Seconds per call, for rewards that run in the pool of worker processes."""
+    """Time limit of one call in seconds, for rewards that run in the pool of worker processes."""
 
 
 @option

@@ -1,8 +1,8 @@
-"""Killable worker processes: a spec string and arguments go in, what the function returned comes out, or a named error.
+"""A pool of killable worker processes: a spec and arguments go in, the function's value or a PoolError comes out.
 
-A call that hangs, crashes, exits or eats its memory costs that call an error and that worker its life; no other call
-notices. Each worker has its own pipe and is watched by a thread that kills it at the time limit. Workers are started as
-fresh interpreters: they import neither the caller's script nor its threads, so a script needs no `__main__` guard.
+A call that hangs, crashes, exits or uses too much memory gets an error and its worker is replaced; other calls are not
+affected. Each worker has its own pipe and a thread that kills it at the time limit. Workers start as fresh
+interpreters: they do not import the caller's script, so a script needs no `__main__` guard.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 LOAD_LIMIT_S = 180.0
-"""A worker must have imported a reward's module within this time; it does not count towards the call's own limit."""
+"""Time limit for importing a reward's module in a worker, in seconds. It does not count toward the call's own limit."""
 MESSAGE_S = 0.01
-"""Calls expected to take no longer than this together travel in one message, which spares waiting and waking."""
+"""Calls that are expected to take less than this in total (seconds) share one message, which saves wake-ups."""
 MESSAGE_CALLS = 32
+"""Most calls that share the message of another one."""
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class PoolError(Exception):
-    """A call that did not return a value. The message carries the worker's traceback where there is one."""
+    """A call did not return a value. The message holds the worker's traceback if there is one."""
 
 
 class CallTimedOut(PoolError):
@@ -54,30 +55,30 @@ class CallFailed(PoolError):
 
 
 class CallRefused(CallFailed):
-    """The function raised a UserError: its row or its arguments are wrong; the message is its own."""
+    """The function raised a UserError, because its row or its arguments are wrong; the message is the error's."""
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One call; `arguments` None asks a worker to start and load `specs`."""
+    """One call. With `arguments` None the worker only starts and loads `specs`."""
 
     specs: list[str]
     arguments: dict[str, Any] | None
     time_limit_s: float
     future: asyncio.Future[Any]
-    """Settled by its own event loop."""
+    """Belongs to the caller's event loop, which alone may set its result."""
     barrier: threading.Barrier | None = None
 
 
 _Outcome = tuple[_Job, Any, Exception | None]
-"""A job, what it returned, or why it did not."""
+"""A job, the value it returned, and the error if it did not return one."""
 
 
 class Pool:
     """Runs reward functions in worker processes. Usable from any thread and any event loop.
 
     Args:
-        num_workers: processes; each is started when first needed, and again after it was killed.
+        num_workers: number of processes; each starts when it is first needed, and again after it was killed.
         memory_limit_bytes: address space of each worker; a call that needs more gets a MemoryError. 0: no limit.
     """
 
@@ -94,31 +95,34 @@ class Pool:
         """Run the function that `spec` names with keyword `arguments` in a worker.
 
         Args:
-            spec: what `llmrl.verify.reward.resolve` takes; the worker loads it once.
-            arguments: anything that can be pickled.
+            spec: see `llmrl.verify.spec.FORMS`; the worker loads it once.
+            arguments: keyword arguments; values must be picklable.
             time_limit_s: seconds from the start of the function; waiting for a free worker does not count.
 
         Raises:
-            CallTimedOut, WorkerDied, CallFailed, CallRefused: see there.
+            CallTimedOut: the call was still running at its time limit.
+            WorkerDied: the worker's process ended during the call, twice, or the pool was closed.
+            CallFailed: the function raised.
+            CallRefused: the function raised a UserError.
         """
         return await self._submit([spec], arguments, time_limit_s)
 
     async def warm(self, specs: Iterable[str]) -> None:
-        """Start every worker and have it import `specs`, so that the first calls are not slow.
+        """Start every worker and import `specs` in it, so that the first calls do not wait for imports.
 
         Raises:
-            CallFailed: with the traceback, when a module cannot be imported in a worker.
+            CallFailed: a module cannot be imported in a worker; the message is the traceback.
         """
         barrier = threading.Barrier(self.num_workers)
         names = list(specs)
         await asyncio.gather(*(self._submit(names, None, LOAD_LIMIT_S, barrier) for _ in range(self.num_workers)))
 
     async def close(self) -> None:
-        """Kill the workers and wait until they are gone. Calls still running get WorkerDied. Safe to call twice."""
+        """Kill the workers and wait for them to end. Running calls get WorkerDied. Safe to call twice."""
         await asyncio.to_thread(self.shut_down)
 
     def shut_down(self) -> None:
-        """`close` for callers without an event loop."""
+        """Do the same as `close` without an event loop."""
         with self._lock:
             self._closed = True
             threads, workers = self._threads, self._workers
@@ -150,16 +154,16 @@ class Pool:
         return job.future
 
     def _serve(self, worker: _Worker) -> None:
-        """The life of one worker's thread: take jobs, have them done, hand over the results."""
+        """Run in one worker's thread until the pool is closed: take jobs, run them, deliver the results."""
         while (job := self._jobs.get()) is not None:
-            self._work_off(worker, deque([job, *self._further(worker, job)]))
-            if job.barrier is not None:  # so that each worker takes exactly one of the warm-up jobs
+            self._run_jobs(worker, deque([job, *self._companions(worker, job)]))
+            if job.barrier is not None:  # a worker that is done must not take another one's warm-up job
                 with contextlib.suppress(threading.BrokenBarrierError):
                     job.barrier.wait(LOAD_LIMIT_S)
         worker.kill()
 
-    def _further(self, worker: _Worker, first: _Job) -> list[_Job]:
-        """Waiting jobs that travel with the first one: as many as are expected to be quick, and this worker's share."""
+    def _companions(self, worker: _Worker, first: _Job) -> list[_Job]:
+        """Take waiting jobs that share the first one's message: only quick ones, and at most this worker's share."""
         jobs: list[_Job] = []
         seconds = worker.expected_s(first)
         share = min(MESSAGE_CALLS, self._jobs.qsize() // self.num_workers)
@@ -168,16 +172,16 @@ class Pool:
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 break
-            if job is None or job.arguments is None:  # those are for one worker each
+            if job is None or job.arguments is None:  # the end of a worker and warm-up jobs: one for each worker
                 self._jobs.put(job)
                 break
             jobs.append(job)
             seconds += worker.expected_s(job)
         return jobs
 
-    def _work_off(self, worker: _Worker, jobs: deque[_Job]) -> None:
-        """Have jobs done in order. One in which the worker dies is tried once more, since what killed it may have been
-        left behind by an earlier call.
+    def _run_jobs(self, worker: _Worker, jobs: deque[_Job]) -> None:
+        """Run jobs in order. A job in which the worker dies is tried once more, because the cause may be something that
+        an earlier call left behind.
         """
         tried: _Job | None = None
         while jobs:
@@ -187,35 +191,35 @@ class Pool:
                     raise WorkerDied("the pool of reward workers was closed before this call started")
                 for value, error in worker.work(list(jobs)):
                     outcomes.append((jobs.popleft(), value, error))
-                    if not worker.has_answer():
-                        outcomes = _hand_over(outcomes)
+                    if not worker.has_answer():  # otherwise deliver it together with the next one
+                        outcomes = _deliver(outcomes)
             except WorkerDied as error:
                 if worker.retired:
                     error = WorkerDied("the pool of reward workers was closed during this call")
                 elif jobs[0] is tried:
-                    error = WorkerDied(f"{error}, and did so again when it was tried a second time")
+                    error = WorkerDied(f"{error}, and again when the call was repeated")
                 if self._closed or jobs[0] is tried:
                     outcomes.append((jobs.popleft(), None, error))
                 else:
                     tried = jobs[0]
-            except Exception as error:  # a thread that ended here would leave its callers waiting for ever
+            except Exception as error:  # if this thread ended here, its callers would wait forever
                 if jobs:
                     outcomes.append((jobs.popleft(), None, error))
-            _hand_over(outcomes)
+            _deliver(outcomes)
 
 
-def _hand_over(outcomes: list[_Outcome]) -> list[_Outcome]:
-    """Settle futures, each event loop woken once. Returns an empty list, for the outcomes to come."""
+def _deliver(outcomes: list[_Outcome]) -> list[_Outcome]:
+    """Set the results of futures, waking each event loop once. Return an empty list, for the next outcomes."""
     loops = {id(loop): loop for loop in (job.future.get_loop() for job, _, _ in outcomes)}
     for key, loop in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no one waits for the result
             loop.call_soon_threadsafe(_settle, [o for o in outcomes if id(o[0].future.get_loop()) == key])
     return []
 
 
 def _settle(outcomes: list[_Outcome]) -> None:
     for job, value, error in outcomes:
-        if job.future.done():  # its caller was cancelled
+        if job.future.done():  # the caller was cancelled
             continue
         if error is None:
             job.future.set_result(value)
@@ -232,22 +236,22 @@ class _Worker:
         self.connection: Connection | None = None
         self.loaded: set[str] = set()
         self.seconds: dict[str, float] = {}
-        """What calls of a spec took lately, the slow ones remembered longest."""
+        """Recent duration of a spec's calls: their maximum, which fades by a tenth with each call."""
         self.retired = False
 
     def expected_s(self, job: _Job) -> float:
-        """Seconds that a job will probably take; infinity for the first of its kind."""
+        """Return the seconds that a job will probably take; infinity if none like it has run yet."""
         return math.inf if job.arguments is None else self.seconds.get(job.specs[0], math.inf)
 
     def has_answer(self) -> bool:
-        """Whether the next answer is there already."""
+        """Return whether the next answer has arrived."""
         return self.process is not None and self.connection is not None and self.connection.poll(0)
 
     def work(self, jobs: list[_Job]) -> Iterator[tuple[Any, Exception | None]]:
-        """Do jobs in order and yield (value, error) of each; the rest is left when a call had to be killed.
+        """Run jobs in order and yield (value, error) for each; stop early when a call had to be killed.
 
         Raises:
-            WorkerDied: during the first job not yet yielded.
+            WorkerDied: the process ended during the first job that was not yielded.
         """
         requests: list[bytes] = []
         for job in jobs:
@@ -258,12 +262,12 @@ class _Worker:
                     requests.append(_pickled((job.specs[0], job.arguments)))
             except WorkerDied:
                 raise
-            except Exception as error:  # it cannot be imported or sent; those before it have their turn first
+            except Exception as error:  # this job cannot be imported or sent; run the jobs before it first
                 if not requests:
                     yield None, error
                     return
                 break
-        if not requests:  # all it asked for was to start
+        if not requests:  # a warm-up job: loading was all it asked for
             yield None, None
             return
         self._send(requests)
@@ -280,7 +284,7 @@ class _Worker:
                 return
 
     def load(self, spec: str) -> None:
-        """Have the process import `spec`, starting the process if there is none."""
+        """Import `spec` in the process, after starting the process if necessary."""
         if self.process is None or self.process.poll() is not None:
             self._start()
         if spec not in self.loaded:
@@ -289,15 +293,19 @@ class _Worker:
             self.loaded.add(spec)
 
     def _send(self, requests: list[bytes]) -> None:
-        """Hand over requests in one message, so that neither side waits for the other to read."""
+        """Send requests as one message, because two sides that both write can block each other."""
         assert self.connection is not None
         try:
             self.connection.send_bytes(_pickled(requests))
         except OSError:
-            raise WorkerDied(f"worker died before its call ({self._stop(grace_s=1.0)})") from None
+            raise WorkerDied(f"worker died before the call ({self._stop(grace_s=1.0)})") from None
 
     def _receive(self, spec: str, time_limit_s: float) -> Any:
-        """Wait for the next answer; the process is killed when none comes in time."""
+        """Return the value of the next answer; kill the process if no answer comes in time.
+
+        Raises:
+            CallTimedOut, WorkerDied, CallFailed, CallRefused: see `Pool.call`.
+        """
         assert self.connection is not None
         started = time.perf_counter()
         try:
@@ -316,7 +324,7 @@ class _Worker:
             return value
         if ok is None:
             raise CallRefused(value)
-        if value.startswith("MemoryError"):  # what is left of its heap cannot be trusted
+        if value.startswith("MemoryError"):  # a process that ran out of memory may be broken in other places
             self._stop()
         raise CallFailed(value)
 
@@ -331,19 +339,19 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", boot],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints goes to stderr, where it disturbs no table
+                stdout=2,  # a reward's prints go to stderr, because stdout may be the output of a command
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # so that kill reaches what the function itself started
+                start_new_session=True,  # so that killing the group also kills what the function started
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         self.connection = Connection(ours.detach())
         self.loaded = set()
-        if self.retired:  # `kill` came while the process was being made, and has not seen it
+        if self.retired:  # `kill` was called while the process was being created and missed it
             self._stop()
             raise WorkerDied("the pool of reward workers was closed")
 
     def _stop(self, grace_s: float = 0.0) -> str:
-        """Kill the process with all it started; returns how it ended if it did so by itself within `grace_s`."""
+        """Kill the process and all that it started. Return how it ended if it ended by itself within `grace_s`."""
         if self.process is None:
             return "not started"
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -359,7 +367,7 @@ class _Worker:
         return f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit code {ended}"
 
     def kill(self) -> None:
-        """End the process now, from whatever thread; the thread that uses the worker sees it die."""
+        """Kill the process and never start another. Any thread may call this; the worker's own thread sees it die."""
         self.retired = True
         if (process := self.process) is not None:
             _kill_group(process)

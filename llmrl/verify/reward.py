@@ -1,7 +1,8 @@
-"""A reward function as the rest of the project sees it: loaded, its arguments known, its return value checked.
+"""Reward functions as the rest of the project uses them: loaded, with known arguments and a checked return value.
 
-A reward names the arguments it wants (completion, messages, rollout, task, answer, any column of the row) and they are
-filled by name. TRL reward functions and group rewards are called once per group instead. docs/rewards.md: the contract.
+The parameters of a reward function name what it needs (completion, messages, rollout, task, answer, any column of the
+row), and they are filled by name. TRL reward functions and group rewards are called once per group instead.
+docs/rewards.md describes the contract.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from llmrl.types import Rollout, Score, Task
 from llmrl.verify.spec import find, find_file, resolve
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
-"""A function that declares one of these is called the TRL way. No per-rollout argument has these names."""
+"""A function that declares one of these is called as TRL calls it. No per-rollout argument has these names."""
 ROLLOUT_ARGUMENTS = ("completion", "messages", "rollout", "task", "answer")
 
 
 class RewardTypeError(TypeError):
-    """A reward returned something that is neither a number, a bool, None nor a Score."""
+    """A reward returned something other than a number, a bool, None or a Score."""
 
 
 # --- a reward that can be called --------------------------------------------------------------------------------------
 
 
 def trl_style(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function that takes TRL's keywords through `**kwargs` alone, where its signature does not show it."""
+    """Mark a function that takes TRL's keywords through `**kwargs` alone, so that its signature does not show it."""
     function.__dict__["trl_style"] = True
     return function
 
@@ -50,18 +51,18 @@ Kind = Literal["rollout", "trl", "group"]
 
 @dataclass(kw_only=True)
 class Reward:
-    """A loaded reward function and how it is to be called."""
+    """A loaded reward function and how to call it."""
 
     name: str
-    """For metrics."""
+    """Its name in metrics."""
     function: Callable[..., Any]
     kind: Kind
-    """`rollout`: once per rollout, arguments by name; `trl`: once per group, TRL's keywords; `group`: once per group,
-    the rollouts and arguments by name."""
+    """How it is called. `rollout`: once per rollout, arguments by name. `trl`: once per group, with TRL's keywords.
+    `group`: once per group, with the rollouts and arguments by name."""
     spec: str | None = None
-    """Set when the function runs in the pool of worker processes, which are given the spec and not the function."""
+    """Set when the function runs in the pool of worker processes, which load it by its spec."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Fixed keyword arguments; they win over columns of the same name."""
+    """Fixed keyword arguments; they take precedence over columns of the same name."""
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
     takes_rest: bool = False
     """The function has `**kwargs`."""
@@ -69,12 +70,12 @@ class Reward:
     """`EXAMPLES` of the module it comes from."""
 
     def arguments(self, rollout: Rollout) -> dict[str, Any]:
-        """Keyword arguments of a per-rollout function, or of a group function from any rollout of its group.
+        """Return the keyword arguments of a per-rollout function, or of a group function from any of its rollouts.
 
-        `**kwargs` of a per-rollout function receives the remaining columns of the row.
+        The `**kwargs` of a per-rollout function receive the remaining columns of the row.
 
         Raises:
-            UserError: a required parameter that nothing can fill.
+            UserError: a required parameter cannot be filled.
         """
         available = available_arguments(rollout)
         self.require(available)
@@ -84,7 +85,7 @@ class Reward:
         return chosen | self.args
 
     def require(self, available: Mapping[str, Any]) -> None:
-        """Raise a UserError that names the first required parameter which is neither available nor fixed."""
+        """Raise a UserError that names the first required parameter that is neither available nor fixed."""
         for name, parameter in self.parameters.items():
             if parameter.default is parameter.empty and name not in available and name not in self.args:
                 names = ", ".join(sorted(available))
@@ -97,7 +98,10 @@ class Reward:
 
 
 def available_arguments(rollout: Rollout) -> dict[str, Any]:
-    """What a function may name: the row's columns, `prompt`, and the fixed names, which win over columns."""
+    """Return all arguments that a function can name: the row's columns, `prompt`, and ROLLOUT_ARGUMENTS.
+
+    ROLLOUT_ARGUMENTS take precedence over columns of the same names, a column `prompt` over the prompt itself.
+    """
     task = rollout.task
     prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
     available = ({"prompt": prompt} if prompt is not None else {}) | task.meta
@@ -112,7 +116,7 @@ def available_arguments(rollout: Rollout) -> dict[str, Any]:
 
 
 def columns(task: Task) -> dict[str, Any]:
-    """The row's columns as TRL hands them over: all but prompt, completion and completion_ids."""
+    """Return the row's columns as TRL passes them on: all but prompt, completion and completion_ids."""
     row = dict(task.meta)
     if task.answer is not None:
         row.setdefault("answer", task.answer)
@@ -120,14 +124,15 @@ def columns(task: Task) -> dict[str, Any]:
 
 
 def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None = None) -> Reward:
-    """A Reward from a spec or from a Python callable.
+    """Load a Reward from a spec or from a Python callable.
 
     Args:
-        source: see `FORMS`; or a function (sync or async), functools.partial, or callable object.
+        source: a spec (see `llmrl.verify.spec.FORMS`), a function (sync or async), functools.partial, or callable
+            object.
         args: fixed keyword arguments.
 
     Raises:
-        UserError: unknown spec, or a key of `args` that the function does not take.
+        UserError: the spec is unknown, or the function does not take a key of `args`.
     """
     args = dict(args or {})
     if isinstance(source, str):
@@ -152,7 +157,7 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
         elif parameter.kind is not parameter.VAR_POSITIONAL:
             reward.parameters[name] = parameter
     if kind == "group":
-        reward.parameters.pop(next(iter(reward.parameters), ""), None)  # the rollouts themselves
+        reward.parameters.pop(next(iter(reward.parameters), ""), None)  # the rollouts, which are passed by position
     _check_args(reward)
     if getattr(module, "POOL", False):
         reward.spec = _pool_spec(reward, spec)
@@ -175,20 +180,20 @@ def _pool_spec(reward: Reward, spec: str | None) -> str:
         )
     if spec is None or spec.endswith("()"):
         raise UserError(
-            f"reward {reward.name}: its module says `POOL = True`, but worker processes find a function by its "
-            "spec alone. Name it as `rewards/file.py:function`, at the top level of an importable file."
+            f"reward {reward.name}: its module has `POOL = True`, but worker processes can find a function only by "
+            "its spec. Name it as `rewards/file.py:function`, at the top level of an importable file."
         )
     return spec
 
 
 def _absolute(spec: str) -> str:
-    """The same spec for a process with another working directory."""
+    """Return the same spec for a process that may have another working directory."""
     place, separator, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
     return f"{find_file(place)}{separator}{name}" if place.endswith(".py") else spec
 
 
 def _spec_of(function: Callable[..., Any], module: ModuleType | None) -> str | None:
-    """How a worker can find a Python function: module and name, when that leads back to the same object."""
+    """Return the spec by which a worker finds a Python function, or None if none leads back to the same object."""
     name = getattr(function, "__qualname__", "")
     if module is None or module.__name__ == "__main__" or getattr(module, name, None) is not function:
         return None
@@ -202,7 +207,7 @@ def _unwrap(function: Any) -> Any:
 
 
 def _kind(function: Any) -> tuple[Kind, Callable[..., Any]]:
-    """How to call it: what it declares, never what its values look like."""
+    """Return how to call a function, by what it declares (never by what it returns), and what to call."""
     inner = _unwrap(function)
     if callable(score_group := getattr(function, "score_group", None)):
         return "group", score_group
@@ -221,15 +226,15 @@ def _name(function: Any, module: ModuleType | None) -> str:
     return name
 
 
-# --- what it returned -------------------------------------------------------------------------------------------------
+# --- return values ----------------------------------------------------------------------------------------------------
 
 
 def as_score(value: Any, name: str) -> Score:
-    """What a reward returned, as a Score.
+    """Return the value that reward `name` returned, as a Score.
 
     Raises:
-        RewardTypeError: neither a number, a bool, None nor a Score; or a Score whose parts or token rewards are not.
-        ValueError: NaN or infinite.
+        RewardTypeError: the value is not a number, a bool, None or a Score, or a Score holds other types.
+        ValueError: a number is NaN or infinite.
     """
     score = value if isinstance(value, Score) else Score(reward=value)
     tokens = score.token_rewards
@@ -263,7 +268,7 @@ def _number(value: Any, what: str, wanted: str) -> float | None:
     except OverflowError:  # an integer beyond all floats
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{what} {number}; a reward is a finite number, or None for `could not judge`")
+        raise ValueError(f"{what} {number}; a reward must be a finite number, or None for `could not judge`")
     return number
 
 

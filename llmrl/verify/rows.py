@@ -1,7 +1,7 @@
-"""Rows of stored completions: one JSON object per line in, rollouts for a rubric, and one object per line out.
+"""Rows of stored completions: lines of JSON become rollouts, and scored rollouts become lines of JSON again.
 
-A row carries `completion` (text or messages) and whatever columns the rewards name; `completion_ids` where
-they count tokens.
+A row has `completion` (text or messages), the columns that the rewards name, and `completion_ids` for rewards that
+count tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from llmrl.types import Message, Rollout, Score, Task, Turn
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of each line that is not blank.
+    """Yield (line number, row) for each line that is not blank.
 
     Raises:
-        UserError: unreadable file or line, or a row without a usable `completion`; with file, line and field.
+        UserError: the file or a line cannot be read, or a row has no usable `completion`; the message has the file,
+            the line and the field.
     """
     try:
         with file.open("rb") as lines:
@@ -46,7 +47,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
-    """Raise a UserError where a row has no usable `completion`."""
+    """Raise a UserError, which begins with `where`, if a row has no usable `completion`."""
     if "completion" not in row:
         raise UserError(f"{where}, field completion: missing; the row has {', '.join(row) or 'no fields'}")
     completion = row["completion"]
@@ -62,18 +63,18 @@ def check_row(row: dict[str, Any], where: str) -> None:
 
 
 def is_conversational(row: dict[str, Any]) -> bool:
-    """Whether TRL functions get this row's completion as messages."""
+    """Return whether TRL functions get this row's completion as messages."""
     return isinstance(row["completion"], list)
 
 
 def row_to_rollout(row: dict[str, Any], *, name: str, index: int = 0, answer_column: str | None = None) -> Rollout:
-    """The rollout that a row describes.
+    """Return the rollout that a row describes.
 
     Args:
         row: `completion`, and columns that become `task.meta`.
-        name: id of its task.
-        index: place in its group.
-        answer_column: which column is the answer; default the first of answer, solution, target.
+        name: id of the task.
+        index: position of the rollout in its group.
+        answer_column: column that holds the answer; default: the first of ANSWER_COLUMNS that the row has.
 
     Raises:
         UserError: there is no column `answer_column`.
@@ -96,7 +97,7 @@ def _prompt(row: dict[str, Any]) -> list[Message]:
 
 
 def _turns(row: dict[str, Any]) -> list[Turn]:
-    """One turn for each assistant message, with the messages up to the next as its replies."""
+    """Return one turn for each assistant message; the messages up to the next one are its replies."""
     completion = row["completion"]
     messages = [Message(role="assistant", content=completion)] if isinstance(completion, str) else completion
     ids = row.get("completion_ids") or []
@@ -119,16 +120,16 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
 
 
 def row_key(row: dict[str, Any]) -> str:
-    """Equal for rows that are attempts at the same task: everything but the completion is the same."""
+    """Return a key that is equal for attempts at the same task: rows that differ in nothing but their completion."""
     return json.dumps({k: v for k, v in row.items() if k not in ("completion", "completion_ids")}, sort_keys=True)
 
 
 _UNSAFE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
-"""Characters that some readers take for the end of a line, and lone surrogates, which UTF-8 cannot hold."""
+"""Characters that some readers take for a line end, and lone surrogates, which UTF-8 cannot encode."""
 
 
 def result_line(row: dict[str, Any], score: Score) -> str:
-    """The row with its score, as one line of JSON."""
+    """Return the row with its score as one line of JSON."""
     result = row | {"reward": score.reward, "parts": score.parts, "info": score.info, "error": score.error}
     line = json.dumps(result, ensure_ascii=False, default=str)
     if _UNSAFE.search(line):

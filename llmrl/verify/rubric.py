@@ -1,4 +1,4 @@
-"""Several rewards as one: rollouts go in, each comes out with a Score (a number, an abstention, or an error).
+"""Several rewards combined into one: rollouts go in, each gets a Score (a number, an abstention, or an error).
 
 reward = sum over parts of weight * part. A part with weight 0 is a metric: it never changes the outcome.
 """
@@ -40,7 +40,7 @@ class TrainerState:
 
 
 class RowError(UserError):
-    """A reward refused, or returned a wrong type for, the rollout with this index in its group."""
+    """A reward refused the rollout with this index in its group, or returned a wrong type for it."""
 
     def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
@@ -49,14 +49,14 @@ class RowError(UserError):
 
 @dataclass(kw_only=True, slots=True)
 class _Result:
-    """What one part said about one rollout."""
+    """The result of one part for one rollout."""
 
     score: Score
 
 
 @dataclass(kw_only=True, slots=True)
 class _Unfinished(Score):
-    """The score of a rollout whose group rewards are still to come."""
+    """The score of a rollout whose group rewards have not run yet."""
 
     results: dict[str, _Result] = field(default_factory=dict)
 
@@ -65,12 +65,12 @@ class Rubric:
     """Scores rollouts with one or more rewards.
 
     Args:
-        parts: Part objects, or bare callables or specs (weight 1). Names are made unique by a suffix.
+        parts: Part objects, or callables or specs, which get weight 1. Equal names are made unique by a suffix.
         num_workers: worker processes for rewards marked `POOL = True`.
-        memory_limit_bytes: address space of each worker.
-        conversational: TRL functions get completions as lists of messages; otherwise as strings.
-        strict: a reward that returns a wrong type, or raises a UserError, raises RowError instead of costing its sample
-            an error.
+        memory_limit_bytes: address space of each worker process.
+        conversational: give TRL functions completions as lists of messages; otherwise as strings.
+        strict: raise RowError when a reward returns a wrong type or raises a UserError, instead of recording an error
+            for that rollout.
 
     Raises:
         UserError: unknown spec, argument or gate.
@@ -97,7 +97,7 @@ class Rubric:
         self.strict = strict
         self.trainer_state = TrainerState()
         self.metrics: dict[str, list[float]] = {}
-        """What TRL functions reported through `log_metric` since `take_metrics`."""
+        """Values that TRL functions reported through `log_metric` since the last `take_metrics`."""
         self.pool = Pool(num_workers, memory_limit_bytes=memory_limit_bytes)
 
     @classmethod
@@ -109,7 +109,7 @@ class Rubric:
         num_processes: int = 1,
         conversational: bool = True,
     ) -> Rubric:
-        """The rubric of a run; this machine's cores are shared by its `num_processes` training processes."""
+        """Return the rubric of a run whose `num_processes` training processes on this machine share its cores."""
         workers = verify.num_workers or available_cores() // num_processes
         return cls(
             [Part(**vars(reward)) for reward in rewards],
@@ -130,7 +130,7 @@ class Rubric:
 
     @property
     def names(self) -> list[str]:
-        """Metric names, one per part."""
+        """Names of the parts, in order; they are also the names of their metrics."""
         return list(self.rewards)
 
     @property
@@ -139,20 +139,20 @@ class Rubric:
         return next((name for name, part in self.parts.items() if part.weight > 0), None)
 
     def check(self, task: Task) -> None:
-        """Raise a UserError when a reward wants an argument that tasks like this one cannot fill."""
+        """Raise a UserError when a reward requires an argument that this task cannot fill."""
         rollout = Rollout(task=task, index=0)
         for reward in self.rewards.values():
             reward.require(self._trl_keywords([rollout], {}) if reward.kind == "trl" else available_arguments(rollout))
 
     async def warm(self) -> None:
-        """Start the worker processes and import the pooled rewards in them, so that the first step is not slow."""
+        """Start the worker processes and import the pooled rewards in them, which would slow down the first step."""
         if specs := [reward.spec for reward in self.rewards.values() if reward.spec is not None]:
             await self.pool.warm(specs)
 
     async def score(self, rollout: Rollout) -> Score:
-        """Run the per-rollout rewards at once, combine, and set `rollout.score`.
+        """Run the per-rollout rewards concurrently, combine their results and set `rollout.score`.
 
-        Rollouts that ended in an error are not scored. With group rewards in the rubric the score is final only after
+        A rollout that ended in an error is not scored. When the rubric has group rewards, the score becomes final in
         `score_group`.
         """
         if rollout.status.is_error:
@@ -167,7 +167,7 @@ class Rubric:
         return score
 
     async def score_group(self, group: RolloutGroup) -> None:
-        """Score what `score` has not yet seen, run TRL and group rewards on the group, and set every final score."""
+        """Score the rollouts that have no score yet, run TRL and group rewards on the group, set all final scores."""
         rollouts = [rollout for rollout in group.rollouts if not rollout.status.is_error]
         await _all_of([self.score(rollout) for rollout in rollouts if rollout.score is None])
         batched = [reward for reward in self.rewards.values() if reward.kind != "rollout"]
@@ -180,15 +180,15 @@ class Rubric:
             rollout.score = self._combine(rollout, results)
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of what TRL functions reported through `log_metric` since the last call, and what judges did so far."""
+        """Return the means of all `log_metric` values since the last call, and the totals of all judges so far."""
         means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
         self.metrics = {}
-        # Loaded only where a reward asks a judge: it needs the extra `judge`.
+        # Looked up rather than imported: only a reward with a judge loads the module, which needs the extra `judge`.
         judges = sys.modules.get("llmrl.verify.judge.judge")
         return means | (judges.judge_metrics() if judges is not None else {})
 
     async def close(self) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         await self.pool.close()
 
     # --- calling ---
@@ -236,13 +236,13 @@ class Rubric:
             raise RowError(f"field reward: {error}", rollout.index) from None
         if self.strict and isinstance(error, (UserError, CallRefused)):
             raise RowError(str(error), rollout.index) from None
-        if isinstance(error, LlmrlError):  # the run must stop: a used-up budget, a judge that fails its canaries
+        if isinstance(error, LlmrlError):  # it must stop the run: an exhausted budget, a judge that fails its canaries
             raise error
         text = str(error) if isinstance(error, PoolError) else "".join(traceback.format_exception(error, limit=-30))
         return _Result(score=Score(reward=None, error=text))
 
     def _trl_keywords(self, rollouts: list[Rollout], extra: dict[str, list[Any]]) -> dict[str, Any]:
-        """TRL's keywords for one group; what the function gives to `log_extra` is collected in `extra`."""
+        """Return TRL's keyword arguments for one group; `log_extra` writes to `extra`."""
         rows = [columns(rollout.task) for rollout in rollouts]
         keywords: dict[str, Any] = {name: [row.get(name) for row in rows] for name in rows[0]}
         return keywords | {
@@ -257,7 +257,7 @@ class Rubric:
     # --- combining ---
 
     def _combine(self, rollout: Rollout, results: dict[str, _Result]) -> Score:
-        """The three outcomes: an error of any weighted part, else a sum, else (all of them abstained) an abstention."""
+        """Return an error if any weighted part failed, else the weighted sum, else (all abstained) an abstention."""
         values = {name: result.score.reward for name, result in results.items()}
         details = {f"{name}/{key}": v for name, result in results.items() for key, v in result.score.parts.items()}
         environment = {f"env/{name}": value for name, value in rollout.env_rewards.items()}
@@ -269,8 +269,8 @@ class Rubric:
             info = result.score.info | ({"error": error} if error is not None else {})
             gate = results[part.gate].score if part.gate in results else None
             if gate is not None and gate.error is not None:
-                error = error or f"it hangs on {part.gate}, which failed:\n{gate.error}"
-            if part.weight == 0:
+                error = error or f"it is gated by {part.gate}, which failed:\n{gate.error}"
+            if part.weight == 0:  # a metric: neither its value nor its failure counts
                 pass
             elif error is not None:
                 errors.append(error if len(results) == 1 else f"[{name}] {error}")
@@ -293,9 +293,10 @@ class Rubric:
 
 
 def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[str, _Result], rollout: Rollout) -> None:
-    """Set the reward, and the token rewards where parts give any: sums of weight * value over (name, weight, value).
+    """Set the reward, and the token rewards if any part has them: sums of weight * value over (name, weight, value).
 
-    Parts without dense rewards are paid for the last token, so that nothing that counts is missing from them.
+    The value of a part without dense rewards goes to the last token, because algorithms that read token rewards do
+    not read the reward itself.
     """
     reward = sum(weight * value for _, weight, value in terms)
     try:
@@ -314,7 +315,11 @@ def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[s
 
 
 def _dense_rewards(score: Score, rollout: Rollout) -> list[float]:
-    """A part's token rewards, its turn rewards added at the last token of each turn; empty where it gives neither."""
+    """Return a part's token rewards, with its turn rewards added at the last token of each turn; empty if it has none.
+
+    Raises:
+        ValueError: the number of rewards is not the number of turns or tokens.
+    """
     num_tokens, tokens = rollout.num_completion_tokens, list(score.token_rewards or [])
     if score.turn_rewards and num_tokens:
         if len(score.turn_rewards) != len(rollout.turns):
@@ -342,7 +347,7 @@ def _unique(name: str, taken: dict[str, Reward]) -> str:
 
 
 async def _all_of(coroutines: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run them together; a single one runs in this task, which costs less than starting another."""
+    """Run coroutines concurrently; a single one runs in this task, which is cheaper than starting another."""
     if len(coroutines) == 1:
         return [await coroutines[0]]
     return list(await asyncio.gather(*coroutines))
@@ -369,13 +374,13 @@ def _trl_prompt(task: Task, conversational: bool) -> str | list[Message]:
 
 
 def _trl_completion(rollout: Rollout, conversational: bool) -> str | list[Message]:
-    """Everything after the prompt: assistant and tool messages in order, or their text."""
+    """Return everything after the prompt: assistant and tool messages in order, or the completion's text."""
     return rollout.messages[len(rollout.task.messages) :] if conversational else rollout.completion
 
 
 def _trl_completion_ids(rollout: Rollout) -> list[int]:
-    """Completion tokens of all turns with the tool results between them, as one sequence without padding."""
+    """Return the tokens of all turns with the tool results between them, as one sequence without padding."""
     if not rollout.turns:
         return []
-    last = rollout.turns[-1]
+    last = rollout.turns[-1]  # its prompt holds all turns before it
     return last.prompt_ids[len(rollout.turns[0].prompt_ids) :] + last.completion_ids

@@ -1,4 +1,4 @@
-"""From a spec such as `rewards/math_answer.py:math_answer` to the function it names."""
+"""Finding functions by spec: `rewards/math_answer.py:math_answer` goes in, the function that it names comes out."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from llmrl.errors import UserError
 ENTRY_POINT_GROUP = "llmrl.rewards"
 FORMS = (
     "`rewards/file.py:function`, an absolute `/path/file.py:function`, `package.module:function`, a shipped name, or "
-    f"an installed entry point of group {ENTRY_POINT_GROUP}; append `()` to call what is named with `args` to make "
-    "the reward"
+    f"an installed entry point of group {ENTRY_POINT_GROUP}; append `()` to call the named factory or class "
+    "with `args`"
 )
 
 
 def shipped_folder() -> Path:
-    """The rewards that come with the package: inside the wheel, or next to the package in a checkout."""
+    """Return the folder of the shipped rewards: inside the wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "shipped" / "rewards"
     return installed if installed.is_dir() else package.parent / "rewards"
 
 
 def shipped_names() -> list[str]:
+    """Return the sorted names of the shipped rewards."""
     return sorted(file.stem for file in shipped_folder().glob("*.py") if not file.stem.startswith("_"))
 
 
 def find(spec: str) -> tuple[Any, ModuleType]:
-    """The object a spec names, and the module it comes from (where `POOL` and `EXAMPLES` live).
+    """Return the object that a spec names and the module it comes from, which may hold `POOL` and `EXAMPLES`.
 
     Raises:
-        UserError: no such file, module, name or entry point; the message lists the forms and near misses.
+        UserError: there is no such file, module, name or entry point; the message lists the forms and a near match.
     """
     spec = spec.removesuffix("()")
     place, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
@@ -61,13 +62,13 @@ def find(spec: str) -> tuple[Any, ModuleType]:
         )
     if not found:
         installed = sorted(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
-        raise _unknown(spec, f"no reward of the name {spec!r}", sorted({*shipped_names(), *installed}))
+        raise _unknown(spec, f"no reward is called {spec!r}", sorted({*shipped_names(), *installed}))
     module, _, name = found[0].value.partition(":")
     return _member(_import_module(module, spec), name, spec)
 
 
 def find_file(place: str) -> Path:
-    """Where a spec's file lies: absolute, in the working directory, or among the shipped rewards.
+    """Return the path of a spec's file: absolute, in the working directory, or among the shipped rewards.
 
     Raises:
         UserError: there is no such file.
@@ -90,7 +91,11 @@ def _unknown(spec: str, what: str, known: list[str], *, typed: str | None = None
 
 
 def load_file(file: Path) -> ModuleType:
-    """Import a file under a name of its own, so that a plug-in `math.py` does not shadow the standard library."""
+    """Import a file under a module name of its own, so that a plug-in `math.py` does not hide the standard library's.
+
+    Raises:
+        UserError: importing it failed; the message has the file and the line.
+    """
     name = f"llmrl_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -115,13 +120,13 @@ def _import_module(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise  # the module exists; something it imports is missing, and the traceback says what
+            raise  # the module exists but imports something that is missing; the traceback shows what
         raise _unknown(spec, f"no module {name!r}", shipped_names()) from None
 
 
 def _member(module: ModuleType, name: str, spec: str) -> tuple[Any, ModuleType]:
     if not name:
-        raise UserError(f"reward {spec!r}: say which function, as in `{spec.rstrip(':')}:function`")
+        raise UserError(f"reward {spec!r}: add the function's name, as in `{spec.rstrip(':')}:function`")
     target: Any = module
     for part in name.split("."):
         if not hasattr(target, part):
@@ -132,10 +137,10 @@ def _member(module: ModuleType, name: str, spec: str) -> tuple[Any, ModuleType]:
 
 
 def resolve(spec: str, args: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """The callable a spec names; with a trailing `()`, what the named factory or class returns for `args`.
+    """Return the callable that a spec names. With a trailing `()`, call the factory or class with `args` to get it.
 
     Raises:
-        UserError: unknown spec, or the object is not callable.
+        UserError: the spec is unknown, or the object is not callable.
     """
     target, _ = find(spec)
     if spec.endswith("()"):
@@ -146,5 +151,5 @@ def resolve(spec: str, args: Mapping[str, Any] | None = None) -> Callable[..., A
     if not callable(target) and not callable(getattr(target, "score_group", None)):
         raise UserError(f"reward {spec!r} is a {type(target).__name__}, not a function")
     if inspect.isclass(target):
-        raise UserError(f"reward {spec!r} is a class: append `()` to make an object of it with `args`")
+        raise UserError(f"reward {spec!r} is a class: append `()` to create an object from it with `args`")
     return target

@@ -1,7 +1,6 @@
-"""One worker process of the pool: reads messages of (load | call) requests from its pipe and
-answers each with (ok, value or text).
+"""One worker process of the pool: reads messages of (load | call) requests from its pipe and answers each of them.
 
-Started by `llmrl.verify.pool`, which kills it when a call takes too long; nothing here guards against hanging.
+`llmrl.verify.pool` starts this process and kills it when a call takes too long, so nothing here guards against hanging.
 """
 
 from __future__ import annotations
@@ -47,24 +46,24 @@ def main(pipe: int, memory_limit_bytes: int, parent: int) -> None:
 
 
 def _confine(pipe: int, memory_limit_bytes: int, parent: int) -> None:
-    """Die with the parent, use no more memory than allowed, leave no core files, keep stdout out of the way."""
+    """Die with the parent, limit memory, write no core files, and do not pass the pipe on to child processes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above took effect
+        if os.getppid() != parent:  # the parent died before the line above took effect
             os._exit(1)
     os.set_inheritable(pipe, False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_limit_bytes and sys.platform == "linux":  # other systems accept the limit and do not keep it
+    if memory_limit_bytes and sys.platform == "linux":  # other systems accept the limit but do not enforce it
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = memory_limit_bytes if hard == resource.RLIM_INFINITY else min(memory_limit_bytes, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
-    """Do what the request says; whatever it raises, sys.exit included, becomes the answer.
+    """Carry out a request; any exception, including that of sys.exit, becomes the answer.
 
     Returns:
-        A pickled (True, value); (None, message) of a UserError; (False, traceback) of anything else.
+        A pickled (True, value); (None, message) for a UserError; (False, traceback) for any other exception.
     """
     try:
         spec, arguments = pickle.loads(request)
@@ -79,7 +78,7 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
         return pickle.dumps((True, value), protocol=pickle.HIGHEST_PROTOCOL)
     except MemoryError as error:
         text = f"MemoryError: the memory limit of this worker was reached {error}".rstrip()
-        del error
+        del error  # its traceback keeps the memory alive that the answer needs
         gc.collect()
         return pickle.dumps((False, text))
     except UserError as error:
@@ -87,7 +86,7 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
     except BaseException:
         return pickle.dumps((False, traceback.format_exc(limit=-30)))
     finally:
-        # A library that left an alarm ticking or another handler behind must not kill the next call.
+        # An alarm or a signal handler that a library left behind must not kill the next call.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""`llmrl verify`: stored rows in, scored rows out in the same order; errors name file, line and field."""
+"""`llmrl verify`: stored rows come back scored and in the same order; errors name file, line and field."""
 
 from __future__ import annotations
 
@@ -168,14 +168,14 @@ OK = {"completion": "abc"}
             "rows.jsonl, line 2, the row has no gold answer",
         ),
         ([OK], ["mine.py:parts"], (), "line 1, field reward: reward parts returned, as its part 'why', 'because'"),
-        ([], ["mine.py"], (), "there are no rows"),
-        ([OK], ["no_such_reward"], (), "no reward of the name"),
+        ([], ["mine.py"], (), "it has no rows"),
+        ([OK], ["no_such_reward"], (), "no reward is called"),
         ([OK], ["mine.py"], ("--num_workers", "0"), "--num_workers 0"),
         ([OK], ["mine.py"], ("--output", "no/such/folder/x"), "--output no/such/folder/x: cannot be written"),
         ([OK], ["mine.py"], ("--input", "missing.jsonl"), "--input missing.jsonl: No such file"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(
+def test_a_mistake_is_reported_and_nothing_is_written(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     rows: list[Any],
@@ -209,13 +209,13 @@ def test_nothing_scored_is_a_failed_run(folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = verify(folder, [OK], "mine.py", extra=("--output", "/dev/full"))
     assert code == 1
     assert "No space left" in capsys.readouterr().err
 
 
-def test_missing_arguments_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--reward", "math_answer"]) == 2
     assert "--self-test" in capsys.readouterr().err
 

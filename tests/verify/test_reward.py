@@ -78,15 +78,15 @@ def test_the_working_directory_comes_before_the_shipped_copy(folder: Path) -> No
         ("rewards/several.py:tow", "Did you mean 'two'"),
         ("no.such.module:f", "no module 'no.such.module'"),
         ("math:nothing", "has no 'nothing'"),
-        ("math:", "say which function"),
+        ("math:", "add the function's name"),
         ("math:pi", "is a float, not a function"),
         ("pathlib:Path", "is a class: append `()`"),
-        ("", "no reward of the name"),
+        ("", "no reward is called"),
         ("rewards/broken.py:f", "line 2: importing it failed"),
         ("rewards/syntax.py:f", "line 1: importing it failed"),
     ],
 )
-def test_a_spec_that_names_nothing_says_what_would(folder: Path, spec: str, message: str) -> None:
+def test_an_unknown_spec_gets_a_hint(folder: Path, spec: str, message: str) -> None:
     (folder / "rewards" / "broken.py").write_text("x = 1\nimport no_such_thing\n")
     (folder / "rewards" / "syntax.py").write_text("def f(:\n")
     with pytest.raises(UserError) as caught:
@@ -152,7 +152,7 @@ def test_a_column_named_prompt_or_answer_is_found() -> None:
     assert call(lambda answer: answer, rollout(answer="the task's", solution="x")) == "the task's"
 
 
-def test_fixed_args_win_over_columns_and_defaults_yield_to_columns() -> None:
+def test_columns_override_defaults_and_fixed_args_override_columns() -> None:
     def f(completion: str, level: int = 0, other: int = 7) -> tuple[int, int]:
         return level, other
 
@@ -170,12 +170,12 @@ def test_double_star_receives_the_rest_of_the_row() -> None:
     }
 
 
-def test_a_parameter_that_nothing_fills_is_named() -> None:
+def test_the_error_names_a_parameter_that_cannot_be_filled() -> None:
     with pytest.raises(UserError, match=r"parameter 'levle' cannot be filled.*Did you mean 'level'"):
         call(lambda levle: 1, rollout(level=1))
 
 
-def test_an_unknown_key_in_args_is_named() -> None:
+def test_the_error_names_an_unknown_key_in_args() -> None:
     with pytest.raises(UserError, match=r"`args` has 'levle'.*completion, level"):
         load_reward(lambda completion, level: 1, {"levle": 1})
 
@@ -239,11 +239,11 @@ def test_pool_marks_a_module_whose_functions_run_in_workers(tmp_path: Path) -> N
     assert load_reward(plain).spec is None
     with pytest.raises(UserError, match="per-rollout"):
         load_reward(f"{tmp_path}/slow.py:group")
-    with pytest.raises(UserError, match="by its spec alone"):
+    with pytest.raises(UserError, match="only by its spec"):
         load_reward(functools.partial(reward.function))
 
 
-# --- what it returned -------------------------------------------------------------------------------------------------
+# --- return values ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rubric: several rewards become one score, with three outcomes kept apart."""
+"""Rubric: several rewards become one score, and the three outcomes stay distinct."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def waits(completion: str) -> float:
 
 @group_reward
 def longest(rollouts: list[Rollout], at_least: int = 0) -> list[float]:
-    """The longest completion of a group gets 1, if it is long enough."""
+    """Give 1 to the longest completion of a group if it has at least `at_least` characters."""
     best = max(at_least, *(len(r.completion) for r in rollouts), 0)
     return [float(len(r.completion) == best) for r in rollouts]
 
@@ -85,7 +85,7 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
         ([Part(fn=one, weight=-0.5), zero], -0.5, False),
     ],
 )
-def test_three_outcomes_are_kept_apart(parts: list[Any], reward: float | None, error: bool) -> None:
+def test_the_three_outcomes_stay_distinct(parts: list[Any], reward: float | None, error: bool) -> None:
     found = score(parts, rollout())
     assert (found.reward, found.error is not None) == (reward, error)
 
@@ -123,10 +123,10 @@ def test_info_and_sub_parts_are_kept_under_the_name_of_the_part() -> None:
     found = score([Part(fn=detailed, weight=2), one], rollout())
     assert found.parts == {"detailed": 1.0, "one": 1.0, "detailed/tests": 0.5}
     assert found.info == {"detailed": {"why": "because"}}
-    assert found.token_rewards == [0.0, 1.0, 2.0], "what the other part gives is paid for the last token"
+    assert found.token_rewards == [0.0, 1.0, 2.0], "the other part is paid at the last token"
 
 
-def test_what_cannot_be_added_up_is_an_error() -> None:
+def test_rewards_that_cannot_be_added_up_are_an_error() -> None:
     given = rollout()
     given.env_rewards = {"tool": float("nan")}
     found = score([one], given)
@@ -140,7 +140,7 @@ def test_what_cannot_be_added_up_is_an_error() -> None:
     assert found.error is not None and "2 turn rewards for a rollout of 1 turns" in found.error
 
 
-def test_turn_rewards_are_paid_for_the_last_token_of_their_turn() -> None:
+def test_turn_rewards_are_paid_at_the_last_token_of_their_turn() -> None:
     given = rollout(num_tokens=2)
     given.turns += [*rollout(num_tokens=3).turns, *rollout(num_tokens=1).turns]
     by_turn = Score(reward=0.5, turn_rewards=[1.0, -1.0, 0.25])
@@ -159,11 +159,11 @@ def test_a_gated_part_counts_only_where_its_gate_is_above_zero(gate: Any, reward
     assert found.parts["waits"] == 2.0
 
 
-def test_a_gate_that_cannot_judge_decides_nothing() -> None:
+def test_a_gate_that_has_no_score_leaves_its_part_out() -> None:
     assert score([one, Part(fn=abstains, weight=0), Part(fn=waits, gate="abstains")], rollout()).reward == 1.0
     failed = score([one, Part(fn=fails, weight=0), Part(fn=waits, gate="fails")], rollout())
     assert failed.reward is None
-    assert failed.error is not None and "it hangs on fails" in failed.error
+    assert failed.error is not None and "it is gated by fails" in failed.error
 
 
 def test_scale_maps_a_part_to_the_unit_interval() -> None:
@@ -181,7 +181,7 @@ def test_scale_maps_a_part_to_the_unit_interval() -> None:
         (Part(fn=one, args={"x": 1}), "`args` has 'x'"),
     ],
 )
-def test_parts_that_contradict_themselves_are_errors_at_once(part: Part, message: str) -> None:
+def test_a_part_that_contradicts_itself_is_refused_at_once(part: Part, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Rubric([part])
 
@@ -194,7 +194,7 @@ def test_names_are_unique_and_the_first_weighted_one_is_the_accuracy() -> None:
 
 
 @pytest.mark.parametrize("value", ["1", [1], float("nan"), float("inf"), {"a": 1}])
-def test_a_wrong_return_value_is_an_error_of_its_sample(value: Any) -> None:
+def test_a_wrong_return_value_is_an_error_of_its_rollout(value: Any) -> None:
     def wrong(completion: str) -> Any:
         return value if completion == "wrong" else 1.0
 
