@@ -37,7 +37,7 @@ class DPO(Algorithm):
         max_completion_length: of the batch's record; not read here.
 
     References:
-        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms.md`.
+        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms`.
     """
 
     def __init__(self, config: PreferenceConfig, *, max_completion_length: int = 0) -> None:
