@@ -37,7 +37,7 @@ class DPO(Algorithm):
         config: the family's options for pairs.
 
     References:
-        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms.md`.
+        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms`.
     """
 
     def __init__(self, config: options.DPO | options.OnlineDPO) -> None:
