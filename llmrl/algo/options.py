@@ -38,3 +38,8 @@ class Setting:
             f"algo.num_mini_batches {num_mini_batches} exceeds rollout.num_prompts {self.num_prompts}: mini-batches "
             "are made of whole groups; lower it, or raise rollout.num_prompts"
         ]
+
+
+def sampling_batches(options: DynamicSampling | None) -> int:
+    """The cap on the groups drawn for a batch, in batches; 1 without dynamic sampling."""
+    return 1 if options is None else options.max_batches

@@ -114,6 +114,8 @@ def _option(path: str, field: OptionField, indent: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if value is dataclasses.MISSING:
+        return "none: it has to be given"
     if dataclasses.is_dataclass(value):
         return "its own"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrl.algo.preference.options import DPO, KTO
 from llmrl.algo.samples import samples_of
 from llmrl.data.chat import Chat
 from llmrl.data.preferences import PreferenceRow, encode_preferences
@@ -21,7 +22,6 @@ from llmrl.rollout.source import Feed, Source, StartEngine
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Turn
 
 if TYPE_CHECKING:
-    from llmrl.algo.preference.options import DPO, KTO
     from llmrl.data.options import RowsConfig
     from llmrl.train.learner import Learner
     from llmrl.types import Sample, Task
@@ -59,7 +59,7 @@ class PreferenceFeed(Feed):
         self.folder, self.seed, self.rewards = folder, seed, {}
         self.has_reference = options.precompute_ref_log_probs
         for row in (*rows[:1], *eval_rows[:1]):
-            if len(row.completions) == 1 and options.compares_pairs:
+            if len(row.completions) == 1 and isinstance(options, DPO):
                 raise UserError(
                     f"{row.place}: single completions with a label, but algo.name {options.name} compares pairs: use "
                     "algo.name kto, or rows with chosen and rejected"

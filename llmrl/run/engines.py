@@ -51,7 +51,7 @@ def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: P
     from llmrl.engines.hf.engine import HFEngine
 
     return HFEngine(
-        policy.config,
+        policy.model_config,
         weights=policy.weights,
         max_num_seqs=rollout.max_num_seqs,
         dtype=getattr(torch, model.dtype),
@@ -66,7 +66,7 @@ def _vllm(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel:
 
     apart = serves_adapters_apart(model, rollout, policy, parallel.device)
     return VllmEngine(
-        policy.config,
+        policy.model_config,
         options=rollout.vllm or VllmConfig(),
         dtype=model.dtype,
         max_num_seqs=rollout.max_num_seqs,

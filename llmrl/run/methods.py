@@ -18,6 +18,7 @@ from llmrl.algo.ppo.algorithm import PPO
 from llmrl.algo.preference import options as preference
 from llmrl.algo.preference.dpo import DPO
 from llmrl.algo.preference.kto import KTO
+from llmrl.config import Config
 from llmrl.methods.bcoder.algorithm import BCoder
 from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.methods.bcoder.policy import QPolicy, check_start
@@ -31,7 +32,7 @@ from llmrl.types import Task
 
 if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
-    from llmrl.config import AlgoOptions, Config, RunConfig
+    from llmrl.config import AlgoOptions, RunConfig
     from llmrl.data.options import DataConfig, RowsConfig
     from llmrl.data.preferences import PreferenceRow
     from llmrl.model.critic import Critic
@@ -151,6 +152,7 @@ def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_referenc
 
 async def held_out_rates(trainer: Trainer) -> dict[str, float]:
     """Pass rates on the held-out tasks."""
+    assert isinstance(trainer.config, Config), "nothing is sampled in this kind of run"
     options = trainer.config.eval
     rates, _ = await trainer.evaluate(
         trainer.eval_tasks, num_generations=options.num_generations, temperature=options.temperature

@@ -24,9 +24,13 @@ class TrainConfig:
     learning_rate: NotNegative = 1e-6
     """AdamW's learning rate, after warm-up."""
     adam_beta1: Decay = 0.9
+    """Decay of the first moment."""
     adam_beta2: Decay = 0.999
+    """Decay of the second moment."""
     adam_epsilon: Positive = 1e-8
+    """Added to the denominator."""
     weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after `warmup_steps` of linear warm-up."""
     warmup_steps: Natural = 0

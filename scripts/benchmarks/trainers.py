@@ -97,9 +97,8 @@ def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int 
 
 def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
     """`work.config` in TRL's words: the whole batch sampled at once, one update per batch, nothing recomputed."""
-    from trl import GRPOConfig
-
     from llmrl.algo.presets import resolve
+    from trl import GRPOConfig
 
     rollout, algo, train = work.config.rollout, resolve(work.config.algo), work.config.train
     num_rollouts = rollout.num_prompts * rollout.num_generations

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmrl.algo.critic_presets import resolve_critic
+from llmrl.algo.presets import resolve
 from torch import Tensor
 
 from llmrl.algo.base import Algorithm
-from llmrl.algo.critic_presets import resolve_critic
-from llmrl.algo.presets import resolve
 from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutConfig, TrainConfig
 from llmrl.model.critic import build_critic
 from llmrl.model.load import add_lora

@@ -7,6 +7,7 @@ and covariance masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from llmrl.algo.ops import advantages as adv
 from llmrl.algo.ops import corrections, kl, losses, masks
 from llmrl.algo.ops.mixing import mixed_rewards
 from llmrl.algo.ops.reduce import GROUP_TOKENS, aggregate
+from llmrl.algo.options import sampling_batches
 from llmrl.algo.policy_gradient import refine as steps
 from llmrl.algo.policy_gradient.options import (
     Bypass,
@@ -70,23 +72,22 @@ class PolicyLoss(Algorithm):
         self.num_rollouts = 0
         self.beta = options.beta
 
-    def _needs(self, **more: Any) -> Needs:
-        """What the loss reads, and `more`."""
+    def _needs(self) -> Needs:
+        """What the loss reads; a subclass adds to it."""
         o = self.loss_options
         full = o.kl_in_loss is not None and o.kl_in_loss.estimator == "full"
         entropies, covariance = o.top_entropy_quantile < 1, isinstance(o.loss, ClipCov | KlCov)
         in_reward = o.kl_in_reward is not None
-        needs: dict[str, Any] = {
-            "ref_logprobs": self.beta > 0 and not full,
-            "full_kl": full,
-            "every_sample": self.beta > 0 or o.entropy_coef > 0 or o.whiten,
-            "entropy_gradient": o.entropy_coef > 0,
-            "old_logprobs": in_reward or covariance,
-            "rollout_as_old": isinstance(o.sampler, Bypass),
-            "old_entropies": entropies,
-            "refine": in_reward or entropies or covariance,
-        }
-        return Needs(**{name: needs.get(name) or more.get(name) or False for name in needs | more})
+        return Needs(
+            ref_logprobs=self.beta > 0 and not full,
+            full_kl=full,
+            every_sample=self.beta > 0 or o.entropy_coef > 0 or o.whiten,
+            entropy_gradient=o.entropy_coef > 0,
+            old_logprobs=in_reward or covariance,
+            rollout_as_old=isinstance(o.sampler, Bypass),
+            old_entropies=entropies,
+            refine=in_reward or entropies or covariance,
+        )
 
     # --- stage 4 ---
 
@@ -248,13 +249,15 @@ class GRPO(PolicyLoss):
         super().__init__(options, max_completion_length=max_completion_length, rewards=rewards)
         self.options = options
         per_token, weighted = isinstance(options.baseline, OptimalToken), options.token_weighting is not None
-        self.needs = self._needs(
-            old_logprobs=per_token,
+        needs = self._needs()
+        self.needs = dataclasses.replace(
+            needs,
+            old_logprobs=needs.old_logprobs or per_token,
             collisions=per_token,
             influence=weighted,
             greedy_reward=isinstance(options.baseline, Greedy),
-            sampling_batches=1 if options.dynamic_sampling is None else options.dynamic_sampling.max_batches,
-            refine=per_token or weighted,
+            sampling_batches=sampling_batches(options.dynamic_sampling),
+            refine=needs.refine or per_token or weighted,
         )
 
     # --- stage 4 ---

@@ -7,6 +7,7 @@ penalty in the reward), `refine` makes advantages and the critic's targets of th
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class PPO(PolicyLoss):
     ) -> None:
         super().__init__(options, max_completion_length=max_completion_length, rewards=rewards)
         self.options = options
-        self.needs = self._needs(values=True, every_sample=True, refine=True)
+        self.needs = dataclasses.replace(self._needs(), values=True, every_sample=True, refine=True)
         self.policy_frozen = options.warmup is not None
         self.warmup_variances: list[float] = []
         """Explained variance of each step of value pre-training."""

@@ -56,7 +56,7 @@ class PPO(PolicyLossOptions):
     """Rewards of tokens and a critic's values -> advantages -> a policy-gradient loss and the critic's loss."""
 
     name: str = "ppo"
-    """The preset; what is given beside it lies over it."""
+    """The preset. Options given beside it override it."""
     use_token_rewards: bool = True
     """Where a verifier gives dense rewards, pay these instead of the reward at the end."""
     positive_lm_coef: NotNegative = 0.0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-
 from llmrl.algo.presets import (
     GRPO,
     PRESETS,
@@ -20,6 +19,7 @@ from llmrl.algo.presets import (
     describe,
     resolve,
 )
+
 from llmrl.config import AlgoConfig, Config, Preset, RewardConfig, RolloutConfig, load_config, save_config, validate
 from llmrl.errors import UserError
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmrl.config.algo import AlgoConfig
 from safetensors.torch import load_file
 
 from llmrl import Trainer
 from llmrl.cli import run
 from llmrl.config import BCoderConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, validate
-from llmrl.config.algo import AlgoConfig
 from llmrl.data.chat import Chat
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.engines.base import FakeEngine
