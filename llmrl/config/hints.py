@@ -77,15 +77,16 @@ MOVED = {
     "preference.undesirable_weight": "algo.loss.undesirable_weight",
     "preference.ref_model_sync_steps": "algo.reference.steps",
     "preference.ref_model_mixup_alpha": "algo.reference.alpha",
-    "preference": "algo",
     "bcoder.stage": "algo.stage.kind",
     "bcoder.value_hidden_size": "algo.stage.hidden_size",
     "bcoder.q_coef": "algo.stage.q_coef",
     "bcoder.adv_coef": "algo.stage.adv_coef",
     "bcoder.ce_coef": "algo.stage.ce_coef",
-    "bcoder": "algo",
 }
-"""Where an option of before is now, by its dotted path; a whole section by its name."""
+"""Where an option of before is now, by its dotted path."""
+
+MOVED_SECTIONS = ("preference", "bcoder")
+"""Sections of before, whose options are those of `algo` now."""
 
 TRL = {
     "per_device_train_batch_size": "rollout.num_prompts (tasks per step) and train.max_tokens_per_micro_batch",
@@ -200,6 +201,16 @@ def readers(name: str, path: str) -> list[str]:
         if place == parent and field.tagged:
             found += [f"kind {kind}" for kind, cls in field.members.items() if name in option_fields(cls)]
     return list(dict.fromkeys(found))
+
+
+def moved_section(name: str) -> str | None:
+    """`name` where it was a section before."""
+    return name if name in MOVED_SECTIONS else None
+
+
+def moved(path: str, section: str) -> str:
+    """Where an option of a section of before is now."""
+    return MOVED.get(path, f"algo{path.removeprefix(section)}")
 
 
 def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:

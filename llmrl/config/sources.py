@@ -100,6 +100,8 @@ def typed_value(text: str, where: str, source: int) -> Any:
 
 def given_tree(value: Any, where: str, source: int, *, typed: bool) -> Any:
     """Mappings as trees, anything else as `Given`."""
+    if isinstance(value, Given):
+        return value
     if isinstance(value, dict):
         return {str(k): given_tree(v, where, source, typed=typed) for k, v in value.items()}
     return Given(value, where, source, typed)
@@ -157,9 +159,28 @@ def _mapping(loader: Any, node: Any, file: str, source: int) -> Tree:
             raise UserError(f"{where}: {name} is there twice; remove one")
         if isinstance(value, yaml.MappingNode):
             tree[name] = _mapping(loader, value, file, source)
+        elif isinstance(value, yaml.SequenceNode):
+            tree[name] = Given([_item(loader, item, file, source) for item in value.value], where, source)
         else:
             tree[name] = Given(loader.construct_object(value, deep=True), where, source)
     return tree
+
+
+def _item(loader: Any, node: Any, file: str, source: int) -> Any:
+    """An entry of a list: a mapping keeps the places of its values, since it may be a list of options."""
+    import yaml
+
+    is_mapping = isinstance(node, yaml.MappingNode)
+    return _mapping(loader, node, file, source) if is_mapping else loader.construct_object(node, deep=True)
+
+
+def without_places(value: Any) -> Any:
+    """A tree, or a value that holds trees, as plain values."""
+    if isinstance(value, Given):
+        return without_places(value.value)
+    if isinstance(value, dict):
+        return {name: without_places(inner) for name, inner in value.items()}
+    return [without_places(item) for item in value] if isinstance(value, list) else value
 
 
 def _problem(error: Any) -> str:
