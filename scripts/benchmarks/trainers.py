@@ -1,6 +1,6 @@
 """The same work done twice: by llmrl's Trainer, and by TRL's GRPOTrainer with the same settings.
 
-A `Work` and a hook that is called at the beginning of every step (and at the end) in; what each step did out.
+In: a `Work`, and a hook that is called at the beginning of every step and at the end. Out: statistics of each step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from benchmarks.workloads import Work
 
 StepHook = Callable[[int, Any], None]
-"""(step that begins now, from 0; the model being trained). Also called once after the last step."""
+"""Called with the step that begins, from 0, and the model being trained; also once after the last step."""
 
 
 def preload() -> None:
-    """Import what both sides need, so that memory and time of imports are nobody's cost."""
+    """Import what both sides need, so that neither side is charged for the memory and time of imports."""
     import datasets  # noqa: F401
     import math_verify  # noqa: F401
     import trl.trainer.grpo_trainer  # noqa: F401
@@ -33,10 +33,10 @@ def preload() -> None:
 
 
 def train_ours(work: Work, num_steps: int, hook: StepHook) -> list[dict[str, float]]:
-    """Train `num_steps` steps with llmrl; reward, tokens, loss and grad_norm of each."""
+    """Train `num_steps` steps with llmrl; return reward, tokens, loss and grad_norm of each."""
     from llmrl import Trainer
 
-    # The schedule is constant, so the step too many changes nothing; its checkpoint falls after the last mark.
+    # One step more than measured: the schedule is constant, so it changes nothing, and it writes the checkpoint.
     work.config.train.max_steps = num_steps + 1
     trainer = Trainer(work.config, processing_class=work.tokenizer, reward=work.reward, train_dataset=work.rows)
     next_tasks, begun = trainer.sampler.next, iter(range(num_steps + 1))
@@ -58,7 +58,7 @@ def train_ours(work: Work, num_steps: int, hook: StepHook) -> list[dict[str, flo
 
 
 def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int = 1) -> list[dict[str, float]]:
-    """The same with TRL, in its cheapest configuration for a CPU."""
+    """Train with TRL in its cheapest configuration for a CPU; return the same."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
@@ -66,7 +66,7 @@ def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int 
 
     class Hook(TrainerCallback):
         def on_train_begin(self, args, state, control, *, lr_scheduler, **_):
-            # Its warm-up counts from 0, so that its first update has learning rate 0; ours counts from 1.
+            # TRL's warm-up counts from 0, so its first update would have learning rate 0; llmrl counts from 1.
             lr_scheduler.step()
 
         def on_step_begin(self, args, state, control, *, model, **_):
@@ -96,7 +96,7 @@ def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int 
 
 
 def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
-    """`work.config` in TRL's words: the whole batch sampled at once, one update per batch, nothing recomputed."""
+    """Return `work.config` as TRL's: the whole batch sampled at once, one update per batch, nothing recomputed."""
     from trl import GRPOConfig
 
     from llmrl.algo.presets import resolve
@@ -140,7 +140,7 @@ def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
 
 
 def trl_reward(work: Work) -> Callable[..., list[float | None]]:
-    """The work's reward as TRL calls it."""
+    """Return the work's reward in the form that TRL calls."""
     if work.reward is not None:
 
         def synthetic(completions: list[str], **_: Any) -> list[float | None]:
