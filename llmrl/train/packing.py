@@ -106,7 +106,7 @@ def _place(
     unit: list[int], space: list[int], lengths: Sequence[int], width: int, packing: bool
 ) -> tuple[list[int], list[int]]:
     """The first row with room for each sequence of a unit, or a new one; and the space that is then left in each."""
-    space, places = [*space], []
+    space, places = [*space], list[int]()
     for i in unit:
         row = next((r for r, free in enumerate(space) if free >= lengths[i]), None) if packing else None
         if row is None:
@@ -142,7 +142,7 @@ def build_micro_batch(
     shape = (max(1, len(rows)), width)
     input_ids, position_ids, segment_ids, branch_ids = (np.zeros(shape, np.int64) for _ in range(4))
     chosen: list[int] = []
-    predict_from, targets = [], []
+    predict_from, targets = list[np.ndarray](), list[np.ndarray]()
     for r, row in enumerate(rows):
         column = 0
         for segment, tree in enumerate((trees[i] for i in row), start=1):
@@ -168,29 +168,29 @@ def build_micro_batch(
 
     def stream(name: str) -> torch.Tensor | None:
         values = [getattr(sample, name) for sample in picked]
-        return None if any(v is None for v in values) else _to_device(_concatenate(values, np.float32), device)
+        return None if any(v is None for v in values) else to_tensor(_concatenate(values, np.float32), device)
 
-    segments = _to_device(segment_ids, device)
+    segments = to_tensor(segment_ids, device)
     masked = any(len(trees[i].samples) > 1 for row in rows for i in row)
     head = 0
     if causal_head:
         masked |= any(len(row) > 1 or trees[row[0]].length < width for row in rows)
         head = causal_length([[trees[i] for i in row] for row in rows])
     return MicroBatch(
-        input_ids=_to_device(input_ids, device),
-        position_ids=_to_device(position_ids, device),
+        input_ids=to_tensor(input_ids, device),
+        position_ids=to_tensor(position_ids, device),
         segment_ids=segments,
-        attention_mask=tree_mask(segments, _to_device(branch_ids, device), skip=head) if masked else None,
-        targets=_to_device(_concatenate(targets, np.int64), device),
-        predict_from=_to_device(_concatenate(predict_from, np.int64), device),
-        sequence_ids=_to_device(np.repeat(np.arange(len(picked)), lengths), device),
-        sequence_lengths=_to_device(np.asarray(lengths, np.int64), device),
+        attention_mask=tree_mask(segments, to_tensor(branch_ids, device), skip=head) if masked else None,
+        targets=to_tensor(_concatenate(targets, np.int64), device),
+        predict_from=to_tensor(_concatenate(predict_from, np.int64), device),
+        sequence_ids=to_tensor(np.repeat(np.arange(len(picked)), lengths), device),
+        sequence_lengths=to_tensor(np.asarray(lengths, np.int64), device),
         advantages=stream("advantages"),  # pyright: ignore[reportArgumentType]
         rollout_logprobs=stream("rollout_logprobs"),  # pyright: ignore[reportArgumentType]
         old_logprobs=stream("old_logprobs"),
         ref_logprobs=stream("ref_logprobs"),
         extras={
-            name: _to_device(_concatenate([s.extras[name] for s in picked], np.float32), device)
+            name: to_tensor(_concatenate([s.extras[name] for s in picked], np.float32), device)
             for name in (picked[0].extras if picked else ())
         },
         sample_indices=chosen,
@@ -254,9 +254,11 @@ class Layout:
         return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
 
 
-def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+def to_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copy an array to a device."""
+    tensor: torch.Tensor = torch.from_numpy(np.ascontiguousarray(array))  # pyright: ignore[reportUnknownMemberType]
+    return tensor.to(device, non_blocking=True)

@@ -55,7 +55,7 @@ class Cost:
 
 def layer_cost(policy: Policy) -> Cost:
     """Return what one decoder layer of the policy computes per token and per pair of tokens."""
-    config, model = policy.model_config.get_text_config(), policy.causal_lm
+    config, model = policy.text_config, policy.causal_lm
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings.add(id(policy.module.head().weight))
     inside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
@@ -108,7 +108,7 @@ def _branch_counts(num_samples: int, prefix: int) -> list[int]:
 
 def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_branches: int) -> list[Tree]:
     """Deal `members`, in order, into trees of `num_branches`."""
-    trees = []
+    trees: list[Tree] = []
     for start in range(0, len(members), num_branches):
         chosen = tuple(members[start : start + num_branches])
         shared = prefix if len(chosen) > 1 else 0
