@@ -27,7 +27,7 @@ def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[Mi
 
     Args:
         layout: how samples become micro-batches.
-        samples: where the streams belong; nothing happens without any.
+        samples: where the streams are set.
         compute: gives the streams of a micro-batch, by name.
     """
     if not samples:
