@@ -29,7 +29,7 @@ MAX_COMPLETION_LENGTH = 16
 
 
 def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """A model of a few thousand parameters whose weights are large enough for its log-probabilities to differ."""
+    """Build a model of a few thousand parameters, with weights large enough for its log-probabilities to differ."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
     model = build_tiny_model(arch, vocab_size=VOCABULARY, seed=seed, **(sizes | overrides))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -40,8 +40,11 @@ def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch
 
 
 def make_samples(seed: int, *, groups: int = 3, size: int = 3) -> list[Sample]:
-    """Ragged samples: groups share their prompt (but for one rollout in five), some have an observation inside, one in
-    four has no advantage."""
+    """Make ragged samples.
+
+    Groups share their prompt, except for one rollout in five. Some samples have an observation inside, and one in four
+    has no advantage.
+    """
     random = np.random.default_rng(seed)
     samples = []
     for group in range(groups):
@@ -78,7 +81,7 @@ def train_batch(samples: list[Sample]) -> TrainBatch:
 def make_config(
     output_dir: str | Path = "unused", *, algo: dict[str, Any] | None = None, train: dict[str, Any] | None = None
 ) -> Config:
-    """`adam_epsilon` is large, so that Adam does not blow up the rounding of gradients that are nearly zero."""
+    """Make a configuration. `adam_epsilon` is large: a small one would blow up the rounding of tiny gradients."""
     defaults: dict[str, Any] = {"learning_rate": 0.1, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
     return Config(
         rollout=RolloutConfig(max_completion_length=MAX_COMPLETION_LENGTH),
@@ -88,7 +91,7 @@ def make_config(
 
 
 def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch.nn.Module:
-    """Adapters that already do something: peft starts them at zero."""
+    """Add adapters that already do something; peft starts them at zero."""
     wrapped = add_lora(model, LoraConfig(**({"r": 4, "lora_alpha": 4} | options)), seed=seed)
     generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
@@ -99,7 +102,7 @@ def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch
 
 
 def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> Algorithm:
-    """The algorithm of these options, as a run would build it."""
+    """Build the algorithm of these options as a run would."""
     config = make_config(algo=algo)
     config.rollout.max_completion_length = max_completion_length
     return make_algorithm(config)
@@ -118,7 +121,7 @@ def make_learner(
 def make_ppo_learner(
     kind: str, *, lora: bool = False, seed: int = 0, parallel: Parallel | None = None, **options: Any
 ) -> tuple[Learner, Algorithm]:
-    """PPO with a critic of this kind. Its head and adapters are not at zero, as they would be at the start.
+    """Build PPO with a critic of this kind, whose head and adapters are not at zero as they would be at the start.
 
     Args:
         kind: `critic.kind`.
@@ -152,8 +155,10 @@ def make_ppo_learner(
 
 
 def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGroup]:
-    """Groups with a prompt in common; one rollout in three has a second turn behind an observation, one a rewritten
-    context; rewards of all kinds, some of them dense."""
+    """Make groups with a common prompt and rewards of all kinds, some of them dense.
+
+    Of three rollouts one has a second turn after an observation, and one a rewritten context.
+    """
     random = np.random.default_rng(seed)
     groups = []
     for number in range(count):
@@ -183,7 +188,7 @@ def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGr
 
 
 def move(module: torch.nn.Module, *, seed: int) -> None:
-    """A small random step of all parameters."""
+    """Take a small random step with all parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -223,7 +228,7 @@ def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample
 
 
 def assert_same(found: Outcome, expected: Outcome, *, tolerance: float = 1e-6) -> None:
-    """Loss, gradient norm, gradients and parameters agree; the tolerance is relative where values are above 1."""
+    """Check loss, gradient norm, gradients and parameters; the tolerance is relative where values are above 1."""
     for key in ("loss/total", "policy/grad_norm"):
         assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=tolerance, abs=tolerance), key
     for what in ("gradients", "parameters"):
