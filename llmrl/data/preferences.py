@@ -258,21 +258,21 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PreferenceCollector:
-    """Gives rows of a dataset in the form of scored rollouts, as `rollout.Collector` does.
+    """Gives rows of a dataset in the shape in which `rollout.Collector` gives scored rollouts.
 
     Args:
-        rows: all rows of training and evaluation, with token ids.
+        rows: all that may be asked for, training and evaluation, with token ids.
     """
 
     def __init__(self, rows: Iterable[PreferenceRow]) -> None:
         self.rows = {row.task.id: row for row in rows}
 
     async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
-        """Return a group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
+        """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
         return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
 
     def group(self, task: Task, position: int = 0) -> RolloutGroup:
-        """Return the group of one task."""
+        """The group of one task."""
         row = self.rows[task.id]
         rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
         return RolloutGroup(task=task, rollouts=rollouts, position=position)
@@ -283,7 +283,7 @@ class PreferenceCollector:
         turn = Turn(
             prompt_ids=row.prompt_ids,
             completion_ids=ids,
-            rollout_logprobs=[0.0] * len(ids),  # not sampled: `TrainBatch.sampled` is False
+            rollout_logprobs=[0.0] * len(ids),  # no sampler drew them: `TrainBatch.sampled` is False
             finish="stop",
             policy_version=(0, 0),
             message=messages[0],

@@ -68,16 +68,16 @@ def correction_weights(
 def of_batch(
     config: AlgoConfig, old_logprobs: Float[Tensor, " M"], batch: MicroBatch, counts: Counts
 ) -> tuple[Float[Tensor, " M"] | None, dict[str, Tensor]]:
-    """Compute the weights that `config` (resolved) chooses, None where it chooses none, and shares of their metrics.
+    """Weights that `config` (resolved) asks for, None where it asks for none, and shares of their metrics.
 
-    Multiply the policy loss of each token by its weight, before a KL penalty is added. Masked tokens stay in the
+    Multiply the policy loss of each token by them, before a KL penalty is added. Tokens that are masked stay in the
     denominators.
 
     Args:
         config: `vllm_importance_sampling_mode` and its bounds are read.
-        old_logprobs: `batch.old_logprobs`, or the policy's current ones where the batch has none: with a single
-            optimizer step per batch they are equal.
-        batch: holds the sampler's log-probabilities.
+        old_logprobs: `batch.old_logprobs`, or the policy's own where the batch has none: with a single optimizer step
+            per batch they are the same.
+        batch: gives the sampler's log-probabilities.
         counts: the global denominators.
     """
     mode = config.vllm_importance_sampling_mode
