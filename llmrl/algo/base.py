@@ -38,6 +38,8 @@ class Needs:
     none of the three above is asked for, `reweight` does, group by group, while the group is trained on."""
     values: bool = False
     """`extras["old_values"]`: the critic's values of the states before each token, before `refine`."""
+    sampling_batches: int = 1
+    """Dynamic sampling: draw further groups in place of those without signal, up to this many batches; 1 is off."""
     greedy_reward: bool = False
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     policy_streams: bool = False

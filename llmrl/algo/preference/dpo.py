@@ -14,6 +14,7 @@ import torch
 
 from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
+from llmrl.algo.options import sampling_batches
 from llmrl.algo.preference import loss_options, options
 from llmrl.algo.preference.hierarchy import net_wins
 from llmrl.algo.preference.pairs import Rollouts, attach_pairs, choose_pairs, rollouts_of
@@ -37,12 +38,13 @@ class DPO(Algorithm):
         config: the family's options for pairs.
 
     References:
-        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms.md`.
+        Rafailov et al. 2023, arXiv:2305.18290; for the others see `preference_losses.py` and `docs/algorithms`.
     """
 
     def __init__(self, config: options.DPO | options.OnlineDPO) -> None:
         self.config = config
         self.num_iterations, self.num_mini_batches = config.num_iterations, config.num_mini_batches
+        online = config if isinstance(config, options.OnlineDPO) else None
         self.needs = Needs(
             ref_logprobs=config.needs_reference,
             every_sample=True,
@@ -51,6 +53,7 @@ class DPO(Algorithm):
             refine=config.sorts_batch,
             whole_groups=True,
             ref_sync=ref_sync(config),
+            sampling_batches=sampling_batches(online.dynamic_sampling if online else None),
         )
 
     # --- stage 4 ---

@@ -9,6 +9,7 @@ import torch
 
 from llmrl.algo.base import Algorithm, Needs
 from llmrl.algo.ops import preference_losses as losses
+from llmrl.algo.options import sampling_batches
 from llmrl.algo.preference import loss_options, options
 from llmrl.algo.preference.dpo import ref_sync
 from llmrl.algo.samples import samples_of
@@ -42,7 +43,14 @@ class KTO(Algorithm):
         self.num_iterations, self.num_mini_batches = config.num_iterations, config.num_mini_batches
         self.kl = 0.0
         self.estimates_kl = isinstance(config.loss, loss_options.KtoLoss)
-        self.needs = Needs(ref_logprobs=True, every_sample=True, refine=self.estimates_kl, ref_sync=ref_sync(config))
+        online = config if isinstance(config, options.OnlineKTO) else None
+        self.needs = Needs(
+            ref_logprobs=True,
+            every_sample=True,
+            refine=self.estimates_kl,
+            ref_sync=ref_sync(config),
+            sampling_batches=sampling_batches(online.dynamic_sampling if online else None),
+        )
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
         """Stage 4: label completions (advantage 1 or -1); for `kto`, also put each behind another group's prompt."""

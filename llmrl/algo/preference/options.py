@@ -7,12 +7,11 @@ anything loads.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, MinLen
 
-from llmrl.algo.options import DynamicSampling
+from llmrl.algo.options import DynamicSampling, Setting
 from llmrl.algo.preference.loss_options import (
     Divergence,
     Ipo,
@@ -70,10 +69,24 @@ class PreferenceOptions:
     num_mini_batches: Count = 1
     """Optimizer steps per pass."""
     reference: MovingReference | None = None
-    """How the reference follows the policy. None: it never moves."""
+    """How the reference follows the policy. Default: it never moves."""
 
     def findings(self) -> list[str]:
         """Return what is wrong among these options: one line each, with the fix."""
+        return []
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
+        found = setting.mini_batch_findings(self.num_mini_batches)
+        if self.reference is not None and setting.has_adapters:
+            found.append(
+                "algo.reference cannot move a reference that is the model without its adapters: remove model.lora, or "
+                "algo.reference"
+            )
+        return found
+
+    def cautions(self) -> list[str]:
+        """Return settings that are allowed but rarely intended: one line each."""
         return []
 
 
@@ -86,7 +99,7 @@ class PairOptions(PreferenceOptions):
     divergence: Divergence = ReverseKl()
     """What ties the policy to the reference. Others than reverse_kl need a loss of the difference of two scores."""
     ld_alpha: Share | None = None
-    """LD-DPO: weight of the tokens beyond the shorter completion's length. None: all tokens count alike."""
+    """LD-DPO: weight of the tokens beyond the shorter completion's length. Default: all tokens count equally."""
     use_weighting: bool = False
     """WPO: weight each pair by how likely the policy itself would have written it."""
 
@@ -194,6 +207,16 @@ class OnlineDPO(PairOptions):
     dynamic_sampling: DynamicSampling | None = None
     """Draw further tasks in place of groups whose accuracies are all equal."""
 
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
+        found = super().findings_with(setting)
+        if setting.num_generations is not None and setting.num_generations < 2:
+            found.append(
+                f"rollout.num_generations is {setting.num_generations}, but a pair needs two rollouts: set it to 2 or "
+                "more"
+            )
+        return found
+
     def findings(self) -> list[str]:
         """Return what is wrong among these options: one line each, with the fix."""
         found = super().findings()
@@ -206,23 +229,37 @@ class OnlineDPO(PairOptions):
 
 
 @option
-class KTO(DatasetOptions):
+class LabelOptions(PreferenceOptions):
+    """What runs on single completions read."""
+
+    loss: LossOfLabels = KtoLoss()
+    """The loss of a completion."""
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
+        found = super().findings_with(setting)
+        if isinstance(self.loss, KtoLoss) and setting.num_prompts < 2:
+            found.append(
+                f"rollout.num_prompts is {setting.num_prompts}, but algo.loss kto estimates the KL with completions of "
+                "other prompts: set rollout.num_prompts to 2 or more"
+            )
+        return found
+
+
+@option
+class KTO(DatasetOptions, LabelOptions):
     """Single completions from a dataset: rows with prompt, completion and label. Nothing is sampled."""
 
     name: str = "kto"
     """Name of the preset."""
-    loss: LossOfLabels = KtoLoss()
-    """The loss of a completion."""
 
 
 @option
-class OnlineKTO(PreferenceOptions):
+class OnlineKTO(LabelOptions):
     """The policy's own rollouts, desirable or not by their rewards."""
 
     name: str = "online_kto"
     """Name of the preset."""
-    loss: LossOfLabels = KtoLoss()
-    """The loss of a completion."""
     desirable_above: float = 0.5
     """Completions with a reward above this are desirable."""
     dynamic_sampling: DynamicSampling | None = None
@@ -241,57 +278,3 @@ PRESETS: dict[str, Preference] = {
     "kto": KTO(),
     "online_kto": OnlineKTO(),
 }
-
-
-def findings_with(
-    options: Preference, *, num_prompts: int, num_generations: int | None, has_adapters: bool
-) -> list[str]:
-    """Return what is wrong between the options and the rest of a configuration: one line each, with the fix.
-
-    Args:
-        options: the family's options.
-        num_prompts: groups (or rows of a dataset) per batch.
-        num_generations: rollouts per group; None where nothing is sampled.
-        has_adapters: whether the policy trains LoRA adapters.
-    """
-    rules = {
-        "algo.reference cannot move a reference that is the model without its adapters: remove model.lora, or "
-        "algo.reference":
-            options.reference is not None and has_adapters,
-        f"rollout.num_prompts is {num_prompts}, but algo.loss kto estimates the KL with completions of other prompts: "
-        "set rollout.num_prompts to 2 or more":
-            isinstance(options.loss, KtoLoss) and num_prompts < 2,
-        f"algo.num_mini_batches {options.num_mini_batches} exceeds rollout.num_prompts {num_prompts}, but mini-batches "
-        "are made of whole groups: lower it":
-            options.num_mini_batches > num_prompts,
-        f"rollout.num_generations is {num_generations}, but a pair needs two rollouts: set it to 2 or more":
-            isinstance(options, OnlineDPO) and num_generations is not None and num_generations < 2,
-    }  # fmt: skip
-    return [text for text, wrong in rules.items() if wrong]
-
-
-# --- for the console --------------------------------------------------------------------------------------------------
-
-
-def describe(options: Preference) -> str:
-    """Return a line for the console: what is compared, where it comes from, and by which loss."""
-    offline = isinstance(options, DatasetOptions)
-    where = "the dataset's preferences" if offline else "preferences among the policy's own rollouts"
-    usual = {"name": options.name, "num_iterations": "1", "num_mini_batches": "1", "divergence": "reverse_kl"}
-    texts = {field.name: _as_text(getattr(options, field.name)) for field in dataclasses.fields(options)}
-    shown = [f"{name} {text}" for name, text in texts.items() if text and text != usual.get(name)]
-    return f"algorithm {options.name} on {where}: {', '.join(shown)}"
-
-
-def _as_text(value: Any) -> str:
-    """Return one option as text, '' where it is off; nested options as `simpo (beta 2.0, gamma 1.0)`."""
-    if isinstance(value, Sum):
-        return " + ".join(map(_as_text, value.terms))
-    if isinstance(value, list):
-        return " > ".join(level.part for level in cast("list[Level]", value))
-    if not dataclasses.is_dataclass(value):
-        return str(value) if value else ""
-    texts = {field.name: _as_text(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    kind = texts.pop("kind", "")
-    inner = ", ".join(f"{name} {text}" for name, text in texts.items() if text and (name, text) != ("weight", "1.0"))
-    return " ".join([kind] * bool(kind) + [f"({inner})"] * bool(inner))
