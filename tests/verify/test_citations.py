@@ -201,6 +201,7 @@ def test_a_text_is_shown_once() -> None:
         ("It says \u00abthe town lies on the right bank\u00bb [[1](https://a)].", False),
         ('It says "The town lies on ... bank of the Danube river" [[1](https://a)].', False),
         ('It says "Old Rivers The town lies on the left bank" [[1](https://a)].', False),
+        ('It says "Old Rivers | The town lies on the left bank" [[1](https://a)].', False),
         ('"the town lies on the left bank" and ' * 101 + "[[1](https://a)].", False),
     ],
 )
