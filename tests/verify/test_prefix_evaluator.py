@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from hypothesis import strategies as st
 
 from llmrl.errors import UserError
 from llmrl.tiny import byte_tokenizer
-from llmrl.types import Message, Rollout, RolloutGroup, Task, Turn
+from llmrl.types import Message, Rollout, Task, Turn
 from llmrl.verify.models.prefix_evaluator import (
     PrefixEvaluator,
     get_prefix_evaluator,
     segment_ends,
     telescoping_rewards,
 )
-from llmrl.verify.rubric import Part, Rubric
+from llmrl.verify.rubric import Part
 from tests.verify.classifiers import save_classifier
+from tests.verify.rollouts import score_together
 
 NEWLINE = ord("\n")
 STOP = 257
@@ -49,15 +49,7 @@ def rollout(prompt: str, completion: str, *, index: int = 0, finish: Any = "stop
 
 
 def score(rollouts: list[Rollout], **args: Any) -> None:
-    rubric = Rubric([Part(fn="rewards/ircoco.py:ircoco", args=args)])
-
-    async def main() -> None:
-        try:
-            await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        finally:
-            await rubric.close()
-
-    asyncio.run(main())
+    score_together([Part(fn="rewards/ircoco.py:ircoco", args=args)], rollouts)
 
 
 @settings(deadline=None)

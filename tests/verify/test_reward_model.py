@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from llmrl.errors import UserError
-from llmrl.types import Message, RolloutGroup
+from llmrl.types import Message
 from llmrl.verify.models.classifier import RewardModel, get_reward_model
 from llmrl.verify.rows import row_to_rollout
-from llmrl.verify.rubric import Part, Rubric
+from llmrl.verify.rubric import Part
 from tests.verify.classifiers import save_classifier
+from tests.verify.rollouts import score_together
 
 SPEC = "rewards/reward_model.py:reward_model"
 
@@ -61,16 +62,8 @@ def test_groups_that_arrive_together_share_a_forward_pass(folder: Path) -> None:
 
 
 def score(args: dict[str, Any], texts: list[str]) -> list[Any]:
-    rubric = Rubric([Part(fn=SPEC, args=args)])
     rollouts = [row_to_rollout({"prompt": "Say something.", "completion": text}, name="r") for text in texts]
-
-    async def main() -> None:
-        try:
-            await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        finally:
-            await rubric.close()
-
-    asyncio.run(main())
+    score_together([Part(fn=SPEC, args=args)], rollouts)
     return [rollout.score for rollout in rollouts]
 
 
@@ -126,17 +119,12 @@ def test_heron_ranks_a_group_by_the_rewards_beside_it() -> None:
         return -float(len(completion))
 
     levels = [{"part": "right"}, {"part": "brief"}]
-    rubric = Rubric([
+    parts = [
         Part(fn=right, weight=0.0),
         Part(fn=brief, weight=0.0),
         Part(fn="rewards/heron.py:heron", args={"levels": levels}),
-    ])  # fmt: skip
+    ]
     texts = ["4", "it is 4", "5", "it is 5"]
     rollouts = [row_to_rollout({"prompt": "2 + 2?", "completion": text}, name="r") for text in texts]
-
-    async def main() -> None:
-        await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        await rubric.close()
-
-    asyncio.run(main())
+    score_together(parts, rollouts)
     assert [r.score.reward for r in rollouts if r.score] == pytest.approx([1, 1 / 3, -1 / 3, -1])
