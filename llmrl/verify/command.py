@@ -198,9 +198,9 @@ def replacing(file: Path) -> Iterator[IO[str]]:
         RunFailed: writing failed.
     """
     is_device = file.exists() and not file.is_file()  # /dev/stdout and the like cannot be replaced: write directly
-    beside = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    written = file if is_device else file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        output = beside.open("w", encoding="utf-8", newline="\n")
+        output = written.open("w", encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"--output {file}: cannot be written: {error.strerror}") from None
     try:
@@ -210,13 +210,13 @@ def replacing(file: Path) -> Iterator[IO[str]]:
             if not is_device:
                 os.fsync(output.fileno())
         if not is_device:
-            beside.replace(file)
+            written.replace(file)
     except OSError as error:
         hint = "; free some space or choose another disk" if error.errno == errno.ENOSPC else ""
         raise RunFailed(f"--output {file}: writing failed: {error.strerror}{hint}. Nothing was left behind.") from None
     finally:
         if not is_device:
-            beside.unlink(missing_ok=True)
+            written.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ def _verdict(ended: ProgramEnded) -> Verdict:
 
 
 def _one_check(check: Callable[[int], bool], index: int, session: Session) -> TestResult:
-    """Run one test. A program that ended has failed it, whatever the test code catches."""
+    """Run one test. If the program ended, it has failed, even if the test code caught the exception."""
     result = TestResult(verdict="wrong")
     try:
         if check(index):
