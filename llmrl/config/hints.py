@@ -185,8 +185,14 @@ def _everything() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def readers(name: str, path: str) -> list[str]:
-    """Kinds and presets that read the option `name` at `path`, other than the one that was chosen."""
+def readers(name: str, path: str, root: type) -> list[str]:
+    """Kinds and presets that read the option `name` at `path`, other than the one that was chosen.
+
+    Args:
+        name: the option.
+        path: where it was given, with a dot at its end.
+        root: the class of the whole configuration: a recipe's has sections of its own.
+    """
     from llmrl.config.config import PRESETS, Config
 
     found: list[str] = []
@@ -197,7 +203,7 @@ def readers(name: str, path: str) -> list[str]:
                 found += [f"kind {kind}" for kind, cls in field.members.items() if name in option_fields(cls)]
         if parent == "algo" and name in option_fields(type(options)):
             found.append(f"algo.name {preset}")
-    for place, field in walk(Config):
+    for place, field in (*walk(Config), *walk(root)):
         if place == parent and field.tagged:
             found += [f"kind {kind}" for kind, cls in field.members.items() if name in option_fields(cls)]
     return list(dict.fromkeys(found))
@@ -234,4 +240,4 @@ def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:
     if close := nearest(name, sorted({other.split(".")[-1] for other in _everything()}), cutoff=0.75):
         places = [other for other in _everything() if other.split(".")[-1] == close]
         return f"there is no such option; did you mean {' or '.join(places[:3])}?"
-    return f"there is no such option; there are {', '.join(path + other for other in own)}"
+    return f"there is no such option; there are {', '.join(path + other for other in own) or 'none here'}"

@@ -73,7 +73,7 @@ def build(tree: Tree, config_class: type[T] = Config, *, lenient: bool = False) 
     Raises:
         UserError: with all findings; `lenient` ignores them.
     """
-    builder = _Builder()
+    builder = _Builder(config_class)
     given = dict(tree)
     parts: dict[str, Any] = {}
     if issubclass(config_class, RunConfig):
@@ -115,7 +115,8 @@ def with_algorithm(config: RunConfig, name: str) -> RunConfig:
 class _Builder:
     """Lays given values over presets and defaults, and collects what is wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: type = Config) -> None:
+        self.root = root
         self.found: list[str] = []
         self.left_out: list[str] = []
 
@@ -233,7 +234,7 @@ class _Builder:
 
     def _unknown(self, cls: type, name: str, value: Any, path: str, choice: Given | None) -> None:
         where = next((leaf for _, leaf in _leaves(value, "")), None)
-        elsewhere = hints.readers(name, path)
+        elsewhere = hints.readers(name, path, self.root)
         if elsewhere and choice is not None and where is not None and where.source < choice.source:
             self.left_out.append(path + name)
             return

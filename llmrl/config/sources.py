@@ -11,6 +11,8 @@ from llmrl.errors import UserError
 
 TYPED = 1_000_000
 """The source of what is typed: after all files."""
+MERGE_KEY = "tag:yaml.org,2002:merge"
+"""YAML's tag of the key `<<`."""
 Tree = dict[str, Any]
 """Names -> trees or `Given`."""
 
@@ -153,8 +155,13 @@ def _mapping(loader: Any, node: Any, file: str, source: int) -> Tree:
     import yaml
 
     tree: Tree = {}
+    merged: Tree = {}
     for key, value in node.value:
         name, where = str(key.value), f"{file}, line {key.start_mark.line + 1}"
+        if key.tag == MERGE_KEY:  # `<<: *anchor`: the values of other mappings, for the keys that are not given here
+            for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                merged = _mapping(loader, other, file, source) | merged  # the first of several wins
+            continue
         if name in tree:
             raise UserError(f"{where}: {name} is there twice; remove one")
         if isinstance(value, yaml.MappingNode):
@@ -163,7 +170,7 @@ def _mapping(loader: Any, node: Any, file: str, source: int) -> Tree:
             tree[name] = Given([_item(loader, item, file, source) for item in value.value], where, source)
         else:
             tree[name] = Given(loader.construct_object(value, deep=True), where, source)
-    return tree
+    return merged | tree
 
 
 def _item(loader: Any, node: Any, file: str, source: int) -> Any:
