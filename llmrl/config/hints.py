@@ -222,11 +222,11 @@ def moved(path: str, section: str) -> str:
 def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:
     """What to say of an option that the class at `path` does not have."""
     full = path + name
+    if full in MOVED and not MOVED[full].startswith(f"{full}."):
+        return f"now {MOVED[full]}"
     if elsewhere:
         shown = ", ".join(elsewhere[:4]) + (" ..." if len(elsewhere) > 4 else "")
         return f"not read by what was chosen, but by {shown}: leave it out, or choose that"
-    if full in MOVED:
-        return f"now {MOVED[full]}"
     if not path and name in TRL:
         return f"did you mean {TRL[name]}?"
     same = [other for other in _everything() if other.split(".")[-1] == name]

@@ -25,7 +25,7 @@ def train(stage: str, folder: Path) -> Path:
     """Returns the model/ folder."""
     options = {
         "algo.name": "bcoder",
-        "bcoder.stage": stage,
+        "algo.stage": stage,
         "train.output_dir": str(folder / stage),
         "train.max_steps": 2,
         "train.learning_rate": 1e-2,

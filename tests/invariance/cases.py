@@ -9,23 +9,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llmrl.algo.critic_presets import resolve_critic
-from llmrl.algo.presets import resolve
 from torch import Tensor
 
 from llmrl.algo.base import Algorithm
-from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RolloutConfig, TrainConfig
+from llmrl.config import (
+    AdapterCritic,
+    Config,
+    LoraConfig,
+    RolloutConfig,
+    SeparateCritic,
+    SharedCritic,
+    TrainConfig,
+    complete,
+    preset,
+)
 from llmrl.model.critic import build_critic
 from llmrl.model.load import add_lora
 from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
-from llmrl.run.build import make_algorithm
+from llmrl.run.methods import make_algorithm
 from llmrl.tiny import build_tiny_model
 from llmrl.train.learner import Learner
 from llmrl.types import Rollout, RolloutGroup, Sample, Score, Task, TrainBatch, Turn
 
 VOCABULARY = 61
 MAX_COMPLETION_LENGTH = 16
+CRITICS = {"separate": SeparateCritic, "shared": SharedCritic, "adapter": AdapterCritic}
+"""Classes by `critic.kind`."""
 
 
 def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
@@ -79,13 +89,17 @@ def train_batch(samples: list[Sample]) -> TrainBatch:
 
 
 def make_config(
-    output_dir: str | Path = "unused", *, algo: dict[str, Any] | None = None, train: dict[str, Any] | None = None
+    output_dir: str | Path = "unused",
+    *,
+    algo: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
 ) -> Config:
     """Make a configuration. `adam_epsilon` is large: a small one would blow up the rounding of tiny gradients."""
     defaults: dict[str, Any] = {"learning_rate": 0.1, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
     return Config(
-        rollout=RolloutConfig(max_completion_length=MAX_COMPLETION_LENGTH),
-        algo=resolve(AlgoConfig(**(algo or {}))),
+        rollout=RolloutConfig(max_completion_length=max_completion_length),
+        algo=preset(**({"name": "grpo"} | (algo or {}))),
         train=TrainConfig(output_dir=str(output_dir), **(defaults | (train or {}))),
     )
 
@@ -102,10 +116,8 @@ def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch
 
 
 def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> Algorithm:
-    """Build the algorithm of these options as a run would."""
-    config = make_config(algo=algo)
-    config.rollout.max_completion_length = max_completion_length
-    return make_algorithm(config)
+    """The algorithm of these options, as a run would build it."""
+    return make_algorithm(make_config(algo=algo, max_completion_length=max_completion_length))
 
 
 def make_learner(
@@ -131,9 +143,14 @@ def make_ppo_learner(
         options: `algo`, `critic` and `train` options as dictionaries, `arch`, `temperature`.
     """
     config = make_config(algo={"name": "ppo"} | options.get("algo", {}), train=options.get("train"))
-    config.model.lora = LoraConfig(r=4, lora_alpha=4) if lora else None
-    config.critic = CriticConfig(kind=kind, **({"learning_rate": 0.2} | options.get("critic", {})))  # pyright: ignore
-    config.critic = resolve_critic(config)
+    config = complete(
+        replace(
+            config,
+            model=replace(config.model, lora=LoraConfig(r=4, lora_alpha=4) if lora else None),
+            critic=CRITICS[kind](**({"learning_rate": 0.2} | options.get("critic", {}))),
+        )
+    )
+    assert isinstance(config, Config) and config.critic is not None
     model: Any = tiny_model(options.get("arch", "qwen2"), seed=seed)
     critic = build_critic(config.critic, config.model, model, tokenizer=None, seed=config.train.seed)  # pyright: ignore
     generator = torch.Generator().manual_seed(seed + 3)

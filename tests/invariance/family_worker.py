@@ -14,23 +14,23 @@ from accelerate import Accelerator
 from llmrl.config import LoraConfig
 from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
-from llmrl.run.build import make_algorithm
+from llmrl.run.methods import make_algorithm
 from llmrl.train.learner import Learner
 from tests.algo.ops.test_token_hidden_reward import make_groups
 from tests.invariance.cases import make_config, make_ppo_learner, scored_groups, tiny_model, trained_parameters
 from tests.invariance.edges import recorded_edges
 
 CASES: dict[str, dict[str, Any]] = {
-    "thr": {"name": "thr", "thr_p": 0.25},
+    "thr": {"name": "thr", "token_weighting": {"p": 0.25}},
     "nthr, two mini-batches": {"name": "nthr", "num_mini_batches": 2},
     "gspo_token with thr": {"name": "gspo_token", "token_weighting": "thr", "num_mini_batches": 2},
-    "reinforce_pp": {"name": "reinforce_pp", "beta": 0.1},
+    "reinforce_pp": {"name": "reinforce_pp", "kl": {"beta": 0.1}},
     "rloo": {"name": "rloo"},
     "optimal_token": {"name": "optimal_token"},
     "high entropy only": {"top_entropy_quantile": 0.3},
     "clip_cov": {"name": "clip_cov", "num_mini_batches": 2},
-    "kl_cov": {"name": "kl_cov", "cov_fraction": 0.1, "num_mini_batches": 2},
-    "prompt_mean": {"loss_type": "prompt_mean", "baseline": "batch"},
+    "kl_cov": {"name": "kl_cov", "loss": {"fraction": 0.1}, "num_mini_batches": 2},
+    "prompt_mean": {"aggregation": "prompt_mean", "baseline": "batch"},
 }
 
 
@@ -41,9 +41,9 @@ CRITICS: dict[str, dict[str, Any]] = {
     },
     "shared critic": {"kind": "shared", "algo": {"positive_lm_coef": 0.1}},
     "adapter critic, penalty": {
-        "kind": "adapter", "lora": True, "algo": {"beta": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+        "kind": "adapter", "lora": True, "algo": {"kl": {"kind": "reward", "beta": 0.1}},
     },
-    "value pre-training": {"kind": "separate", "critic": {"warmup_steps": 1}},
+    "value pre-training": {"kind": "separate", "algo": {"warmup": {"steps": 1}}},
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from llmrl.config import PreferenceConfig
 from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.types import Preference
@@ -20,20 +19,25 @@ from tests.invariance.cases import make_config, make_learner, make_lora, make_sa
 from tests.invariance.edges import recorded_edges
 
 CASES: dict[str, dict[str, Any]] = {
-    "packed": {"algo": {"loss_type": "dapo"}},
+    "packed": {"algo": {"aggregation": "dapo"}},
     "padded, small micro-batches": {
-        "algo": {"loss_type": "grpo"},
+        "algo": {"aggregation": "grpo"},
         "train": {"packing": False, "max_tokens_per_micro_batch": 25},
     },
-    "penalty": {"algo": {"loss_type": "dr_grpo", "beta": 0.1}},
-    "penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1}, "lora": True},
-    "exact penalty": {"algo": {"beta": 0.1, "kl_estimator": "full"}, "train": {"max_tokens_per_micro_batch": 25}},
-    "exact penalty, lora": {"algo": {"loss_type": "dapo", "beta": 0.1, "kl_estimator": "full"}, "lora": True},
+    "penalty": {"algo": {"aggregation": "dr_grpo", "kl": {"beta": 0.1}}},
+    "penalty, lora": {"algo": {"aggregation": "dapo", "kl": {"beta": 0.1}}, "lora": True},
+    "exact penalty": {
+        "algo": {"kl": {"beta": 0.1, "estimator": "full"}},
+        "train": {"max_tokens_per_micro_batch": 25},
+    },
+    "exact penalty, lora": {
+        "algo": {"aggregation": "dapo", "kl": {"beta": 0.1, "estimator": "full"}},
+        "lora": True,
+    },
     "two mini-batches, two passes": {"algo": {"num_mini_batches": 2, "num_iterations": 2}},
     "pairs": {"algo": {"name": "dpo"}, "pairs": True},
     "pairs, small micro-batches, sorted": {
-        "algo": {"name": "dpo"},
-        "preference": {"loss_type": ["aot_unpaired", "sft"]},
+        "algo": {"name": "dpo", "loss": {"kind": "sum", "terms": [{"kind": "aot_unpaired"}, {"kind": "sft"}]}},
         "train": {"max_tokens_per_micro_batch": 25},
         "pairs": True,
     },
@@ -44,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": True,
     },
     "fewer sequences than processes": {"samples": {"groups": 1, "size": 1}},
-    "fewer sequences than processes, penalty": {"algo": {"beta": 0.1}, "samples": {"groups": 1, "size": 1}},
+    "fewer sequences than processes, penalty": {"algo": {"kl": {"beta": 0.1}}, "samples": {"groups": 1, "size": 1}},
 }
 STEPS = 2
 
@@ -55,7 +59,6 @@ def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
     for name, case in CASES.items():
         model = make_lora(tiny_model()) if case.get("lora") else tiny_model()
         config = make_config(algo=case.get("algo"), train=case.get("train"))
-        config.preference = PreferenceConfig(**case["preference"]) if "preference" in case else None
         learner, algorithm = make_learner(model, config, parallel=parallel)
         steps = []
         for step in range(STEPS):

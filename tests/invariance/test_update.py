@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 ARCHS = ["qwen2", "qwen3", "llama", "gemma"]
 CASES = [
-    *(("qwen2", loss_type, beta) for loss_type in ("grpo", "dapo", "dr_grpo") for beta in (0.0, 0.1)),
+    *(("qwen2", aggregation, beta) for aggregation in ("grpo", "dapo", "dr_grpo") for beta in (0.0, 0.1)),
     *((arch, *rest) for arch in ARCHS[1:] for rest in (("grpo", 0.1), ("dapo", 0.0))),
 ]
 LAYOUTS = {
@@ -56,9 +56,9 @@ def run(arch: str, lora: bool, algo: dict, samples: list[Sample], **train: objec
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize(("arch", "loss_type", "beta"), CASES)
-def test_layout_changes_nothing(arch: str, loss_type: str, beta: float, lora: bool, seed: int) -> None:
-    samples, algo = make_samples(seed), {"loss_type": loss_type, "beta": beta}
+@pytest.mark.parametrize(("arch", "aggregation", "beta"), CASES)
+def test_layout_changes_nothing(arch: str, aggregation: str, beta: float, lora: bool, seed: int) -> None:
+    samples, algo = make_samples(seed), {"aggregation": aggregation, "kl": {"beta": beta}}
     padded = run(arch, lora, algo, samples, packing=False)
     assert padded.metrics["policy/grad_norm"] > 1e-3, "a zero gradient would agree with anything"
     for name, layout in LAYOUTS.items():
@@ -71,7 +71,7 @@ def test_layout_changes_nothing(arch: str, loss_type: str, beta: float, lora: bo
     assert_same(run(arch, lora, algo, shuffled), padded)
 
 
-@pytest.mark.parametrize("algo", [{}, {"beta": 0.1}, {"entropy_coef": 0.1}], ids=str)
+@pytest.mark.parametrize("algo", [{}, {"kl": {"beta": 0.1}}, {"entropy_coef": 0.1}], ids=str)
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(number=st.integers(0, 10**6), max_tokens=st.integers(10, 80), packing=st.booleans())
 def test_nan_outside_the_mask_changes_nothing(algo: dict, number: int, max_tokens: int, packing: bool) -> None:
@@ -116,9 +116,9 @@ def poison(learner: Learner, number: int) -> None:
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("arch", ["qwen2", "gemma2"])
 def test_exact_divergence_against_dense_logits(arch: str, lora: bool, share_prefixes: bool, seed: int) -> None:
-    """`kl_estimator full`: the loss and its gradient from whole logits of both models, one sequence at a time."""
+    """`algo.kl.estimator full`: the loss and its gradient from whole logits of both models, one sequence at a time."""
     samples, beta, temperature = make_samples(seed), 0.3, 0.9
-    algo = {"loss_type": "dapo", "beta": beta, "kl_estimator": "full"}
+    algo = {"aggregation": "dapo", "kl": {"beta": beta, "estimator": "full"}}
     train = {"share_prefixes": share_prefixes, "max_tokens_per_micro_batch": 60}
     model, reference = (tiny_model(arch) for _ in range(2))
     model = make_lora(model) if lora else model
@@ -175,14 +175,14 @@ def plain_logprobs(model: torch.nn.Module, sample: Sample, temperature: float) -
 def test_samples_without_signal_are_skipped_and_change_nothing(seed: int) -> None:
     samples = make_samples(seed)
     assert sum(not sample.advantages.any() for sample in samples) == 2
-    skipping = run("qwen2", False, {"loss_type": "dapo"}, samples)
+    skipping = run("qwen2", False, {"aggregation": "dapo"}, samples)
     assert skipping.metrics["train/computed_frac"] == pytest.approx(7 / 9)
-    learner, algorithm = make_learner(tiny_model(), make_config(algo={"loss_type": "dapo"}), temperature=0.9)
+    learner, algorithm = make_learner(tiny_model(), make_config(algo={"aggregation": "dapo"}), temperature=0.9)
     algorithm.needs = Needs(every_sample=True)
     computing = update_and_look(learner, algorithm, samples)
     assert computing.metrics["train/computed_frac"] == 1.0
     assert_same(skipping, computing)
-    without = run("qwen2", False, {"loss_type": "dapo"}, [sample for sample in samples if sample.advantages.any()])
+    without = run("qwen2", False, {"aggregation": "dapo"}, [sample for sample in samples if sample.advantages.any()])
     assert abs(without.metrics["loss/total"] - skipping.metrics["loss/total"]) > 1e-4, "they stay in the denominator"
 
 
@@ -197,17 +197,17 @@ def test_a_batch_without_any_signal_has_a_gradient_of_zero(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("num_iterations", "num_mini_batches"), [(1, 2), (2, 1), (2, 3)])
-@pytest.mark.parametrize(("loss_type", "beta"), [("grpo", 0.0), ("dapo", 0.1)])
+@pytest.mark.parametrize(("aggregation", "beta"), [("grpo", 0.0), ("dapo", 0.1)])
 def test_several_steps_per_batch_against_a_literal_loop(
-    num_iterations: int, num_mini_batches: int, loss_type: str, beta: float, seed: int
+    num_iterations: int, num_mini_batches: int, aggregation: str, beta: float, seed: int
 ) -> None:
     samples, groups = make_samples(seed, groups=5, size=2), set(range(5))
     algo = {
-        "loss_type": loss_type,
-        "beta": beta,
+        "aggregation": aggregation,
+        "kl": {"beta": beta},
         "num_iterations": num_iterations,
         "num_mini_batches": num_mini_batches,
-        "epsilon": 0.005,  # so small that some tokens are clipped after the first step
+        "loss": {"epsilon": 0.005},  # so small that some tokens are clipped after the first step
     }
     config = make_config(algo=algo, train={"max_grad_norm": 0.05, "weight_decay": 0.1, "warmup_steps": 2})
     learner, algorithm = make_learner(tiny_model(), config)
@@ -268,11 +268,11 @@ def literal_loss(
         for t in range(len(logprobs)):
             advantage = float(samples[i].advantages[t])
             ratio = torch.exp(logprobs[t] - old[i][t])
-            clipped = torch.clamp(ratio, 1 - algo["epsilon"], 1 + algo["epsilon"])
+            clipped = torch.clamp(ratio, 1 - algo["loss"]["epsilon"], 1 + algo["loss"]["epsilon"])
             token_loss = -torch.min(ratio * advantage, clipped * advantage)
             gap = ref[i][t] - logprobs[t]
-            token_loss = token_loss + algo["beta"] * (torch.exp(gap) - gap - 1)
-            if algo["loss_type"] == "dapo":
+            token_loss = token_loss + algo["kl"]["beta"] * (torch.exp(gap) - gap - 1)
+            if algo["aggregation"] == "dapo":
                 total = total + token_loss / num_tokens
             else:
                 total = total + token_loss / len(logprobs) / len(chosen)
@@ -409,7 +409,7 @@ def test_learning_rate_of_each_step(kind: str, expected: list[float], seed: int)
 def test_dr_grpos_constant_is_the_configured_length(seed: int) -> None:
     samples = make_samples(seed)
     dapo, dr_grpo = (
-        run("qwen2", False, {"loss_type": kind}, samples).metrics["loss/total"] for kind in ("dapo", "dr_grpo")
+        run("qwen2", False, {"aggregation": kind}, samples).metrics["loss/total"] for kind in ("dapo", "dr_grpo")
     )
     tokens = sum(sample.num_tokens for sample in samples)
     assert dr_grpo == pytest.approx(dapo * tokens / (len(samples) * MAX_COMPLETION_LENGTH), rel=1e-5)

@@ -21,7 +21,7 @@ from tests.oracle.test_trl_grpo import (
     freeze,
     trainer,  # noqa: F401 - the fixture
 )
-from tests.oracle.test_trl_grpo_family import BOUNDS, LOSSES, compare, theirs  # noqa: F401 - the fixture
+from tests.oracle.test_trl_grpo_family import BOUNDS, LOSSES, compare, theirs, with_ratio  # noqa: F401 - the fixture
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -109,11 +109,11 @@ def test_losses(theirs: GRPOTrainer, name: str, mode: str, seed: int, monkeypatc
     theirs.loss_type, theirs.beta, theirs.importance_sampling_level = loss_type, 0.0, level
     frozen = our_batch(their_batch(theirs, seed, monkeypatch, mode=mode))
     if name != "vespo":
-        ours = {**ours, "importance_sampling_level": level}
-    prefix = "vllm_importance_sampling_"
-    bounds = {prefix + "mode": mode, prefix + "clip_min": 0.6, prefix + "clip_max": 1.5}
+        ours = with_ratio(ours, level)
+    of, outside = mode.split("_")
+    sampler = {"of": of, "outside": outside, "low": 0.6, "high": 1.5}
     tolerance = 5e-6 if name == "vespo" else 1e-6  # products over sequences round more
-    compare(theirs, frozen, tolerance=tolerance, **ours, **bounds)
+    compare(theirs, frozen, tolerance=tolerance, **ours, sampler=sampler)
 
 
 def test_the_kl_penalty_is_not_weighted(
@@ -128,6 +128,5 @@ def test_the_kl_penalty_is_not_weighted(
     frozen.trl["ref_per_token_logps"] = reference
     for i, sample in enumerate(frozen.samples):
         sample.ref_logprobs = reference[i, : sample.num_tokens].numpy()
-    prefix = "vllm_importance_sampling_"
-    options = {prefix + "mode": "token_truncate", prefix + "clip_min": 0.6, prefix + "clip_max": 1.5}
-    compare(theirs, frozen, loss_type="dapo", **BOUNDS, beta=0.1, **options)
+    sampler = {"of": "token", "outside": "truncate", "low": 0.6, "high": 1.5}
+    compare(theirs, frozen, aggregation="dapo", loss=BOUNDS, kl={"beta": 0.1}, sampler=sampler)

@@ -155,7 +155,11 @@ def test_loss_and_gradients(trainer: GRPOTrainer, loss_type: str, beta: float, o
     trainer.loss_type, trainer.beta = loss_type, beta
     theirs, their_gradients = gradients(trainer, trainer._compute_loss(trainer.model, frozen.trl))
 
-    options = {"loss_type": loss_type, "beta": beta, "epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
+    options = {
+        "aggregation": loss_type,
+        "kl": {"beta": beta},
+        "loss": {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH},
+    }
     algorithm = grpo(max_completion_length=COMPLETION, **options)
     batch = build_micro_batch(frozen.samples, [[0], [1, 2, 3], [4, 5]])
     loss, metrics = algorithm.loss(our_policy(trainer).forward(batch), batch, frozen.counts)

@@ -29,18 +29,22 @@ from tests.oracle.test_trl_grpo import (
     trainer,  # noqa: F401 - the fixture
 )
 
-BOUNDS = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
+BOUNDS: dict[str, Any] = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "grpo": ("grpo", {"loss_type": "grpo", **BOUNDS}),
-    "dapo": ("dapo", {"loss_type": "dapo", **BOUNDS}),
-    "dr_grpo": ("dr_grpo", {"loss_type": "dr_grpo", **BOUNDS}),
-    "luspo": ("luspo", {"loss_type": "sequence_sum", **BOUNDS}),
-    "bnpo": ("bnpo", {"loss_type": "dapo", **BOUNDS}),
-    "cispo": ("cispo", {"name": "cispo", "max_ratio": EPSILON_HIGH}),
+    "grpo": ("grpo", {"aggregation": "grpo", "loss": BOUNDS}),
+    "dapo": ("dapo", {"aggregation": "dapo", "loss": BOUNDS}),
+    "dr_grpo": ("dr_grpo", {"aggregation": "dr_grpo", "loss": BOUNDS}),
+    "luspo": ("luspo", {"aggregation": "sequence_sum", "loss": BOUNDS}),
+    "bnpo": ("bnpo", {"aggregation": "dapo", "loss": BOUNDS}),
+    "cispo": ("cispo", {"name": "cispo", "loss": {"max_ratio": EPSILON_HIGH}}),
     "sapo": ("sapo", {"name": "sapo"}),
     "vespo": ("vespo", {"name": "vespo"}),
 }
 """By name: TRL's loss type, and the same choice here. (bnpo is dapo when there is one micro-batch.)"""
+
+
+def with_ratio(algo: dict[str, Any], level: str) -> dict[str, Any]:
+    return algo | {"loss": {**algo.get("loss", {}), "ratio": level}}
 
 
 @pytest.fixture
@@ -85,22 +89,22 @@ def compare(theirs: GRPOTrainer, frozen: Frozen, *, tolerance: float = 1e-6, **a
 def test_every_loss(theirs: GRPOTrainer, name: str, level: str, beta: float, old: bool, seed: int) -> None:
     loss_type, ours = LOSSES[name]
     if name != "vespo":
-        ours = {**ours, "importance_sampling_level": level}
+        ours = with_ratio(ours, level)
     theirs.loss_type, theirs.beta, theirs.importance_sampling_level = loss_type, beta, level
-    compare(theirs, freeze(seed, theirs, old=old, ref=beta > 0), **ours, beta=beta)
+    compare(theirs, freeze(seed, theirs, old=old, ref=beta > 0), **ours, kl={"beta": beta})
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_unbiased_penalty(theirs: GRPOTrainer, level: str, seed: int) -> None:
     theirs.loss_type, theirs.beta, theirs.importance_sampling_level = "dapo", 0.1, level
     theirs.args.use_bias_correction_kl = True
-    options = {"loss_type": "dapo", **BOUNDS, "beta": 0.1, "use_bias_correction_kl": True}
-    compare(theirs, freeze(seed, theirs, old=True, ref=True), **options, importance_sampling_level=level)
+    options = {"aggregation": "dapo", "loss": BOUNDS, "kl": {"beta": 0.1, "bias_correction": True}}
+    compare(theirs, freeze(seed, theirs, old=True, ref=True), **with_ratio(options, level))
 
 
 def test_two_sided_clipping(theirs: GRPOTrainer, seed: int) -> None:
     theirs.loss_type, theirs.beta, theirs.args.delta = "grpo", 0.0, 1.5
-    compare(theirs, freeze(seed, theirs, old=True, ref=False), **BOUNDS, delta=1.5)
+    compare(theirs, freeze(seed, theirs, old=True, ref=False), loss={**BOUNDS, "delta": 1.5})
 
 
 def test_off_policy_sequence_mask(theirs: GRPOTrainer, seed: int) -> None:
@@ -110,7 +114,7 @@ def test_off_policy_sequence_mask(theirs: GRPOTrainer, seed: int) -> None:
     frozen.trl["sampling_per_token_logps"] = sampler
     for i, sample in enumerate(frozen.samples):
         sample.rollout_logprobs = sampler[i, : sample.num_tokens].numpy()
-    options = {"loss_type": "dapo", **BOUNDS, "off_policy_mask_threshold": 0.05}
+    options = {"aggregation": "dapo", "loss": BOUNDS, "off_policy_mask_threshold": 0.05}
     compare(theirs, frozen, **options)
     batch = build_micro_batch(frozen.samples, [[0, 1, 2, 3, 4, 5]])
     algorithm = grpo(max_completion_length=COMPLETION, **options)
@@ -135,7 +139,7 @@ def test_entropy_bonus(theirs: GRPOTrainer, seed: int, monkeypatch: pytest.Monke
     theirs.loss_type, theirs.beta, theirs._entropy_bonus_enabled = "dapo", 0.0, True
     monkeypatch.setattr(theirs, "entropy_coef", 0.3, raising=False)
     monkeypatch.setattr(theirs, "use_adaptive_entropy", False, raising=False)
-    compare(theirs, freeze(seed, theirs, old=True, ref=False), loss_type="dapo", **BOUNDS, entropy_coef=0.3)
+    compare(theirs, freeze(seed, theirs, old=True, ref=False), aggregation="dapo", loss=BOUNDS, entropy_coef=0.3)
 
 
 def rewards_with_gaps(seed: int) -> list[float | None]:
@@ -183,13 +187,13 @@ def test_gspo_token_has_gspo_values_and_gradients_when_a_sequence_has_one_advant
 ) -> None:
     theirs.loss_type, theirs.beta, theirs.importance_sampling_level = "grpo", 0.0, "sequence"
     frozen = freeze(seed, theirs, old=True, ref=False)
-    compare(theirs, frozen, **BOUNDS, importance_sampling_level="sequence_token")
+    compare(theirs, frozen, loss={**BOUNDS, "ratio": "sequence_token"})
     samples = [
         replace(s, advantages=s.advantages * np.linspace(0, 2, s.num_tokens, dtype=np.float32)) for s in frozen.samples
     ]
     batch = build_micro_batch(samples, [[0, 1, 2, 3, 4, 5]])
     losses = [
-        grpo(max_completion_length=COMPLETION, **BOUNDS, importance_sampling_level=level)
+        grpo(max_completion_length=COMPLETION, loss={**BOUNDS, "ratio": level})
         .loss(our_policy(theirs).forward(batch), batch, frozen.counts)[0]
         .item()
         for level in ("sequence", "sequence_token")

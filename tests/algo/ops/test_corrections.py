@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from llmrl.algo.ops.corrections import correction_weights, finish_metrics, mismatch_metrics, of_batch
-from llmrl.algo.presets import contradictions, describe, resolve
-from llmrl.config import AlgoConfig, Config, RolloutConfig
+from llmrl.algo.policy_gradient.options import Correction, PolicyGradient
+from llmrl.config import Config, RolloutConfig, complete, findings, preset, to_dict
+from llmrl.config.describe import describe
+from llmrl.errors import UserError
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Counts
 from tests.invariance.cases import (
@@ -28,9 +30,14 @@ from tests.invariance.cases import (
     update_and_look,
 )
 
-MODE, MIN, MAX = (f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
 KAPPA = [0.25, 2.0, 1.0, 4.0, 0.5]
 """Two sequences: [0.25, 2, 1] with product 0.5, and [4, 0.5] with product 2."""
+
+
+def sampler(mode: str) -> dict[str, Any]:
+    """`algo.sampler` of a mode such as token_mask, or none."""
+    of, _, outside = mode.partition("_")
+    return {"kind": "weights", "of": of, "outside": outside} if outside else {"kind": mode}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,7 @@ def test_icepop_by_its_default_bounds() -> None:
     batch.rollout_logprobs, batch.sequence_ids = old - kappa.log(), torch.zeros(5, dtype=torch.long)
     batch.sequence_lengths = torch.tensor([5])
     counts = Counts(num_tokens=10, num_sequences=2, num_groups=1, max_completion_length=5)
-    weights, metrics = of_batch(resolve(AlgoConfig(**{MODE: "token_mask"})), old, batch, counts)
+    weights, metrics = of_batch("token_mask", Correction(outside="mask").bounds, old, batch, counts)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.51, 1.0, 4.9, 0.0]))
     assert metrics["loss/sampler_masked_frac"].item() == pytest.approx(0.2)
     assert metrics["loss/sampler_weight"].item() == pytest.approx(0.641)
@@ -123,7 +130,7 @@ def test_weights_multiply_the_loss_of_every_algorithm(name: str, mode: str, seed
     counts = Counts(num_tokens=99, num_sequences=9, num_groups=3, max_completion_length=16)
     losses = {}
     for given in ("none", mode):
-        options: dict[str, Any] = {"name": name, MODE: given}
+        options: dict[str, Any] = {"name": name, "sampler": sampler(given)}
         batch = build_micro_batch(samples, [[k] for k in range(len(samples))])
         learner, _ = make_learner(tiny_model(), make_config())
         loss, _ = grpo(**options).loss(learner.policy.forward(batch), batch, counts)
@@ -139,7 +146,7 @@ def test_a_critics_advantages_are_weighted_and_its_own_error_is_not(mode: str, s
     """A step of PPO: the policy's gradient is that of the mean of -w A log pi, w by its definition."""
     found: dict[str, Any] = {}
     for given in ("none", mode):
-        options: dict[str, Any] = {MODE: given, "num_mini_batches": 1}
+        options: dict[str, Any] = {"sampler": sampler(given), "num_mini_batches": 1}
         learner, algorithm = make_ppo_learner("separate", algo=options)
         groups = scored_groups(seed)
         for turn in [turn for rollout in groups[0].rollouts for turn in rollout.turns]:  # far off, beyond all bounds
@@ -171,15 +178,17 @@ def test_a_critics_advantages_are_weighted_and_its_own_error_is_not(mode: str, s
 
 
 def test_a_preference_is_no_estimate_under_the_sampler_so_corrections_are_refused() -> None:
-    config = Config(algo=AlgoConfig(**{"name": "online_dpo", MODE: "token_mask"}))
-    assert f"algo.{MODE} 'token_mask' is given, but algo.name online_dpo does not read it" in contradictions(config)
+    with pytest.raises(UserError, match="algo.sampler: not read by what was chosen, but by algo.name grpo"):
+        preset("online_dpo", sampler=sampler("token_mask"))
 
 
 def test_without_old_logprobs_the_policy_itself_is_compared_with_the_sampler(seed: int) -> None:
     """One step per batch: the same update as with old_logprobs computed by a pass of their own."""
     updates = []
     for compute_old in (False, True):
-        learner, algorithm = make_learner(tiny_model(), make_config(algo={MODE: "token_mask", MIN: 0.2, MAX: 9.0}))
+        learner, algorithm = make_learner(
+            tiny_model(), make_config(algo={"sampler": sampler("token_mask") | {"low": 0.2, "high": 9.0}})
+        )
         algorithm.needs = replace(algorithm.needs, old_logprobs=compute_old)
         batch = train_batch(make_samples(seed))
         updates.append(learner.update(batch, algorithm))
@@ -192,7 +201,8 @@ def test_without_old_logprobs_the_policy_itself_is_compared_with_the_sampler(see
 @pytest.mark.parametrize("steps", [1, 2])
 def test_bypass_takes_the_samplers_for_old_and_computes_none(steps: int, seed: int, tmp_path: Path) -> None:
     learner, algorithm = make_learner(
-        tiny_model(), make_config(tmp_path, algo={MODE: "bypass", "num_iterations": steps, "epsilon": 0.5})
+        tiny_model(),
+        make_config(tmp_path, algo={"sampler": "bypass", "num_iterations": steps, "loss": {"epsilon": 0.5}}),
     )
     learner._old_streams = None  # type: ignore[assignment] - calling it would fail
     batch = train_batch(make_samples(seed))
@@ -210,20 +220,25 @@ def test_bypass_takes_the_samplers_for_old_and_computes_none(steps: int, seed: i
 
 
 def test_bypass_serves_what_reads_old_logprobs_between_the_stages(seed: int, tmp_path: Path) -> None:
-    algo = {"name": "clip_cov", MODE: "bypass", "top_entropy_quantile": 0.5}
+    algo = {"name": "clip_cov", "sampler": "bypass", "top_entropy_quantile": 0.5}
     learner, algorithm = make_learner(tiny_model(), make_config(tmp_path, algo=algo))
     metrics = learner.update(train_batch(make_samples(seed)), algorithm)
     assert math.isfinite(metrics["loss/total"])
 
 
 def test_stale_rollouts_are_corrected_unless_told_otherwise() -> None:
-    def stale(**algo: Any) -> Config:
-        return Config(algo=AlgoConfig(**algo), rollout=RolloutConfig(max_staleness=1))
+    def completed(**algo: Any) -> PolicyGradient:
+        config = complete(Config(algo=preset("grpo", **algo), rollout=RolloutConfig(max_staleness=1)))
+        assert complete(config) == config and not any("algo." in line for line in findings(config))
+        assert isinstance(config.algo, PolicyGradient)
+        return config.algo
 
-    assert contradictions(stale()) == []
-    assert contradictions(stale(**{MAX: 1.5})) == []
-    assert any("only read with" in line for line in contradictions(stale(**{MODE: "none", MAX: 1.5})))
-    assert "token_mask" in describe(AlgoConfig(**{MODE: "token_mask"}))[0]
-    resolved = resolve(AlgoConfig(**{MODE: "token_truncate"}))
-    assert (getattr(resolved, MIN), getattr(resolved, MAX)) == (0.0, 2.0)
-    assert resolve(resolved) == resolved
+    weights = completed().sampler
+    assert weights == Correction(of="token", outside="truncate") and weights.bounds == (0.0, 2.0)
+    given = completed(sampler={"high": 1.5}).sampler
+    assert isinstance(given, Correction) and given.bounds == (0.0, 1.5)
+    assert to_dict(completed(sampler="none"))["sampler"] == {"kind": "none"}
+    with pytest.raises(UserError, match="algo.sampler.high: not read by what was chosen, but by kind weights"):
+        completed(sampler={"kind": "none", "high": 1.5})
+    assert "sampler.outside mask" in describe(Config(algo=preset("grpo", sampler=sampler("token_mask"))))[0]
+    assert complete(Config()).algo.sampler is None, "rollouts that are not stale are not corrected"  # pyright: ignore

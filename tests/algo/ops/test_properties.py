@@ -14,22 +14,28 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.algo.presets import PRESETS
-from llmrl.config import AlgoConfig
+from llmrl.algo.policy_gradient.options import PRESETS, PolicyGradient
+from llmrl.config import preset
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Counts, ForwardOutputs, Rollout, RolloutGroup, Sample, Score, Task, Turn
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 LIMIT = 12
 EXTRA: dict[str, dict[str, Any]] = {
-    "prompt_mean": {"loss_type": "prompt_mean"},
-    "penalty, unbiased": {"beta": 0.1, "use_bias_correction_kl": True},
+    "prompt_mean": {"aggregation": "prompt_mean"},
+    "penalty, unbiased": {"kl": {"beta": 0.1, "bias_correction": True}},
     "entropy bonus": {"entropy_coef": 0.1},
     "off-policy mask": {"off_policy_mask_threshold": 0.1},
     "high entropy only": {"top_entropy_quantile": 0.5},
-    "batch, batch": {"baseline": "batch", "scale_rewards": "batch"},
+    "batch, batch": {"baseline": {"kind": "batch", "scale": "batch"}},
 }
 CASES = {name: {"name": name} for name in PRESETS if name != "gdpo"} | EXTRA
+
+
+def make(case: str) -> GRPO:
+    options = preset(**({"name": "grpo"} | CASES[case]))
+    assert isinstance(options, PolicyGradient)
+    return GRPO(options, max_completion_length=LIMIT)
 
 
 def make_groups(random: np.random.Generator, num_groups: int, size: int) -> list[RolloutGroup]:
@@ -123,7 +129,7 @@ def layouts(draw: st.DrawFn, count: int) -> list[list[list[int]]]:
 @settings(max_examples=8, deadline=None, database=None)
 @given(data=st.data())
 def test_the_split_into_micro_batches_and_rows_changes_nothing(case: str, data: st.DataObject) -> None:
-    algorithm = GRPO(AlgoConfig(**CASES[case]), max_completion_length=LIMIT)
+    algorithm = make(case)
     groups = make_groups(np.random.default_rng(data.draw(st.integers(0, 2**20))), 3, 4)
     samples = refined(algorithm, groups)
     alone = [[[i]] for i in range(len(samples))]
@@ -136,7 +142,7 @@ def test_the_split_into_micro_batches_and_rows_changes_nothing(case: str, data: 
 @settings(max_examples=5, deadline=None, database=None)
 @given(data=st.data())
 def test_the_order_of_rollouts_and_groups_changes_nothing(case: str, data: st.DataObject) -> None:
-    algorithm = GRPO(AlgoConfig(**CASES[case]), max_completion_length=LIMIT)
+    algorithm = make(case)
     start = data.draw(st.integers(0, 2**20))
     straight = refined(algorithm, make_groups(np.random.default_rng(start), 3, 4))
     shuffled = make_groups(np.random.default_rng(start), 3, 4)
@@ -154,7 +160,7 @@ def test_the_order_of_rollouts_and_groups_changes_nothing(case: str, data: st.Da
 @settings(max_examples=3, deadline=None, database=None)
 @given(data=st.data())
 def test_rollouts_without_a_score_change_nothing(case: str, data: st.DataObject) -> None:
-    algorithm = GRPO(AlgoConfig(**CASES[case]), max_completion_length=LIMIT)
+    algorithm = make(case)
     start = data.draw(st.integers(0, 2**20))
     plain = refined(algorithm, make_groups(np.random.default_rng(start), 3, 4))
     groups = make_groups(np.random.default_rng(start), 3, 4)

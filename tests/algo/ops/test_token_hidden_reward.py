@@ -22,7 +22,7 @@ from llmrl.algo.ops.token_hidden_reward import (
 )
 from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy, PolicyModule
-from llmrl.run.build import make_algorithm
+from llmrl.run.methods import make_algorithm
 from llmrl.train.learner import Learner
 from llmrl.train.selfcheck import check_forward
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
@@ -195,18 +195,18 @@ def flat(parameters: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "preset", [{"loss_type": "grpo"}, {"name": "gspo_token", "num_mini_batches": 1}, {"name": "cispo"}]
+    "preset", [{"aggregation": "grpo"}, {"name": "gspo_token", "num_mini_batches": 1}, {"name": "cispo"}]
 )
 def test_p_zero_without_threshold_is_the_plain_algorithm(preset: dict, seed: int) -> None:
     plain = flat(update(seed, **preset)[1])
-    options = {"token_weighting": "thr", "thr_p": 0.0, "thr_threshold": "none"}
-    torch.testing.assert_close(flat(update(seed, **preset, **options)[1]), plain, rtol=0, atol=1e-7)
-    other = flat(update(seed, **preset, **(options | {"thr_p": 0.5}))[1])
+    options = {"kind": "thr", "p": 0.0, "threshold": "none"}
+    torch.testing.assert_close(flat(update(seed, **preset, token_weighting=options)[1]), plain, rtol=0, atol=1e-7)
+    other = flat(update(seed, **preset, token_weighting=options | {"p": 0.5})[1])
     assert (other - plain).abs().max() > 1e-5
 
 
 def test_scores_in_the_learner_equal_those_of_the_whole_group_at_once(seed: int) -> None:
-    _, _, groups = update(seed, name="thr", thr_p=0.1, train={"max_tokens_per_micro_batch": 8})
+    _, _, groups = update(seed, name="thr", token_weighting={"p": 0.1}, train={"max_tokens_per_micro_batch": 8})
     model = tiny_model()
     for number in (0, 2):
         rollouts = [r for r in groups[number].rollouts if r.score is not None and r.score.reward is not None]
@@ -233,7 +233,7 @@ def test_scores_in_the_learner_equal_those_of_the_whole_group_at_once(seed: int)
 
 
 def test_which_tokens_are_weighed(seed: int) -> None:
-    metrics, _, groups = update(seed, name="thr", thr_p=0.25, thr_threshold="none")
+    metrics, _, groups = update(seed, name="thr", token_weighting={"p": 0.25, "threshold": "none"})
     for number, group in enumerate(groups):
         for rollout in group.rollouts:
             if number == 1 or rollout.score is None or rollout.score.reward is None:
@@ -285,7 +285,8 @@ def test_how_many_forward_passes_it_takes(
     algo: dict, max_tokens: int, expected: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"max_tokens_per_micro_batch": max_tokens, "share_prefixes": False}
-    learner, algorithm = build(train=train, **(algo | {"thr_threshold": "none"} if algo["name"] == "thr" else algo))
+    weighting = {"token_weighting": {"threshold": "none"}} if algo["name"] == "thr" else {}
+    learner, algorithm = build(train=train, **algo, **weighting)
     batch = algorithm.prepare(make_groups(seed), policy_version=0)
     calls, forward = [], PolicyModule.hidden_states
     monkeypatch.setattr(PolicyModule, "hidden_states", lambda *args: calls.append(1) or forward(*args))
@@ -294,7 +295,7 @@ def test_how_many_forward_passes_it_takes(
 
 
 def test_nthr_touches_incorrect_responses_only(seed: int) -> None:
-    _, _, groups = update(seed, name="nthr", nthr_eta=0.0, thr_threshold="none")
+    _, _, groups = update(seed, name="nthr", token_weighting={"eta": 0.0, "threshold": "none"})
     for rollout in scored(groups[0]):
         if rollout.score.reward == 1:
             assert rollout.advantage == pytest.approx(math.sqrt(3) / 2, rel=1e-3)

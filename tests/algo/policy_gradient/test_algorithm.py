@@ -38,8 +38,8 @@ def micro_batch(*, old: bool = True, ref: bool = False) -> MicroBatch:
     return build_micro_batch(streams, [[0, 1]])
 
 
-def grpo(**config: object) -> Algorithm:
-    return make_grpo(max_completion_length=10, **({"epsilon": 0.2, "epsilon_high": 0.28} | config))
+def grpo(**algo: object) -> Algorithm:
+    return make_grpo(max_completion_length=10, loss={"epsilon": 0.2, "epsilon_high": 0.28}, **algo)
 
 
 def outputs() -> ForwardOutputs:
@@ -47,13 +47,13 @@ def outputs() -> ForwardOutputs:
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "expected"),
+    ("aggregation", "expected"),
     [("dapo", 5.32 / 8), ("grpo", (-1.28 + 6.6 / 3) / 4), ("dr_grpo", 5.32 / 40)],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_loss_constants(loss_type: str, expected: float, beta: float) -> None:
-    penalty = {"dapo": 4 * K3 / 8, "grpo": 2 * K3 / 4, "dr_grpo": 4 * K3 / 40}[loss_type]
-    loss, metrics = grpo(loss_type=loss_type, beta=beta).loss(outputs(), micro_batch(ref=beta > 0), COUNTS)
+def test_loss_constants(aggregation: str, expected: float, beta: float) -> None:
+    penalty = {"dapo": 4 * K3 / 8, "grpo": 2 * K3 / 4, "dr_grpo": 4 * K3 / 40}[aggregation]
+    loss, metrics = grpo(aggregation=aggregation, kl={"beta": beta}).loss(outputs(), micro_batch(ref=beta > 0), COUNTS)
     assert loss.item() == pytest.approx(expected + beta * penalty, abs=1e-6)
     assert metrics["loss/clip_low_frac"].item() == pytest.approx(1 / 8)
     assert metrics["loss/clip_high_frac"].item() == pytest.approx(1 / 8)
@@ -66,13 +66,13 @@ def test_loss_constants(loss_type: str, expected: float, beta: float) -> None:
 
 def test_gradient_is_zero_where_clipped_and_follows_the_advantage_elsewhere() -> None:
     out = outputs()
-    grpo(loss_type="dapo").loss(out, micro_batch(), COUNTS)[0].backward()
+    grpo(aggregation="dapo").loss(out, micro_batch(), COUNTS)[0].backward()
     torch.testing.assert_close(out.logprobs.grad, torch.tensor([0.0, 0.0, 2.0 / 8, 3.0 / 8]), rtol=0, atol=1e-6)
 
 
 def test_penalty_still_pulls_where_the_surrogate_is_clipped() -> None:
     out = outputs()
-    grpo(loss_type="dapo", beta=0.5).loss(out, micro_batch(ref=True), COUNTS)[0].backward()
+    grpo(aggregation="dapo", kl={"beta": 0.5}).loss(out, micro_batch(ref=True), COUNTS)[0].backward()
     pull = 0.5 * (1 - 0.5) / 8  # beta * (1 - exp(-d)) / num_tokens with d = ln 2
     expected = torch.tensor([0.0, 0.0, 2.0 / 8, 3.0 / 8]) + pull
     torch.testing.assert_close(out.logprobs.grad, expected, rtol=0, atol=1e-6)
@@ -80,7 +80,7 @@ def test_penalty_still_pulls_where_the_surrogate_is_clipped() -> None:
 
 def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_is_not_zero() -> None:
     out = outputs()
-    loss, metrics = grpo(loss_type="dapo").loss(out, micro_batch(old=False), COUNTS)
+    loss, metrics = grpo(aggregation="dapo").loss(out, micro_batch(old=False), COUNTS)
     loss.backward()
     assert loss.item() == pytest.approx((-1 + 2 + 2 + 2) / 8)
     assert metrics["loss/ratio/max"].item() == 1.0
@@ -91,7 +91,7 @@ def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_is_not_zero() ->
 def test_an_empty_micro_batch_has_a_loss_of_zero() -> None:
     empty = ForwardOutputs(logprobs=torch.zeros(0, requires_grad=True), entropy=torch.zeros(0))
     for beta in (0.0, 0.1):
-        loss, metrics = grpo(beta=beta).loss(empty, build_micro_batch([], []), COUNTS)
+        loss, metrics = grpo(kl={"beta": beta}).loss(empty, build_micro_batch([], []), COUNTS)
         assert loss.item() == 0.0
         assert all(value.item() == 0.0 for value in metrics.values())
         assert all(value.device == empty.logprobs.device for value in metrics.values())
@@ -99,14 +99,14 @@ def test_an_empty_micro_batch_has_a_loss_of_zero() -> None:
 
 def test_beta_without_reference_is_an_error() -> None:
     with pytest.raises(ValueError, match="ref_logprobs"):
-        grpo(beta=0.1).loss(outputs(), micro_batch(), COUNTS)
+        grpo(kl={"beta": 0.1}).loss(outputs(), micro_batch(), COUNTS)
 
 
 def test_what_it_needs() -> None:
     assert not grpo().needs.ref_logprobs
     assert not grpo().needs.every_sample
-    assert grpo(beta=0.1).needs.ref_logprobs
-    assert grpo(beta=0.1).needs.every_sample, "a sample without advantage still has the penalty's gradient"
+    assert grpo(kl={"beta": 0.1}).needs.ref_logprobs
+    assert grpo(kl={"beta": 0.1}).needs.every_sample, "a sample without advantage still has the penalty's gradient"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_it_needs() -> None:
 def test_the_upper_bound_is_epsilon_unless_given(bounds: dict[str, float], expected: float) -> None:
     batch = micro_batch()
     batch.advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])  # the ratio of the first token is 2
-    loss, _ = make_grpo(loss_type="dapo", **bounds).loss(outputs(), batch, COUNTS)
+    loss, _ = make_grpo(aggregation="dapo", loss=bounds).loss(outputs(), batch, COUNTS)
     assert loss.item() == pytest.approx(expected / 8)
 
 
@@ -140,7 +140,7 @@ def groups(rewards: list[list[float | None]]) -> list[RolloutGroup]:
 
 def test_prepare_sets_every_advantage_and_keeps_scored_rollouts_only() -> None:
     batch_groups = groups([[1.0, 0.0, None], [1.0, 1.0, 1.0], [None, 0.5, None], [0.0, 0.0, 4.0]])
-    batch = grpo(scale_rewards="none").prepare(batch_groups, policy_version=7)
+    batch = grpo(baseline={"scale": "none"}).prepare(batch_groups, policy_version=7)
     expected = [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-4 / 3, -4 / 3, 8 / 3]]
     for group, row in zip(batch_groups, expected, strict=True):
         assert [rollout.advantage for rollout in group.rollouts] == pytest.approx(row)
@@ -153,5 +153,5 @@ def test_prepare_sets_every_advantage_and_keeps_scored_rollouts_only() -> None:
 
 
 def test_prepare_divides_by_the_deviation_when_asked() -> None:
-    batch = grpo(scale_rewards="group").prepare(groups([[3.0, None, 1.0]]), policy_version=0)
+    batch = grpo(baseline={"scale": "group"}).prepare(groups([[3.0, None, 1.0]]), policy_version=0)
     assert [float(s.advantages[0]) for s in batch.samples] == pytest.approx([0.7070568, -0.7070568], abs=1e-6)

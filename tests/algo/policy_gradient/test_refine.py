@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.config import AlgoConfig
+from llmrl.algo.policy_gradient.options import PolicyGradient
+from llmrl.config import preset
 from llmrl.errors import RunFailed
 from llmrl.types import Rollout, RolloutGroup, Score, Status, Task, TrainBatch, Turn
 
@@ -42,8 +43,10 @@ def make_groups(
     return groups
 
 
-def make(**algo: Any) -> GRPO:
-    return GRPO(AlgoConfig(**algo), max_completion_length=8)
+def make(*, rewards: dict[str, float] | None = None, **algo: Any) -> GRPO:
+    options = preset(**({"name": "grpo"} | algo))
+    assert isinstance(options, PolicyGradient)
+    return GRPO(options, max_completion_length=8, rewards=rewards)
 
 
 def prepared(algorithm: GRPO, **given: Any) -> TrainBatch:
@@ -68,7 +71,7 @@ def close(found: list[list[float]], expected: list[list[float]], tolerance: floa
 
 
 def test_kl_in_the_reward_of_a_whole_rollout_comes_before_the_baseline() -> None:
-    algorithm = make(name="rloo", beta=0.1)
+    algorithm = make(name="rloo", kl={"beta": 0.1})
     assert algorithm.needs.ref_logprobs and algorithm.needs.old_logprobs and algorithm.needs.every_sample
     batch = prepared(algorithm)
     algorithm.refine(batch)
@@ -79,7 +82,7 @@ def test_kl_in_the_reward_of_a_whole_rollout_comes_before_the_baseline() -> None
 
 
 def test_kl_in_the_reward_of_each_token_without_a_baseline() -> None:
-    algorithm = make(name="reinforce_pp", beta=0.1, whiten_advantages=False)
+    algorithm = make(name="reinforce_pp", kl={"beta": 0.1}, whiten=False)
     batch = prepared(algorithm)
     algorithm.refine(batch)
     expected = [
@@ -88,7 +91,7 @@ def test_kl_in_the_reward_of_each_token_without_a_baseline() -> None:
         for r, n in zip(rs, ns, strict=True)
     ]
     close(advantages(batch), expected)
-    whitened = make(name="reinforce_pp", beta=0.1)
+    whitened = make(name="reinforce_pp", kl={"beta": 0.1})
     batch = prepared(whitened)
     whitened.refine(batch)
     tokens = np.array([x for row in expected for x in row])
@@ -98,7 +101,7 @@ def test_kl_in_the_reward_of_each_token_without_a_baseline() -> None:
 
 
 def test_whitening_needs_no_forward_pass() -> None:
-    algorithm = make(name="reinforce_pp_baseline", beta=0.0)
+    algorithm = make(name="reinforce_pp_baseline", kl={"beta": 0.0})
     assert not algorithm.needs.refine and not algorithm.needs.ref_logprobs
     batch = algorithm.prepare(make_groups(), policy_version=0)
     tokens = np.concatenate([s.advantages for s in batch.samples])
@@ -119,7 +122,7 @@ def test_optimal_token_baseline() -> None:
 
 
 def test_high_entropy_tokens_keep_their_advantage_others_lose_it() -> None:
-    algorithm = make(top_entropy_quantile=0.3, scale_rewards="none")
+    algorithm = make(top_entropy_quantile=0.3, baseline={"scale": "none"})
     batch = prepared(algorithm)
     algorithm.refine(batch)
     # entropies of the samples with signal: [0 1] [1 2 3 4] [0 1] [1 2]; the 0.7 quantile is 1.3 + ...: 2 and above stay
@@ -129,7 +132,7 @@ def test_high_entropy_tokens_keep_their_advantage_others_lose_it() -> None:
 
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
 def test_covariance_selection(name: str) -> None:
-    algorithm = make(name=name, cov_fraction=0.1)
+    algorithm = make(name=name, loss={"fraction": 0.1})
     batch = prepared(algorithm)
     before = advantages(batch)
     algorithm.refine(batch)
@@ -157,7 +160,7 @@ def test_covariance_selection(name: str) -> None:
 
 
 def test_soft_overlong_punishment_shapes_the_reward() -> None:
-    algorithm = make(overlong_buffer=0.5, scale_rewards="none")
+    algorithm = make(overlong_buffer=0.5, baseline={"scale": "none"})
     batch = algorithm.prepare(make_groups(), policy_version=0)  # limit 8, buffer 4: nothing here is longer than 4
     close(advantages(batch)[:2], [[0.5] * 2, [-0.5] * 4])
     algorithm.max_completion_length = 4  # limit 4, buffer 2: length 4 costs 1, length 3 costs 0.5
@@ -168,7 +171,7 @@ def test_soft_overlong_punishment_shapes_the_reward() -> None:
 def test_truncated_rollouts_enter_the_baseline_but_not_the_loss() -> None:
     groups = make_groups()
     groups[0].rollouts[1].status = Status.TRUNCATED_LENGTH
-    batch = make(mask_truncated_completions=True, scale_rewards="none").prepare(groups, policy_version=0)
+    batch = make(mask_truncated_completions=True, baseline={"scale": "none"}).prepare(groups, policy_version=0)
     assert [(s.group, s.index) for s in batch.samples] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert batch.samples[0].advantages.tolist() == [0.5, 0.5]
 
@@ -186,21 +189,21 @@ def test_rubric_and_outcome_are_mixed_within_the_group() -> None:
 
 def test_accuracy_is_the_first_weighted_reward() -> None:
     parts = [[{"format": 1.0, "math": float(g)} for g in range(2)] for _ in REWARDS]
-    algorithm = GRPO(AlgoConfig(name="passk", passk_k=2), max_completion_length=8, rewards={"format": 0.0, "math": 1.0})
+    algorithm = make(name="passk", baseline={"k": 2}, rewards={"format": 0.0, "math": 1.0})
     assert algorithm.correct(make_groups(parts=parts)).tolist() == [[0.0, 1.0]] * 3
     assert make().correct(make_groups()).tolist() == [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
 
 
 def test_several_rewards_are_standardised_apart() -> None:
     parts = [[{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 5.0}], [{"a": 1.0, "b": 1.0}] * 2, [{"a": 0.0, "b": 0.0}] * 2]
-    algorithm = GRPO(AlgoConfig(name="gdpo"), max_completion_length=8, rewards={"a": 1.0, "b": 0.5})
+    algorithm = make(name="gdpo", rewards={"a": 1.0, "b": 0.5})
     batch = algorithm.prepare(make_groups(parts=parts), policy_version=0)
     # sums of +-0.7071 and half of -+0.7071, divided by the deviation sqrt(2 * 0.125 / 5) of all six
     close(advantages(batch), [[1.5803] * 2, [-1.5803] * 4, [0], [0] * 3, [0] * 2, [0] * 2], 2e-3)
 
 
 def test_prompt_mean_knows_the_tokens_of_each_group() -> None:
-    batch = make(loss_type="prompt_mean").prepare(make_groups(), policy_version=0)
+    batch = make(aggregation="prompt_mean").prepare(make_groups(), policy_version=0)
     assert [s.extras["group_tokens"].tolist() for s in batch.samples] == [
         [6] * 2,
         [6] * 4,
@@ -212,14 +215,14 @@ def test_prompt_mean_knows_the_tokens_of_each_group() -> None:
 
 
 def test_an_adaptive_coefficient_is_part_of_the_state() -> None:
-    algorithm = make(beta=0.1, kl_target=0.05, kl_horizon=60)
+    algorithm = make(kl={"beta": 0.1, "target": 0.05, "horizon": 60})
     algorithm.prepare(make_groups(), policy_version=0)
     algorithm.observe({"kl/ref": 1.0})
     assert algorithm.beta == pytest.approx(0.1 * (1 + 0.2 * 6 / 60))
-    other = make(beta=0.1, kl_target=0.05, kl_horizon=60)
+    other = make(kl={"beta": 0.1, "target": 0.05, "horizon": 60})
     other.load_state_dict(algorithm.state_dict())
     assert other.beta == algorithm.beta
-    constant = make(beta=0.1)
+    constant = make(kl={"beta": 0.1})
     constant.observe({"kl/ref": 1.0})
     constant.load_state_dict({"beta": 9.0})
     assert constant.beta == 0.1

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.config import AlgoConfig, Config, RewardConfig, validate
+from llmrl.config import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, check, preset
 from llmrl.errors import UserError
-from llmrl.run.build import make_algorithm
+from llmrl.run.methods import make_algorithm
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import Counts, ForwardOutputs, Rollout, RolloutGroup, Score, Task, TrainBatch, Turn
 
@@ -18,16 +18,18 @@ DENSE = [[0.5, -0.25, 0.0], [0.125, 0.0]]
 
 
 def make_config(name: str = "ircoco", size: int = 2, **algo: object) -> Config:
-    config = Config(algo=AlgoConfig(name=name, **algo))  # pyright: ignore
-    config.model.path, config.data.path, config.rollout.num_generations = "m", "d", size
-    config.rewards = [RewardConfig(fn="rewards/r.py:r")]
-    config.rollout.max_completion_length = 4
-    return config
+    return Config(
+        model=ModelConfig(path="m"),
+        data=DataConfig(path="d"),
+        rollout=RolloutConfig(num_generations=size, max_completion_length=4),
+        rewards=[RewardConfig(fn="rewards/r.py:r")],
+        algo=preset(name, **algo),
+    )
 
 
 def prepared(dense: list[list[float]] | None, rewards: list[float | None], **algo: object) -> TrainBatch:
     config = make_config(**algo)  # pyright: ignore
-    validate(config)
+    check(config)
     rollouts = []
     for index, (reward, tokens) in enumerate(zip(rewards, DENSE, strict=True)):
         turn = Turn(
@@ -56,10 +58,10 @@ def test_every_token_has_its_own_reward_for_advantage() -> None:
 
 
 def test_rewards_to_come_and_a_reward_at_the_end() -> None:
-    assert advantages(prepared(DENSE, [0.9, 0.1], gamma=1.0)) == [[0.25, -0.25, 0.0], [0.125, 0.0]]
-    assert advantages(prepared(DENSE, [0.9, 0.1], gamma=0.5)) == [[0.375, -0.25, 0.0], [0.125, 0.0]]
-    assert advantages(prepared(None, [1.0, 0.5], gamma=0.5)) == [[0.25, 0.5, 1.0], [0.25, 0.5]]
-    assert advantages(prepared(DENSE, [1.0, 0.5], use_token_rewards=False)) == [[1.0] * 3, [0.5] * 2]
+    assert advantages(prepared(DENSE, [0.9, 0.1], baseline={"gamma": 1.0})) == [[0.25, -0.25, 0.0], [0.125, 0.0]]
+    assert advantages(prepared(DENSE, [0.9, 0.1], baseline={"gamma": 0.5})) == [[0.375, -0.25, 0.0], [0.125, 0.0]]
+    assert advantages(prepared(None, [1.0, 0.5], baseline={"gamma": 0.5})) == [[0.25, 0.5, 1.0], [0.25, 0.5]]
+    assert advantages(prepared(DENSE, [1.0, 0.5], baseline="none")) == [[1.0] * 3, [0.5] * 2]
 
 
 def test_what_was_not_scored_is_not_trained_and_a_punishment_of_length_is_kept() -> None:
@@ -85,32 +87,32 @@ def test_the_loss_is_the_papers() -> None:
 
 
 def test_one_completion_of_a_task_is_enough() -> None:
-    validate(make_config(size=1))
+    check(make_config(size=1))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"name": "grpo", "use_token_rewards": True}, "algo.use_token_rewards True is given, but only read with"),
-        ({"scale_rewards": "batch"}, "set algo.scale_rewards none"),
-        ({"use_token_rewards": False, "gamma": 0.0}, "algo.gamma 0.0 is given, but only read with"),
-        ({"gamma": 1.5}, "algo.gamma is 1.5: must lie between 0 and 1"),
-        ({"importance_sampling_level": "sequence"}, "gives every token its own advantage"),
-        ({"policy_loss": "gmpo"}, "takes one per sequence"),
-        ({"name": "ppo", "gamma": 0.5}, "algo.gamma 0.5 is given, but only read with"),
+        ({"name": "grpo", "use_token_rewards": True}, "algo.use_token_rewards: now algo.baseline token_rewards"),
+        ({"baseline": {"scale": "batch"}}, "algo.baseline.scale: not read by what was chosen, but by kind group"),
+        ({"baseline": {"kind": "none", "gamma": 0.0}}, "algo.baseline.gamma: not read by what was chosen, but by"),
+        ({"baseline": {"gamma": 1.5}}, "algo.baseline.gamma is 1.5: must be at most 1"),
+        ({"loss": {"ratio": "sequence"}}, "algo.baseline token_rewards gives every token its own advantage"),
+        ({"loss": "gmpo"}, "algo.loss gmpo takes one advantage per sequence"),
+        ({"name": "ppo", "gamma": 0.5}, "or algo.value.gamma (ppo)"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, object], said: str) -> None:
     with pytest.raises(UserError) as error:
-        validate(make_config(**options))  # pyright: ignore
+        check(make_config(**options))  # pyright: ignore
     assert said in str(error.value)
 
 
 def test_reinforce_pays_dense_rewards_where_told_to() -> None:
-    options = {"whiten_advantages": False, "beta": 0.0}
+    options = {"whiten": False, "kl": {"beta": 0.0}}
     assert advantages(prepared(DENSE, [0.9, 0.1], name="reinforce_pp", **options)) == [
         [pytest.approx(0.9)] * 3,
         [pytest.approx(0.1)] * 2,
     ]
-    told = prepared(DENSE, [0.9, 0.1], name="reinforce_pp", use_token_rewards=True, **options)
+    told = prepared(DENSE, [0.9, 0.1], name="reinforce_pp", baseline="token_rewards", **options)
     assert advantages(told) == [[0.25, -0.25, 0.0], [0.125, 0.0]]

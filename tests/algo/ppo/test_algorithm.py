@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from llmrl.algo.critic_presets import (
     CRITIC_PRESETS,
     READ_WITH,
@@ -16,11 +15,12 @@ from llmrl.algo.critic_presets import (
     describe_critic,
     resolve_critic,
 )
-from llmrl.algo.ppo.algorithm import LM_WEIGHTS, OLD_VALUES, PPO, RETURNS, REWARDS, SETTLED_OVER, token_rewards
 from llmrl.algo.presets import FAMILIES
+
+from llmrl.algo.ppo.algorithm import LM_WEIGHTS, OLD_VALUES, PPO, RETURNS, REWARDS, SETTLED_OVER, token_rewards
 from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RewardConfig, validate
 from llmrl.errors import UserError
-from llmrl.run.build import make_algorithm
+from llmrl.run.methods import make_algorithm
 from llmrl.train.packing import build_micro_batch
 from llmrl.types import (
     Counts,
