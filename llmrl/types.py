@@ -36,19 +36,19 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row of work: what the policy sees, and what only the verifier sees. Never mutated.
+    """One unit of work: what the policy sees, and what only the verifier sees. Never mutated.
 
     Example: Task(id="gsm8k-3f2a91c07d15", messages=[{"role": "user", "content": "2 + 2 = ?"}], answer="4")
     """
 
     id: str
-    """Stable across runs and machines: dataset name and a hash of the row. Keys resume, the ledger and seeds."""
+    """Stable across runs and machines: dataset name and a hash of the row. Resume, ledger and seeds depend on it."""
     messages: list[Message]
-    """The first prompt. A plain-text dataset has a single user message."""
+    """The first prompt. A row of a plain-text dataset becomes a single user message."""
     answer: Any = None
-    """What the verifier compares with; never shown to the policy."""
+    """What the verifier compares with. Never shown to the policy."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """The other columns of the row (tests, rubrics, difficulty ...), handed to environments and rewards by name."""
+    """The other columns of the row (tests, rubrics, difficulty ...), passed to environments and rewards by name."""
 
 
 # --- 2 rollout --------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Task:
 class Sampling:
     """How an engine draws the tokens of one completion.
 
-    `seed` fixes the random numbers of this request alone, so its tokens do not depend on what else is in the batch.
+    `seed` fixes the random numbers of this request only, so its tokens do not depend on what else is in the batch.
     """
 
     max_tokens: int
@@ -80,7 +80,7 @@ class Completion:
     """What an engine returns for one request."""
 
     token_ids: list[int]
-    """[L] sampled tokens, the stop token included."""
+    """[L] sampled tokens, including the stop token."""
     logprobs: list[float]
     """[L] log-probability of each under the distribution it was drawn from (temperature applied; natural log).
     Greedy completions carry the log-probabilities at temperature 1."""
@@ -88,7 +88,7 @@ class Completion:
     policy_version: tuple[int, int]
     """(oldest, newest) weights that produced these tokens."""
     version_spans: list[tuple[int, int]] = field(default_factory=list)
-    """(version, number of tokens) in order, from engines that know it token by token: [(3, 17), (4, 5)]."""
+    """(version, number of tokens) in order, such as [(3, 17), (4, 5)], from engines that know it for each token."""
 
 
 class Status(StrEnum):
@@ -114,14 +114,14 @@ class Status(StrEnum):
 class Turn:
     """One engine call and what the environment replied.
 
-    Turn 0: P0 -> C0, replies R0; turn 1: P1 = P0 + C0 + tokens(R0) -> C1; ... Trained tokens are the C's and nothing
-    else; tokens are never re-made from text.
+    Turn 0: P0 -> C0, replies R0; turn 1: P1 = P0 + C0 + tokens(R0) -> C1; ... Only the C's are trained on, and tokens
+    are never re-made from text.
     """
 
     prompt_ids: list[int]
     """Exactly what the engine was given."""
     completion_ids: list[int]
-    """Exactly what it returned, the stop token included."""
+    """Exactly what it returned, including the stop token."""
     rollout_logprobs: list[float]
     """One per completion token."""
     finish: Finish
@@ -130,9 +130,9 @@ class Turn:
     message: Message
     """The completion as an assistant message, for rewards and people."""
     replies: list[Message] = field(default_factory=list)
-    """What the environment answered (tool results, user messages); never trained on."""
+    """What the environment answered (tool results, user messages). Never trained on."""
     version_spans: list[tuple[int, int]] = field(default_factory=list)
-    """(version, number of tokens) in order, from engines that know it token by token."""
+    """(version, number of tokens) in order, from engines that know it for each token."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -142,30 +142,30 @@ class Rollout:
 
     task: Task
     index: int
-    """0..G-1 inside its group."""
+    """Index in its group, 0..G-1."""
     turns: list[Turn] = field(default_factory=list)
     status: Status = Status.COMPLETED
     score: Score | None = None
-    """Filled by stage 3; None until then, and for rollouts that ended in an error."""
+    """Filled by stage 3. None until then, and for rollouts that ended in an error."""
     advantage: float | list[float] | None = None
     """Filled by stage 4: one number, or one per trained token."""
     token_scores: dict[str, list[float]] = field(default_factory=dict)
-    """What stage 5 found out about each trained token, for the report (Token Hidden Reward ...)."""
+    """What stage 5 measured about each trained token, for the report (Token Hidden Reward ...)."""
     env_rewards: dict[str, float] = field(default_factory=dict)
     """Reward parts that the environment itself gave."""
     error: str | None = None
     """Traceback of what went wrong, when `status` is an error."""
     ref_logprobs: np.ndarray | None = None
-    """[M] float32 of its trained tokens under the reference, where they were computed beforehand (a dataset's)."""
+    """[M] float32, its trained tokens under the reference, if they were computed beforehand (for a dataset)."""
 
     @property
     def completion(self) -> str:
-        """Text of the last assistant message ('' when there is none)."""
+        """Return the text of the last assistant message ('' if there is none)."""
         return str(self.turns[-1].message.get("content") or "") if self.turns else ""
 
     @property
     def messages(self) -> list[Message]:
-        """The whole conversation: the task's messages, then each turn's message and replies."""
+        """Return the whole conversation: the task's messages, then each turn's message and replies."""
         conversation = list(self.task.messages)
         for turn in self.turns:
             conversation += [turn.message, *turn.replies]
@@ -183,7 +183,7 @@ class RolloutGroup:
     task: Task
     rollouts: list[Rollout]
     greedy_reward: float | None = None
-    """Reward of the greedy completion, where the algorithm asks for one and it could be scored."""
+    """Reward of the greedy completion, if the algorithm asks for one and it could be scored."""
     position: int = 0
     """Place of its task in the run's endless sequence of tasks."""
 
@@ -203,13 +203,13 @@ class Score:
     parts: dict[str, float | None] = field(default_factory=dict)
     """Unweighted, by reward name."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What people are shown: the extracted answer, the failing test, the judge's reason."""
+    """Details for people: the extracted answer, the failing test, the judge's reason."""
     error: str | None = None
     token_rewards: list[float] | None = None
-    """Dense rewards, one per completion token, where a verifier gives them. Algorithms that pay single tokens (PPO,
-    IRCoCo) pay these in place of `reward`, which others (GRPO) and the metrics look at."""
+    """Dense rewards, one per completion token, if a verifier gives them. Algorithms that reward single tokens (PPO,
+    IRCoCo) use these instead of `reward`; the others (GRPO) and the metrics use `reward`."""
     turn_rewards: list[float] | None = None
-    """The same, one per turn, paid for its last token; the rubric makes token rewards of them."""
+    """Rewards per turn, given for its last token. The rubric turns them into token rewards."""
 
 
 # --- 4 advantage, 5 loss ----------------------------------------------------------------------------------------------
@@ -217,19 +217,19 @@ class Score:
 
 @dataclass(kw_only=True, slots=True)
 class Preference:
-    """One rollout of a group is preferred to another; kept with the preferred one."""
+    """One rollout of a group is preferred to another. The preferred one carries this."""
 
     over: int
     """Index of the other rollout."""
     targets: tuple[float, float] = (0.0, 0.0)
-    """What a loss over the whole batch compares this pair with (AOT): for the preferred rollout, and for the other."""
+    """What a loss over the whole batch (AOT) compares this pair with: for the preferred rollout, and for the other."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
     """One training sequence, ragged: a rollout whose turns extend each other, or a part of one that was rewritten.
 
-    Streams hold one entry per trained token (M of them), in order; what is not trained has no entry that could leak.
+    Streams hold one entry per trained token (M of them), in order. Untrained tokens have no entry, so none can leak.
 
     Example, prompt [5 6], completion [7 8]:
         input_ids        [5, 6, 7, 8]
@@ -253,14 +253,14 @@ class Sample:
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     """Further streams [M] float32 that an algorithm prepared (returns, weights ...)."""
     old_logprobs: np.ndarray | None = None
-    """[M] float32, filled by the learner when more than one optimizer step uses the batch (with bypass, always: the
-    sampler's)."""
+    """[M] float32, filled by the learner if more than one optimizer step uses the batch. With bypass, it always holds
+    the sampler's."""
     ref_logprobs: np.ndarray | None = None
-    """[M] float32, filled by the learner when the algorithm asks for the reference."""
+    """[M] float32, filled by the learner if the algorithm asks for the reference."""
     preferences: list[Preference] = field(default_factory=list)
-    """The rollouts of its group that this one is preferred to. (A rollout in several samples: kept by the first.)"""
+    """The rollouts of its group that this one is preferred to. If several samples share it, the first has them."""
     probe: bool = False
-    """Not trained: the algorithm reads its `old_logprobs` in `refine`, and leaves it out of the batch there."""
+    """Not trained on: the algorithm reads its `old_logprobs` in `refine`, and removes it from the batch there."""
 
     @property
     def num_tokens(self) -> int:
@@ -272,7 +272,8 @@ class Sample:
 class Counts:
     """The denominators of one optimizer step, counted over all ranks and micro-batches before anything is left out.
 
-    So micro-batch size, packing, the number of processes and skipping sequences without signal change only the speed.
+    Therefore micro-batch size, packing, the number of processes and skipping sequences without signal change only the
+    speed.
     """
 
     num_tokens: int
@@ -281,11 +282,11 @@ class Counts:
     """Sequences with at least one trained token."""
     num_groups: int
     max_completion_length: int
-    """The configured limit, Dr. GRPO's constant."""
+    """The configured limit; the constant that Dr. GRPO divides by."""
     num_pairs: int = 1
-    """Preferences."""
+    """Number of preferences."""
     num_preferred_tokens: int = 1
-    """Trained tokens of preferred rollouts, once for every preference."""
+    """Trained tokens of preferred rollouts, counted once per preference."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -297,11 +298,11 @@ class TrainBatch:
     max_completion_length: int
     policy_version: int
     metrics: dict[str, float] = field(default_factory=dict)
-    """What preparing it measured (fraction of groups without signal ...)."""
+    """Metrics measured while preparing it (fraction of groups without signal ...)."""
     groups: list[RolloutGroup] = field(default_factory=list)
     """Where the samples come from: `groups[sample.group]`."""
     sampled: bool = True
-    """An engine drew the tokens; False where they come from a dataset and `rollout_logprobs` mean nothing."""
+    """Whether an engine drew the tokens. If False they come from a dataset, and `rollout_logprobs` mean nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -322,8 +323,8 @@ class MicroBatch:
     position_ids: Int[Tensor, "B T"]
     segment_ids: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B 1 S T"] | None
-    """What the last S positions of a row see; those before them see all that lies before them. None: restarting
-    positions keep the sequences of a row apart."""
+    """What the last S positions of a row see; earlier positions see everything before them. None: restarting positions
+    keep the sequences of a row apart."""
     targets: Int[Tensor, " M"]
     predict_from: Int[Tensor, " M"]
     """Index into the B * T positions: `targets[m]` is predicted by the hidden state there."""
@@ -337,7 +338,7 @@ class MicroBatch:
     ref_logprobs: Float[Tensor, " M"] | None = None
     extras: dict[str, Float[Tensor, " M"]] = field(default_factory=dict)
     sample_indices: list[int] = field(default_factory=list)
-    """[S] which sample of the batch each sequence is, to take results back out."""
+    """[S] index in the batch of each sequence's sample, to return results to it."""
     samples: list[Sample] = field(default_factory=list)
     """[S] the samples themselves, for what concerns a whole sequence."""
 
@@ -349,15 +350,15 @@ class ForwardOutputs:
     logprobs: Float[Tensor, " M"]
     """With gradient."""
     entropy: Float[Tensor, " M"]
-    """Of the next-token distribution, in nats; with gradient where the algorithm asked for it."""
+    """Entropy of the next-token distribution, in nats; with gradient if the algorithm asked for it."""
     hidden: Float[Tensor, "M H"] | None = None
-    """What the output head computed them from; without gradient, and only where it was asked for."""
+    """Input of the output head; without gradient, and only if the algorithm asked for it."""
     kl: Float[Tensor, " M"] | None = None
-    """KL(policy || reference) of the next-token distribution, in nats; with gradient, and only where asked for."""
+    """KL(policy || reference) of the next-token distribution, in nats; with gradient, and only if asked for."""
     values: Float[Tensor, " M"] | None = None
     """The critic's value of the state before each trained token."""
     extras: dict[str, Float[Tensor, " M"]] = field(default_factory=dict)
-    """Further streams that a policy of its own kind computes (B-Coder's advantages)."""
+    """Further streams that a special policy computes (B-Coder's advantages)."""
 
 
 # --- 6 weight sync ----------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ class Adapter:
 
 @dataclass(kw_only=True, slots=True)
 class Receipt:
-    """Proof of what an engine serves after a push: its log-probabilities on fixed probes against the learner's."""
+    """Proof of what an engine serves after a push: its log-probabilities on a fixed probe, against the learner's."""
 
     version: int
     max_gap: float
@@ -388,6 +389,6 @@ class Receipt:
     change: float
     """Largest change of the learner's probe log-probabilities since the previous push (nats)."""
     seconds: float
-    """The whole push."""
+    """Duration of the whole push."""
     proof_seconds: float = 0.0
-    """Of them, for the proof."""
+    """The part of it that the proof took."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmrl.cli import find_recipe, run
-from llmrl.config import load_config, parse, save_config, validate
+from llmrl.config import check, load_config, parse, save_config
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 
@@ -63,7 +63,7 @@ def test_abbreviations_are_not_guessed(rows: Path, tmp_path: Path) -> None:
         ("train:\n  max_steps: many\n", 2, "train.max_steps"),
         ("model:\n  path: x\n  lora: {rank: 3}\n", 3, "model.lora.rank"),
         ("rewards:\n  - fn: a\n    wieght: 2\n", 3, "wieght"),
-        ("trian:\n  max_steps: 3\n", 2, "trian.max_steps"),
+        ("trian:\n  max_steps: 3\n", 2, "trian"),
     ],
 )
 def test_mistakes_in_a_file_are_found_by_line_and_field(text: str, line: int, field: str, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_row_without_answer(tmp_path: Path) -> None:
 def test_contradictions_are_all_listed() -> None:
     config = parse(["--rollout.num_generations", "1", "--rollout.top_p", "0.9", "--rollout.temperature", "0"])
     with pytest.raises(UserError) as caught:
-        validate(config)
+        check(config)
     for field in ("model.path", "data.path", "rewards", "num_generations", "top_p", "temperature"):
         assert field in str(caught.value)
 

@@ -18,7 +18,8 @@ from llmrl.track.files import read_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"
-
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+"""A script's own folder is on its path, not this checkout: another one may be installed."""
 
 RUNS = sorted(f for kind in ("grpo", "ppo", "dpo", "kto", "online_dpo") for f in RECIPES.glob(f"{kind}*.yaml"))
 
@@ -55,7 +56,11 @@ def test_gsm8k_rows_and_a_continuation(recipe: str, size: int, tmp_path: Path) -
     ]
     for steps, more in ((2, []), (3, ["--train.resume_from_checkpoint", "last"])):
         found = subprocess.run(
-            [*command, "--train.max_steps", str(steps), *more], cwd=REPOSITORY, capture_output=True, text=True
+            [*command, "--train.max_steps", str(steps), *more],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
         )
         assert found.returncode == 0, found.stdout + found.stderr
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
@@ -85,7 +90,7 @@ def start(recipe: str, *arguments: str) -> str:
     found = subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"},
+        env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ from llmrl.verify.spec import load_file, resolve, shipped_folder, shipped_names
 
 
 def specs() -> list[str]:
-    """`file.py:function` of everything in rewards/ that has examples."""
+    """Return `file.py:function` of everything in rewards/ that has examples."""
     found = []
     for name in shipped_names():
         module = load_file(shipped_folder() / f"{name}.py")
@@ -63,7 +63,7 @@ def test_examples_show_more_than_one_outcome(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_no_completion_breaks_it(spec: str) -> None:
-    """Whatever the policy says, the verdict is a number or an abstention, soon; never an error."""
+    """For any completion the verdict comes soon and is a number or an abstention, never an error."""
     rubric = Rubric([Part(fn=spec, time_limit_s=20.0)])
     row = {key: value for key, value in examples_of(rubric)[0].items() if key != "reward"}
 
@@ -86,7 +86,7 @@ def test_no_completion_breaks_it(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_functions_say_what_they_do(spec: str) -> None:
+def test_functions_are_documented(spec: str) -> None:
     function = resolve(spec)
     assert function.__doc__
 

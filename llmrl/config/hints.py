@@ -77,15 +77,16 @@ MOVED = {
     "preference.undesirable_weight": "algo.loss.undesirable_weight",
     "preference.ref_model_sync_steps": "algo.reference.steps",
     "preference.ref_model_mixup_alpha": "algo.reference.alpha",
-    "preference": "algo",
     "bcoder.stage": "algo.stage.kind",
     "bcoder.value_hidden_size": "algo.stage.hidden_size",
     "bcoder.q_coef": "algo.stage.q_coef",
     "bcoder.adv_coef": "algo.stage.adv_coef",
     "bcoder.ce_coef": "algo.stage.ce_coef",
-    "bcoder": "algo",
 }
-"""Where an option of before is now, by its dotted path; a whole section by its name."""
+"""Where an option of before is now, by its dotted path."""
+
+MOVED_SECTIONS = ("preference", "bcoder")
+"""Sections of before, whose options are those of `algo` now."""
 
 TRL = {
     "per_device_train_batch_size": "rollout.num_prompts (tasks per step) and train.max_tokens_per_micro_batch",
@@ -184,8 +185,14 @@ def _everything() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def readers(name: str, path: str) -> list[str]:
-    """Kinds and presets that read the option `name` at `path`, other than the one that was chosen."""
+def readers(name: str, path: str, root: type) -> list[str]:
+    """Kinds and presets that read the option `name` at `path`, other than the one that was chosen.
+
+    Args:
+        name: the option.
+        path: where it was given, with a dot at its end.
+        root: the class of the whole configuration: a recipe's has sections of its own.
+    """
     from llmrl.config.config import PRESETS, Config
 
     found: list[str] = []
@@ -196,10 +203,20 @@ def readers(name: str, path: str) -> list[str]:
                 found += [f"kind {kind}" for kind, cls in field.members.items() if name in option_fields(cls)]
         if parent == "algo" and name in option_fields(type(options)):
             found.append(f"algo.name {preset}")
-    for place, field in walk(Config):
+    for place, field in (*walk(Config), *walk(root)):
         if place == parent and field.tagged:
             found += [f"kind {kind}" for kind, cls in field.members.items() if name in option_fields(cls)]
     return list(dict.fromkeys(found))
+
+
+def moved_section(name: str) -> str | None:
+    """`name` where it was a section before."""
+    return name if name in MOVED_SECTIONS else None
+
+
+def moved(path: str, section: str) -> str:
+    """Where an option of a section of before is now."""
+    return MOVED.get(path, f"algo{path.removeprefix(section)}")
 
 
 def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:
@@ -223,4 +240,4 @@ def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:
     if close := nearest(name, sorted({other.split(".")[-1] for other in _everything()}), cutoff=0.75):
         places = [other for other in _everything() if other.split(".")[-1] == close]
         return f"there is no such option; did you mean {' or '.join(places[:3])}?"
-    return f"there is no such option; there are {', '.join(path + other for other in own)}"
+    return f"there is no such option; there are {', '.join(path + other for other in own) or 'none here'}"

@@ -25,7 +25,7 @@ from llmrl.config.config import (
 )
 from llmrl.config.messages import explain
 from llmrl.config.schema import OptionField, option_fields, plain
-from llmrl.config.sources import Given, Tree, from_python, given_tree, read_arguments
+from llmrl.config.sources import Given, Tree, from_python, given_tree, read_arguments, without_places
 from llmrl.errors import UserError
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def build(tree: Tree, config_class: type[T] = Config, *, lenient: bool = False) 
     Raises:
         UserError: with all findings; `lenient` ignores them.
     """
-    builder = _Builder()
+    builder = _Builder(config_class)
     given = dict(tree)
     parts: dict[str, Any] = {}
     if issubclass(config_class, RunConfig):
@@ -115,7 +115,8 @@ def with_algorithm(config: RunConfig, name: str) -> RunConfig:
 class _Builder:
     """Lays given values over presets and defaults, and collects what is wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: type = Config) -> None:
+        self.root = root
         self.found: list[str] = []
         self.left_out: list[str] = []
 
@@ -200,7 +201,7 @@ class _Builder:
                     self._entry(field, item, value, f"{path}{name}[{i}]") for i, item in enumerate(value.value)
                 ]
             else:
-                values[name] = _without_places(value)
+                values[name] = _free(value)
         return values
 
     def _entry(self, field: OptionField, item: Any, given: Given, path: str) -> Any:
@@ -211,6 +212,9 @@ class _Builder:
 
     def _nested(self, field: OptionField, base: Any, value: Any, path: str, choice: Given | None) -> Any:
         """A section, or a choice among option classes."""
+        if isinstance(value, Given) and field.optional and str(value.value).lower() in ("true", "false"):
+            # `model.lora true` is the option with its defaults, false is off
+            value = {} if str(value.value).lower() == "true" else Given(None, value.where, value.source, value.typed)
         if isinstance(value, Given):
             if not isinstance(value.value, str) or not field.tagged:
                 return value.value
@@ -230,9 +234,15 @@ class _Builder:
 
     def _unknown(self, cls: type, name: str, value: Any, path: str, choice: Given | None) -> None:
         where = next((leaf for _, leaf in _leaves(value, "")), None)
-        elsewhere = hints.readers(name, path)
+        elsewhere = hints.readers(name, path, self.root)
         if elsewhere and choice is not None and where is not None and where.source < choice.source:
             self.left_out.append(path + name)
+            return
+        section = hints.moved_section(path + name)
+        if section is not None and isinstance(value, dict):
+            self.found += [
+                f"{at}{_at(leaf)}: now {hints.moved(at, section)}" for at, leaf in _leaves(value, path + name)
+            ]
             return
         self.found.append(f"{path}{name}{_at(where)}: {hints.unknown(cls, name, path, elsewhere)}")
 
@@ -264,19 +274,17 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Given]]:
     return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
 
 
-def _without_places(value: Any) -> Any:
-    if isinstance(value, Given):
-        return value.value
-    return {name: _scalar(inner) for name, inner in value.items()}
+def _free(value: Any) -> Any:
+    """A value without an option class. Inside a free mapping nothing says how to convert a text: it is read as YAML."""
+    return {name: _scalar(inner) for name, inner in value.items()} if isinstance(value, dict) else without_places(value)
 
 
 def _scalar(value: Any) -> Any:
-    """A value inside a free mapping, which has no type to convert it: read as YAML."""
     if isinstance(value, Given) and value.typed and isinstance(value.value, str):
         import yaml
 
         return yaml.safe_load(value.value) if value.value else ""
-    return _without_places(value)
+    return _free(value)
 
 
 def _look_up(tree: Tree, path: str) -> Given | None:

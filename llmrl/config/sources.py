@@ -11,6 +11,8 @@ from llmrl.errors import UserError
 
 TYPED = 1_000_000
 """The source of what is typed: after all files."""
+MERGE_KEY = "tag:yaml.org,2002:merge"
+"""YAML's tag of the key `<<`."""
 Tree = dict[str, Any]
 """Names -> trees or `Given`."""
 
@@ -100,6 +102,8 @@ def typed_value(text: str, where: str, source: int) -> Any:
 
 def given_tree(value: Any, where: str, source: int, *, typed: bool) -> Any:
     """Mappings as trees, anything else as `Given`."""
+    if isinstance(value, Given):
+        return value
     if isinstance(value, dict):
         return {str(k): given_tree(v, where, source, typed=typed) for k, v in value.items()}
     return Given(value, where, source, typed)
@@ -151,15 +155,39 @@ def _mapping(loader: Any, node: Any, file: str, source: int) -> Tree:
     import yaml
 
     tree: Tree = {}
+    merged: Tree = {}
     for key, value in node.value:
         name, where = str(key.value), f"{file}, line {key.start_mark.line + 1}"
+        if key.tag == MERGE_KEY:  # `<<: *anchor`: the values of other mappings, for the keys that are not given here
+            for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                merged = _mapping(loader, other, file, source) | merged  # the first of several wins
+            continue
         if name in tree:
             raise UserError(f"{where}: {name} is there twice; remove one")
         if isinstance(value, yaml.MappingNode):
             tree[name] = _mapping(loader, value, file, source)
+        elif isinstance(value, yaml.SequenceNode):
+            tree[name] = Given([_item(loader, item, file, source) for item in value.value], where, source)
         else:
             tree[name] = Given(loader.construct_object(value, deep=True), where, source)
-    return tree
+    return merged | tree
+
+
+def _item(loader: Any, node: Any, file: str, source: int) -> Any:
+    """An entry of a list: a mapping keeps the places of its values, since it may be a list of options."""
+    import yaml
+
+    is_mapping = isinstance(node, yaml.MappingNode)
+    return _mapping(loader, node, file, source) if is_mapping else loader.construct_object(node, deep=True)
+
+
+def without_places(value: Any) -> Any:
+    """A tree, or a value that holds trees, as plain values."""
+    if isinstance(value, Given):
+        return without_places(value.value)
+    if isinstance(value, dict):
+        return {name: without_places(inner) for name, inner in value.items()}
+    return [without_places(item) for item in value] if isinstance(value, list) else value
 
 
 def _problem(error: Any) -> str:

@@ -1,6 +1,6 @@
-"""Messages <-> token ids: a conversation in, the ids a policy continues out; completion ids in, text or a message out.
+"""Messages <-> token ids: a conversation in, the ids that a policy continues out; completion ids in, a message out.
 
-One `Chat` holds every decision that is taken from the tokenizer: template, bos, stop tokens, padding.
+`Chat` makes every decision that depends on the tokenizer: template, bos, stop tokens, padding.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Chat:
 
     Args:
         tokenizer: the policy's.
-        prompt_format: `chat` renders with the chat template, `text` joins the contents of the messages as they are.
-        chat_template: a Jinja file used instead of the tokenizer's own template.
-        generation_config: the model's; its eos tokens end a completion too.
+        prompt_format: `chat` renders with the chat template, `text` joins the contents of the messages.
+        chat_template: a Jinja file to use instead of the tokenizer's own template.
+        generation_config: the model's; its eos tokens also end a completion.
 
     Raises:
-        UserError: no chat template, an unreadable template file, or no token that could end a completion.
+        UserError: there is no chat template, its file is unreadable, or no token could end a completion.
     """
 
     stop_token_ids: tuple[int, ...]
-    """A completion ends with one of these: eos of tokenizer or generation configuration, the template's turn end."""
+    """A completion ends with one of these: eos of tokenizer and generation configuration, the template's turn end."""
     pad_token_id: int
-    """The tokenizer's, or a stop token where it has none; padding is always masked."""
+    """The tokenizer's, or a stop token where it has none. Padding is always masked."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Chat:
         chat_template: str | None = None,
         generation_config: GenerationConfig | None = None,
     ) -> None:
-        self.tokenizer: Any = tokenizer  # transformers annotates ids as any of five types
+        self.tokenizer: Any = tokenizer  # Any: transformers annotates ids as a union of five types
         self.prompt_format = prompt_format
         self._template = _read_template(tokenizer, prompt_format, chat_template)
         self._bos = _default_bos(tokenizer) if prompt_format == "text" else None
@@ -53,9 +53,9 @@ class Chat:
         self.pad_token_id = self.stop_token_ids[0] if pad is None else pad
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Compute the prompt's token ids, up to where the assistant's next message begins.
+        """Return the prompt's token ids, up to where the assistant's next message begins.
 
-        A bos token appears once or not at all: as the template says or, in text format, as is the tokenizer's default.
+        A bos token appears at most once: where the template writes it or, in text format, where the tokenizer adds it.
 
         Args:
             messages: the conversation so far.
@@ -80,7 +80,7 @@ class Chat:
         generation_prompt: bool = False,
         **template_options: Any,
     ) -> list[int]:
-        """Compute the token ids of a conversation that is there already, as the chat template shows it.
+        """Return the token ids of a finished conversation, rendered with the chat template.
 
         Raises:
             UserError: the template refuses it.
@@ -88,24 +88,25 @@ class Chat:
         return self.encode(self._chat_text(messages, tools, generation_prompt=generation_prompt, **template_options))
 
     def decode(self, completion_ids: Sequence[int]) -> str:
-        """Compute a completion's text. A stop token at its end is left out; any other special token stays, as text.
+        """Return a completion's text. A stop token at its end is left out; any other special token stays, as text.
 
-        In text format a leading space survives (code continues its prompt's line); in chat format the text is what the
-        tokenizer makes of a message's beginning.
+        In text format a leading space survives, because code may continue the prompt's line; in chat format the text is
+        decoded as the beginning of a message.
         """
         token_ids = list(completion_ids)
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids.pop()
-        # Some decoders drop the first space they meet, so that of a continuation is shielded by a token before it.
+        # Some decoders drop a leading space. A token in front, removed again, protects the space of a continuation.
         return self._decode(self._anchor + token_ids).removeprefix(self._anchor_text)
 
     def parse(self, completion_ids: Sequence[int]) -> Message:
-        """Make the assistant message of a completion."""
+        """Return a completion as an assistant message."""
         return Message(role="assistant", content=self.decode(completion_ids))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it is, without special tokens around it."""
-        # Rendering and encoding apart gives a flat list in every version of transformers, and never a second bos.
+        """Return the token ids of a text, without adding special tokens."""
+        # Not `apply_chat_template(tokenize=True)`: its result differs between versions of transformers, and it may add
+        # a second bos.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -128,13 +129,13 @@ class Chat:
                 tokenize=False,
                 **template_options,
             )
-        except Exception as error:  # whatever the template's own code raises
-            number = getattr(error, "lineno", None)  # syntax errors have one
+        except Exception as error:  # a template may raise anything
+            number = getattr(error, "lineno", None)  # set for syntax errors only
             line = "" if number is None else f", line {number}"
             roles = ", ".join(message.get("role", "?") for message in messages)
             raise UserError(
                 f"the chat template{line} fails on messages with the roles {roles}: {error}. Change the messages "
-                "(many templates accept no system message: data.system_prompt), or give another data.chat_template"
+                "(many templates accept no system message: data.system_prompt), or set another data.chat_template"
             ) from error
 
     def _find_stop_tokens(self, generation_config: GenerationConfig | None) -> tuple[int, ...]:
@@ -152,15 +153,15 @@ class Chat:
         return stop_token_ids
 
     def _turn_end(self) -> int | None:
-        """The special token that the template writes after an assistant's message, if it writes one."""
+        """Return the special token that the template writes after an assistant's message, if there is one."""
         marker = "marker"
         conversation = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
         try:
             text = self._chat_text(conversation, generation_prompt=False)
         except UserError as error:
             if hasattr(error.__cause__, "lineno"):
-                raise  # A syntax error is one in every conversation.
-            return None  # A template for one turn only.
+                raise  # a syntax error fails for every conversation
+            return None  # the template accepts a single turn only
         _, found, after = text.rpartition(marker)
         token_ids = self.encode(after.lstrip()) if found else []
         return token_ids[0] if token_ids and token_ids[0] in self.tokenizer.added_tokens_decoder else None
@@ -172,13 +173,13 @@ def filter_long(tasks: Sequence[Task], chat: Chat, max_prompt_length: int | None
     Args:
         tasks: candidates.
         chat: renders their prompts.
-        max_prompt_length: tokens; None keeps all.
+        max_prompt_length: limit in tokens; None keeps all.
 
     Returns:
-        The kept tasks in their order, and how many were left out.
+        The kept tasks in their order, and the number left out.
 
     Raises:
-        UserError: none is left.
+        UserError: no task is left.
     """
     if max_prompt_length is None:
         return list(tasks), 0
@@ -187,13 +188,13 @@ def filter_long(tasks: Sequence[Task], chat: Chat, max_prompt_length: int | None
     if lengths and not kept:
         raise UserError(
             f"data.max_prompt_length {max_prompt_length} leaves out all {len(tasks)} tasks: the shortest prompt has "
-            f"{min(lengths)} tokens"
+            f"{min(lengths)} tokens; raise the limit"
         )
     return kept, len(tasks) - len(kept)
 
 
 def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file: str | None) -> str | None:
-    """The text of the template file; None for the tokenizer's own."""
+    """Return the text of the template file; None stands for the tokenizer's own template."""
     if prompt_format == "text":
         if file is not None:
             raise UserError("data.chat_template is set, but data.prompt_format `text` uses no template: remove one")
@@ -212,7 +213,7 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file:
 
 
 def _default_bos(tokenizer: Any) -> int | None:
-    """The bos token, if the tokenizer puts one before plain text of its own accord."""
+    """Return the bos token if the tokenizer puts one before plain text by default."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
 

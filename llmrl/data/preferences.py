@@ -1,12 +1,12 @@
 """Rows with preferences -> tasks and their token ids. The columns and the tokens are TRL's.
 
     prompt, chosen, rejected        a pair
-    chosen, rejected                a pair whose prompt is what both begin with
+    chosen, rejected                a pair whose prompt is the common beginning of both
     prompt, completion, label       one completion, desirable (true) or not
-    conversations, chosen, rejected a pair as ShareGPT and LLaMA-Factory write it (`from`, `value`)
+    conversations, chosen, rejected a pair in the form of ShareGPT and LLaMA-Factory (`from`, `value`)
 
-Prompts and completions are text, or lists of messages. Text is given to the tokenizer as it is, and a completion ends
-in the eos token; messages are rendered with the chat template.
+Prompts and completions are text, or lists of messages. Text goes to the tokenizer unchanged, and a completion ends
+with the eos token; messages are rendered with the chat template.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llmrl.types import Message, Task
 
 if TYPE_CHECKING:
     from llmrl.algo.preference.hierarchy import HierarchicalPreference
-    from llmrl.config import DataConfig
     from llmrl.data.chat import Chat
+    from llmrl.data.options import RowsConfig
 
 Text = str | list[Message]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
@@ -35,11 +35,11 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "obse
 
 @dataclass(kw_only=True)
 class PreferenceRow:
-    """One row: a prompt, its completions, and how good each is."""
+    """One row: a prompt, its completions, and their rewards."""
 
     task: Task
     place: str
-    """Where it stands, for messages to people."""
+    """Where the row comes from, for error messages ("pairs.jsonl, line 3")."""
     prompt: Text
     completions: list[Text]
     """[chosen, rejected], or one."""
@@ -50,40 +50,39 @@ class PreferenceRow:
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     ref_logprobs: list[np.ndarray] | None = None
-    """Of each completion's tokens, where they were computed beforehand."""
+    """[tokens] of each completion, where they were computed before training."""
 
     @property
     def is_conversational(self) -> bool:
         return isinstance(self.completions[0], list)
 
 
-def load_preferences(config: DataConfig) -> list[PreferenceRow]:
+def load_preferences(config: RowsConfig) -> list[PreferenceRow]:
     """Read the preference dataset that `config` names.
 
     Raises:
-        UserError: nothing readable, no rows, columns of no known form, or a row unlike the first.
+        UserError: nothing is readable, there are no rows, the columns have no known form, or a row has another form
+            than the first.
     """
     rows, name = open_rows(config)
     return _build(rows, config, name)
 
 
-def preferences_from_rows(rows: Iterable[dict[str, Any]], config: DataConfig, name: str) -> list[PreferenceRow]:
-    """The same of rows in memory."""
+def preferences_from_rows(rows: Iterable[dict[str, Any]], config: RowsConfig, name: str) -> list[PreferenceRow]:
+    """Read rows that are already in memory; otherwise as `load_preferences`."""
     return _build(((f"{name}, row {i} (counting from 0)", dict(row)) for i, row in enumerate(rows)), config, name)
 
 
-def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[PreferenceRow]:
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"data.limit is {config.limit}: must be at least 1, or null for all rows")
+def _build(rows: Iterator[Located], config: RowsConfig, name: str) -> list[PreferenceRow]:
     short_name = re.sub(r"[^\w.-]+", "_", name)
     ids: dict[str, int] = {}
     found: list[PreferenceRow] = []
     for place, row in itertools.islice(rows, config.limit):
         prompt, completions, rewards = _read(_without_sharegpt(row, place), place)
         messages = prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
-        tools: Any = row.get("tools")
+        tools: Any = row.get("tools")  # a table can hold JSON schemas only as text
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-        one = PreferenceRow(
+        new = PreferenceRow(
             task=Task(id=new_id(short_name, prompt, [completions, rewards], ids, place), messages=messages),
             place=place,
             prompt=prompt,
@@ -92,15 +91,16 @@ def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[Prefe
             tools=tools or None,
             template_options=row.get("chat_template_kwargs") or {},
         )
-        _like_the_first(one, found)
-        found.append(one)
+        if found:
+            _check_same_form(new, found[0])
+        found.append(new)
     if not found:
         raise UserError(f"data.path {config.path}: there are no rows in {name}")
     return found
 
 
 def _read(row: dict[str, Any], place: str) -> tuple[Text, list[Text], list[float]]:
-    """(prompt, completions, rewards) of a row in any of TRL's forms."""
+    """Return (prompt, completions, rewards) of a row in any of TRL's forms."""
     if "chosen" in row and "rejected" in row:
         chosen, rejected = (_text(row[name], f"{place}, column {name}") for name in ("chosen", "rejected"))
         if isinstance(chosen, str) != isinstance(rejected, str):
@@ -109,7 +109,8 @@ def _read(row: dict[str, Any], place: str) -> tuple[Text, list[Text], list[float
             prompt, chosen, rejected = split_prompt(chosen, rejected)
             if not prompt:
                 raise UserError(
-                    f"{place}: there is no column prompt, and chosen and rejected do not begin alike: add the prompt"
+                    f"{place}: there is no column prompt, and chosen and rejected do not begin with the same text or "
+                    "message: add the prompt"
                 )
         else:
             prompt = _text(row["prompt"], f"{place}, column prompt")
@@ -120,8 +121,8 @@ def _read(row: dict[str, Any], place: str) -> tuple[Text, list[Text], list[float
     else:
         columns = ", ".join(map(str, row)) or "(none)"
         raise UserError(
-            f"{place}: preferences need the columns prompt, chosen, rejected (prompt may be the shared beginning of "
-            f"both), or prompt, completion, label; the columns are {columns}"
+            f"{place}: preferences need the columns prompt, chosen, rejected (or a prompt that both begin with), or "
+            f"prompt, completion, label; the columns are {columns}"
         )
     if isinstance(prompt, str) != isinstance(completions[0], str):
         raise UserError(f"{place}: prompt and completions must all be text, or all lists of messages")
@@ -145,9 +146,10 @@ def _label(value: Any, place: str) -> float:
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """What both begin with, and the rest of each. In text, a space before the first difference is the completion's.
+    """Split off the common beginning. Returns (prompt, rest of chosen, rest of rejected).
 
-    Where one is the beginning of the other, the last element (message or character) counts as different, as in TRL.
+    In text, a space before the first difference belongs to the completion. Where one is the beginning of the other, the
+    last element (message or character) counts as different, as in TRL.
     """
     shorter = min(len(chosen), len(rejected))
     index = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
@@ -157,7 +159,7 @@ def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _without_sharegpt(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """`conversations` with `from` and `value` as a prompt of messages; other rows as they are."""
+    """Turn `conversations` with `from` and `value` into a prompt of messages; return other rows unchanged."""
     turns = row.get("conversations")
     if not isinstance(turns, list):
         return row
@@ -177,10 +179,7 @@ def _without_sharegpt(row: dict[str, Any], place: str) -> dict[str, Any]:
     return changed
 
 
-def _like_the_first(row: PreferenceRow, earlier: Sequence[PreferenceRow]) -> None:
-    if not earlier:
-        return
-    first = earlier[0]
+def _check_same_form(row: PreferenceRow, first: PreferenceRow) -> None:
     if len(row.completions) != len(first.completions):
         raise UserError(f"{row.place}: pairs and single completions cannot be mixed ({first.place} is the other kind)")
     if row.is_conversational != first.is_conversational:
@@ -195,17 +194,17 @@ def encode_preferences(
 ) -> tuple[list[PreferenceRow], list[str]]:
     """Set the token ids of all rows.
 
-    A completion begins where the tokens of the prompt alone and of the whole part ways, and is cut off at `max_length`
+    A completion begins at the first token where the prompt and the whole sequence differ, and ends at `max_length`
     tokens of the whole sequence.
 
     Args:
-        rows: with text.
+        rows: their text is read, their ids are set.
         chat: holds the tokenizer.
         max_length: tokens of a sequence; None cuts nothing.
 
     Returns:
-        (the rows that are left, what to tell the user): rows whose prompt leaves no room are left out, and so are pairs
-        whose two completions are the same tokens.
+        (kept rows, notes for the console). Rows whose prompt leaves no room for a completion are left out, and so are
+        pairs whose completions are the same tokens.
 
     Raises:
         UserError: no row is left.
@@ -213,7 +212,8 @@ def encode_preferences(
     kept, too_long, equal, cut = [], 0, 0, 0
     for row in rows:
         prompt_ids, whole = _encode(row, chat)
-        start = min(_common(prompt_ids, ids) for ids in whole)
+        # A tokenizer may merge the end of the prompt with the completion: the prompt ends where all of them agree.
+        start = min(_common_length(prompt_ids, ids) for ids in whole)
         cut += start < len(prompt_ids)
         row.prompt_ids = prompt_ids[:start]
         row.completion_ids = [ids[start:max_length] for ids in whole]
@@ -224,8 +224,8 @@ def encode_preferences(
         else:
             kept.append(row)
     notes = [
-        (too_long, f"left out: no room for a completion within preference.max_length {max_length} tokens"),
-        (equal, "left out: chosen and rejected are the same tokens (as far as preference.max_length goes)"),
+        (too_long, f"left out: no room for a completion within algo.max_length {max_length} tokens"),
+        (equal, "left out: chosen and rejected are the same tokens (up to algo.max_length)"),
         (cut, "lose the end of their prompt: the tokenizer or template renders it differently before a completion"),
     ]
     if rows and not kept:
@@ -234,7 +234,7 @@ def encode_preferences(
 
 
 def _encode(row: PreferenceRow, chat: Chat) -> tuple[list[int], list[list[int]]]:
-    """Ids of the prompt alone, and of the prompt with each completion."""
+    """Return the ids of the prompt alone, and of the prompt with each completion."""
     if isinstance(row.prompt, list):
 
         def ids(messages: list[Message], generation_prompt: bool = False) -> list[int]:
@@ -249,8 +249,8 @@ def _encode(row: PreferenceRow, chat: Chat) -> tuple[list[int], list[list[int]]]
     return chat.tokenizer(row.prompt)["input_ids"], [chat.tokenizer(row.prompt + text)["input_ids"] for text in texts]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -260,10 +260,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def preferences_from_rollouts(
     rows: Iterable[dict[str, Any]], hierarchy: HierarchicalPreference
 ) -> list[dict[str, list[Message]]]:
-    """Pairs (prompt, chosen, rejected) for a reward model from the rollouts a run has recorded (HERON).
+    """Make pairs (prompt, chosen, rejected) for a reward model from the rollouts that a run has recorded (HERON).
 
     Args:
-        rows: of a run's rollouts.jsonl. Rollouts of the same task at the same step are compared with each other;
+        rows: rows of a run's rollouts.jsonl. Rollouts of the same task at the same step are compared with each other;
             margins are taken over all of them.
         hierarchy: compares their reward parts (and `reward`).
     """

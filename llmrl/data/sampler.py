@@ -18,11 +18,11 @@ class Sampler(Protocol):
 
     @property
     def position(self) -> int:
-        """Tasks handed out so far. Read before `next`: task i of that batch is number `position + i` of the run."""
+        """Tasks returned so far. Read it before `next`: task i of that batch is number `position + i` of the run."""
         ...
 
     def next(self, n: int) -> list[Task]:
-        """Hand out `n` different tasks."""
+        """Return the next `n` tasks, all different."""
         ...
 
     def update(self, groups: Sequence[RolloutGroup]) -> None:
@@ -30,27 +30,27 @@ class Sampler(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs, as plain values that JSON keeps."""
+        """Return everything that `load_state_dict` needs, as values that survive JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the sampler that gave `state` stood."""
+        """Restore from `state_dict`: `next` continues where that sampler stopped."""
         ...
 
 
 class TaskSampler:
-    """Every task once per epoch, in a fresh order each epoch that depends on (seed, epoch) only.
+    """Gives every task once per epoch, in a new order each epoch that depends on (seed, epoch) only.
 
-    A batch that an epoch ends in continues with the next epoch. Tasks of the new epoch that are already in the batch
-    are passed over and come first in the next batch, so no batch has a task twice and no epoch loses one.
+    When an epoch ends inside a batch, the batch continues with the next epoch. Tasks of the new epoch that are already
+    in the batch are deferred to the start of the next batch, so no batch has a task twice and no epoch loses one.
 
     Args:
         tasks: at least one; their ids must differ.
-        seed: not negative.
-        shuffle: False gives every epoch in the order of `tasks`.
+        seed: at least 0.
+        shuffle: False keeps the order of `tasks` in every epoch.
 
     Raises:
-        UserError: no tasks, ids that repeat, or a negative seed.
+        UserError: there are no tasks, an id repeats, or the seed is negative.
     """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True) -> None:
@@ -59,9 +59,9 @@ class TaskSampler:
             raise UserError("there are no tasks to sample from")
         task_id, count = Counter(ids).most_common(1)[0]
         if count > 1:
-            raise UserError(f"{count} tasks have the id {task_id!r}: ids must differ, resuming relies on them")
+            raise UserError(f"{count} tasks have the id {task_id!r}: ids must differ, because resuming relies on them")
         if seed < 0:
-            raise UserError(f"train.seed is {seed}: must not be negative")
+            raise UserError(f"train.seed is {seed}: it must be at least 0")
         self._tasks = list(tasks)
         self._identity = {
             "seed": seed,
@@ -74,31 +74,31 @@ class TaskSampler:
 
     @property
     def position(self) -> int:
-        """Tasks handed out so far. Read before `next`: task i of that batch is number `position + i` of the run."""
+        """Tasks returned so far. Read it before `next`: task i of that batch is number `position + i` of the run."""
         return self._position
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that the next task belongs to."""
-        return self._epoch + (self._cursor == len(self._tasks) and not self._passed_over)
+        """Epoch of the next task, from 0."""
+        return self._epoch + (self._cursor == len(self._tasks) and not self._deferred)
 
     def check(self, n: int) -> None:
-        """Raise UserError unless batches of `n` different tasks can be made."""
+        """Raise UserError unless `n` different tasks fit in a batch."""
         if not 1 <= n <= len(self._tasks):
             raise UserError(
                 f"rollout.num_prompts {n} cannot be drawn from {len(self._tasks)} tasks without repeating one in a "
-                "batch: use a number from 1 to that"
+                f"batch: use a number from 1 to {len(self._tasks)}"
             )
 
     def next(self, n: int) -> list[Task]:
-        """Hand out `n` different tasks.
+        """Return the next `n` tasks, all different.
 
         Raises:
             UserError: `n` is not between 1 and the number of tasks.
         """
         self.check(n)
-        batch = {index: self._tasks[index] for index in self._passed_over[:n]}
-        self._passed_over = self._passed_over[n:]
+        batch = {index: self._tasks[index] for index in self._deferred[:n]}
+        self._deferred = self._deferred[n:]
         while len(batch) < n:
             index = self._next_index(batch)
             batch[index] = self._tasks[index]
@@ -109,19 +109,19 @@ class TaskSampler:
         """Do nothing: the order does not depend on scores."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands, and which tasks and seed it stands in; JSON-able."""
+        """Return the position, and what identifies the tasks and their order, as values that survive JSON."""
         return self._identity | {
             "position": self._position,
             "epoch": self._epoch,
             "cursor": self._cursor,
-            "passed_over": list(self._passed_over),
+            "passed_over": list(self._deferred),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the sampler that gave `state` stood: `next` returns what that one would have.
+        """Restore from `state_dict`: `next` returns what that sampler would have returned.
 
         Raises:
-            UserError: the tasks, the seed or the shuffling differ from that sampler's; the message says which.
+            UserError: the tasks, the seed or the shuffling differ from that sampler's; the message names which.
         """
         changed = [
             f"{name} was {state.get(name)} and is {value}"
@@ -130,24 +130,25 @@ class TaskSampler:
         ]
         if changed:
             raise UserError(
-                f"cannot resume the order of the tasks: {'; '.join(changed)}. (The fingerprint is of the tasks' ids "
-                "and order.) Resume with the data and seed the run was started with, or start a new run"
+                f"cannot resume the order of the tasks: {'; '.join(changed)}. (The fingerprint covers the ids of the "
+                "tasks and their order.) Resume with the data and seed of the first start, or start a new run"
             )
         self._position = state["position"]
         self._start_epoch(state["epoch"])
         self._cursor = state["cursor"]
-        self._passed_over = list(state["passed_over"])
+        self._deferred = list(state["passed_over"])
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._cursor = 0
-        self._passed_over: list[int] = []
+        self._deferred: list[int] = []
         count = len(self._tasks)
+        # A generator of its own per epoch: resuming needs no random state, only the epoch and a cursor.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._identity["seed"], epoch])))
         self._order = generator.permutation(count).tolist() if self._identity["shuffle"] else list(range(count))
 
     def _next_index(self, batch: dict[int, Task]) -> int:
-        """The index of the next task in order that is not in `batch`; those that are come first in the next batch."""
+        """Return the index of the next task that is not in `batch`; defer those that are to the next batch."""
         while True:
             if self._cursor == len(self._order):
                 self._start_epoch(self._epoch + 1)
@@ -155,4 +156,4 @@ class TaskSampler:
             self._cursor += 1
             if index not in batch:
                 return index
-            self._passed_over.append(index)
+            self._deferred.append(index)

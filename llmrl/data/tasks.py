@@ -1,7 +1,7 @@
 """Rows to tasks: a hub dataset, a local file or folder, or any iterable of rows in; a list of `Task` out.
 
-Local files are read as they are (no type is guessed, nothing is cached, no network), so an answer "007" stays "007".
-Whatever is wrong with the data is said here, with file and line, before any model loads.
+Local files are read without guessing types, caching or network access, so an answer "007" stays "007". Errors in the
+data are raised here, before any model loads, and name the file and line.
 """
 
 from __future__ import annotations
@@ -18,42 +18,43 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from llmrl.config import DataConfig
 from llmrl.errors import UserError
 from llmrl.types import Message, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from llmrl.data.options import DataConfig, RowsConfig
+
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "text")
 ANSWER_COLUMNS = ("answer", "solution", "target")
 NO_ANSWER = "none"
+"""Value of `data.answer_column` where rewards need no answer."""
 
 Row = dict[str, Any]
 Located = tuple[str, Row]
-"""Where a row comes from, for messages to people ("train.jsonl, line 3"), and the row."""
+"""Where a row comes from, for error messages ("train.jsonl, line 3"), and the row."""
 
 
 def load_tasks(config: DataConfig) -> list[Task]:
     """Read the dataset that `config` names.
 
     Args:
-        config: `path` is a local .json / .jsonl / .csv / .parquet file, a folder (written by `datasets.save_to_disk`,
-            or holding such files), or a hub id; see `DataConfig` for the rest.
+        config: which rows, and how they become tasks.
 
     Returns:
-        One task per row, in the order of the rows. Ids are equal for equal (prompt, answer) rows of datasets with equal
-        short names, on any machine.
+        One task per row, in the order of the rows. An id depends on the dataset's short name and the row's prompt and
+        answer only, so it is the same on every machine.
 
     Raises:
-        UserError: nothing readable at `path`, no rows, a missing column, or a row that cannot become a task.
+        UserError: nothing at `path` is readable, there are no rows, a column is missing, or a row cannot become a task.
     """
     rows, name = open_rows(config)
     return _build(rows, config, name)
 
 
 def tasks_from_rows(rows: Iterable[Row] | Dataset, config: DataConfig, name: str) -> list[Task]:
-    """Make tasks of rows that are already in memory; otherwise as `load_tasks`.
+    """Make tasks from rows that are already in memory; otherwise as `load_tasks`.
 
     Args:
         rows: dictionaries, or a `datasets.Dataset`.
@@ -66,8 +67,8 @@ def tasks_from_rows(rows: Iterable[Row] | Dataset, config: DataConfig, name: str
 # --- where rows come from ---------------------------------------------------------------------------------------------
 
 
-def open_rows(config: DataConfig) -> tuple[Iterator[Located], str]:
-    """The rows `config.path` names and the dataset's short name."""
+def open_rows(config: RowsConfig) -> tuple[Iterator[Located], str]:
+    """Open the rows that `config.path` names. Returns them and the dataset's short name."""
     path = Path(config.path).expanduser()
     if path.is_file():
         return _open_file(path, config), path.stem
@@ -80,15 +81,15 @@ def open_rows(config: DataConfig) -> tuple[Iterator[Located], str]:
     return _numbered(config.path, dataset), name
 
 
-def _open_file(path: Path, config: DataConfig) -> Iterator[Located]:
+def _open_file(path: Path, config: RowsConfig) -> Iterator[Located]:
     if path.suffix.lower() not in _READERS:
         raise UserError(f"data.path {config.path}: cannot read {path.suffix or 'this kind of'} files; {_KINDS}")
-    _refuse_parts(config)
+    _refuse_split(config)
     return _READERS[path.suffix.lower()](path)
 
 
-def _refuse_parts(config: DataConfig) -> None:
-    """Refuse a field that would not be read: a single table has no splits."""
+def _refuse_split(config: RowsConfig) -> None:
+    """Raise UserError where `split` is set but would not be read: a single table has no splits."""
     if config.split != "train":
         raise UserError(
             f"data.split is {config.split!r}, but data.path {config.path} is a single table without splits: "
@@ -97,19 +98,19 @@ def _refuse_parts(config: DataConfig) -> None:
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    """The file of `folder` that is named after the split, as in `gsm8k/train.jsonl`."""
+    """Find the file of `folder` that is named after the split, such as `gsm8k/train.jsonl`."""
     return next((file for suffix in _READERS if (file := folder / f"{split}{suffix}").is_file()), None)
 
 
 def _looks_local(path: str) -> bool:
-    """Hub ids are `name`, `owner/name` or `owner/name:configuration`, without the suffix of a data file."""
+    """Whether `path` cannot be a hub id: `name`, `owner/name` or `owner/name:configuration`, without a file suffix."""
     if Path(path).suffix.lower() in _READERS:
         return True
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path) is None
 
 
 def _near(path: Path) -> str:
-    """A hint with the names in the same folder that look like `path`'s."""
+    """Return a hint: the names in the same folder that resemble that of `path`."""
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent} either)"
     close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3, cutoff=0.5)
@@ -117,24 +118,24 @@ def _near(path: Path) -> str:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `path` was written by `save_to_disk` of a Dataset or a DatasetDict."""
+    """Whether `path` was written by `save_to_disk`, of a Dataset or a DatasetDict."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _open_saved(path: Path, config: DataConfig) -> Dataset:
+def _open_saved(path: Path, config: RowsConfig) -> Dataset:
     from datasets import DatasetDict, load_from_disk
 
     dataset = load_from_disk(str(path))
     if not isinstance(dataset, DatasetDict):
-        _refuse_parts(config)
+        _refuse_split(config)
         return dataset
     if config.split not in dataset:
         raise UserError(f"data.split {config.split!r}: {config.path} has {', '.join(map(repr, dataset))}")
     return dataset[config.split]
 
 
-def _open_through_datasets(path: Path, config: DataConfig) -> Dataset:
-    """A local folder of data files, or a hub dataset."""
+def _open_through_datasets(path: Path, config: RowsConfig) -> Dataset:
+    """Open a local folder of data files, or a hub dataset."""
     from datasets import load_dataset
 
     local = path.exists()
@@ -143,13 +144,13 @@ def _open_through_datasets(path: Path, config: DataConfig) -> Dataset:
         if local:
             return load_dataset(str(path), split=config.split)
         return load_dataset(hub_id, configuration or None, split=config.split)
-    except Exception as error:  # many unrelated types; each is about what was asked for or about the connection
+    except Exception as error:  # many unrelated types, about the request or about the connection
         cause = f"{type(error).__name__}: {error}"
         if local:
             raise UserError(f"data.path {config.path}: cannot read this folder as a dataset. {cause}") from error
         raise UserError(
             f"data.path {config.path}: there is no such local file or folder{_near(path)}, and it could not be loaded "
-            f"from the hub either (not reachable, no such dataset, or a wrong data.name or data.split). {cause}"
+            f"from the hub either (not reachable, no such dataset, or a wrong configuration or data.split). {cause}"
         ) from error
 
 
@@ -167,7 +168,7 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
 
 
 def _read_json(path: Path) -> Iterator[Located]:
-    """One array of objects; or, as many files named .json are, one object per line."""
+    """Read one array of objects, or one object per line, as many files named .json have it."""
     with _text(path) as file:
         first = next((line for line in file if line.strip()), "")
     if not first.lstrip().startswith("["):
@@ -182,14 +183,15 @@ def _read_json(path: Path) -> Iterator[Located]:
 
 
 def _read_csv(path: Path) -> Iterator[Located]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB, which test cases reach
+    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB, and columns of unit tests are larger
     with _text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
                 place = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{place}: not {len(reader.fieldnames or [])} fields, as the header has")
+                    count = len(reader.fieldnames or [])
+                    raise UserError(f"{place}: the row does not have {count} fields, as the header does")
                 yield place, row
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.reader.line_num}: not valid CSV ({error})") from None
@@ -207,7 +209,7 @@ def _read_parquet(path: Path) -> Iterator[Located]:
 
 
 _READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-_KINDS = "known are .json, .jsonl, .csv, .parquet, and folders written by datasets.save_to_disk"
+_KINDS = "use .json, .jsonl, .csv, .parquet, or a folder written by datasets.save_to_disk"
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -216,7 +218,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a UTF-8 text file (byte order mark or not); bytes that are not UTF-8 are a UserError."""
+    """Open a UTF-8 text file, with or without a byte order mark; raise UserError at bytes that are not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -236,8 +238,6 @@ def _object(place: str, value: Any) -> Row:
 
 
 def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[Task]:
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"data.limit is {config.limit}: must be at least 1, or null for all rows")
     rows = itertools.islice(rows, config.limit)
     first = next(rows, None)
     if first is None:
@@ -266,7 +266,7 @@ def _build(rows: Iterator[Located], config: DataConfig, name: str) -> list[Task]
 
 
 def _choose(field: str, chosen: str | None, defaults: tuple[str, ...], first: Located) -> str:
-    """The configured column, or the first of the defaults that the first row has."""
+    """Return the configured column, or the first of the defaults that the first row has."""
     place, row = first
     columns = f"the columns are {', '.join(map(str, row)) or '(none)'}"
     none_hint = f", or `{NO_ANSWER}` where rewards need no answer" if field == "answer_column" else ""
@@ -278,7 +278,7 @@ def _choose(field: str, chosen: str | None, defaults: tuple[str, ...], first: Lo
     if chosen not in row:
         close = difflib.get_close_matches(chosen, [str(column) for column in row], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{place}: no column {chosen!r}, as data.{field} says{hint} ({columns})")
+        raise UserError(f"{place}: data.{field} names {chosen!r}, but there is no such column{hint} ({columns})")
     return chosen
 
 
@@ -294,13 +294,14 @@ def _prompt(row: Row, column: str, place: str) -> str | list[Message]:
     messages = conversation(prompt, f"{place}, column {column}")
     if messages[-1].get("role") == "assistant":
         raise UserError(
-            f"{place}, column {column}: a prompt must not end with an assistant message, the policy writes that one"
+            f"{place}, column {column}: a prompt must not end with an assistant message, which the policy writes: "
+            "remove it"
         )
     return messages
 
 
 def conversation(prompt: list[Any], place: str) -> list[Message]:
-    """Check a list of messages, and drop the keys that are only there because some other row has them."""
+    """Check a list of messages, and drop keys without a value: tables add a key to all rows when one row has it."""
     if not prompt:
         raise UserError(f"{place}: the list of messages is empty")
     messages: list[Message] = []
@@ -332,7 +333,7 @@ def _answer(row: Row, column: str, place: str) -> Any:
 
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
-"""`{name}` is a field, `{{` and `}}` are literal braces; any other brace stands for itself, as in `\\boxed{}`."""
+"""`{name}` is a field, `{{` and `}}` are literal braces; any other brace is kept, as in `\\boxed{}`."""
 
 
 def _messages(prompt: str | list[Message], row: Row, config: DataConfig, place: str) -> list[Message]:
@@ -347,7 +348,7 @@ def _messages(prompt: str | list[Message], row: Row, config: DataConfig, place: 
     if config.system_prompt is None:
         return messages
     if messages[0].get("role") == "system":
-        raise UserError(f"{place}: the prompt has a system message of its own; remove data.system_prompt")
+        raise UserError(f"{place}: the prompt already has a system message; remove data.system_prompt")
     return [Message(role="system", content=config.system_prompt), *messages]
 
 
@@ -355,7 +356,7 @@ def _check_template(template: str, answer_column: str | None, first: Located) ->
     place, row = first
     fields = [match[1] for match in _FIELD.finditer(template) if match[1]]
     for field in fields:
-        literal = f"write {{{{{field}}}}} if the braces are meant literally"
+        literal = f"write {{{{{field}}}}} for literal braces"
         if field == answer_column:
             raise UserError(f"data.prompt_template: {{{field}}} would show the hidden answer to the policy; {literal}")
         if field != "prompt" and field not in row:
@@ -364,7 +365,7 @@ def _check_template(template: str, answer_column: str | None, first: Located) ->
                 f"{literal}"
             )
     if not fields:
-        raise UserError("data.prompt_template: no {prompt} in it, so every prompt would be the same")
+        raise UserError("data.prompt_template has no {prompt}, so every prompt would be the same: add it")
 
 
 def _fill(template: str, prompt: str, row: Row, place: str) -> str:
@@ -373,7 +374,7 @@ def _fill(template: str, prompt: str, row: Row, place: str) -> str:
             return match[0][0]
         value = prompt if match[1] == "prompt" else row.get(match[1])
         if value is None:
-            raise UserError(f"{place}, column {match[1]}: empty, but data.prompt_template names it")
+            raise UserError(f"{place}, column {match[1]}: the value is empty, but data.prompt_template names it")
         return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
     return _FIELD.sub(text, template)
@@ -383,7 +384,17 @@ def _fill(template: str, prompt: str, row: Row, place: str) -> str:
 
 
 def new_id(name: str, prompt: Any, answer: Any, taken: dict[str, int], place: str) -> str:
-    """`name`-`hash` of (prompt, answer); of (prompt, answer, k) for the k-th repetition of a row. Added to `taken`."""
+    """Return `name`-`hash` of (prompt, answer), or of (prompt, answer, k) for the k-th repetition of a row.
+
+    Ids never change: the ledgers and checkpoints of earlier runs hold them.
+
+    Args:
+        name: short name of the dataset.
+        prompt: the row's, text or messages.
+        answer: the row's, any plain value.
+        taken: ids so far, and how often each was repeated; updated.
+        place: where the row comes from, for errors.
+    """
     first = task_id = f"{name}-{_digest([prompt, answer], place)}"
     while task_id in taken:
         taken[first] += 1
@@ -393,7 +404,7 @@ def new_id(name: str, prompt: Any, answer: Any, taken: dict[str, int], place: st
 
 
 def _digest(content: Any, place: str) -> str:
-    """First 12 hex digits of SHA-256 over canonical JSON: the same on every machine and Python version."""
+    """Return the first 12 hex digits of SHA-256 over canonical JSON, the same on every machine and Python version."""
     try:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain)
     except TypeError as error:
@@ -404,7 +415,7 @@ def _digest(content: Any, place: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for the values beyond JSON that tables hold: numpy numbers and arrays, dates, bytes."""
+    """Convert values of tables that JSON does not know: numpy numbers and arrays, dates, bytes."""
     for method in ("tolist", "isoformat", "hex"):
         if hasattr(value, method):
             return getattr(value, method)()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, cast
 
 from llmrl.types import Adapter
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def current_adapter(model: nn.Module) -> Adapter:
     """Return the trained adapter of a peft model in peft's own format, its tensors on the CPU."""
-    from peft import get_peft_model_state_dict
+    import peft
 
-    config: Any = active_config(model)
-    fields = {key: _plain(value) for key, value in config.to_dict().items()}
-    tensors = {
-        name: tensor.detach().to("cpu").contiguous()
-        for name, tensor in get_peft_model_state_dict(model, adapter_name=model.active_adapter).items()  # pyright: ignore
-    }
+    adapted: Any = model
+    fields = {key: _plain(value) for key, value in active_config(model).to_dict().items()}
+    state: dict[str, Tensor] = cast("Any", peft).get_peft_model_state_dict(model, adapter_name=adapted.active_adapter)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     return Adapter(config=fields | {"inference_mode": True}, tensors=tensors)
 
 
@@ -45,7 +43,7 @@ def adapter_obstacle(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def scaled(model: nn.Module, factor: float) -> Iterator[None]:
+def scaled(model: nn.Module, factor: float) -> Generator[None]:
     """Multiply the adapter's update by `factor` inside the block. 0 leaves the base model alone."""
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     before = [dict(layer.scaling) for layer in layers]
@@ -62,9 +60,9 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 def _plain(value: Any) -> Any:
     """Convert a value to what JSON can hold."""
     if isinstance(value, set):
-        return sorted(value)
+        return sorted(cast("set[Any]", value))
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item) for item in cast("list[Any]", value)]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(getattr(value, "value", value))

@@ -42,7 +42,7 @@ class Parallel:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        self.accelerator: Any = accelerator  # its own annotations are incomplete
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
@@ -74,8 +74,7 @@ class Parallel:
             What forward passes with a gradient must call in place of `module`, and the optimizer to step. `module`
             stays valid; calling it directly goes past the wrapper, so processes need not do so equally often.
         """
-        wrapped, prepared = self.accelerator.prepare(module, optimizer)
-        return wrapped, prepared
+        return self.accelerator.prepare(module, optimizer)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the precision of training. The wrapped module does so anyway; this is for what goes past it."""
@@ -104,7 +103,7 @@ class Parallel:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate the tensors of all processes along their first axis, in the order of ranks (collective)."""
-        return cast("Tensor", self.accelerator.gather(tensor))
+        return self.accelerator.gather(tensor)
 
     def gather_objects(self, items: Sequence[T]) -> list[T]:
         """Concatenate the lists of all processes, in the order of ranks (collective)."""
@@ -112,7 +111,7 @@ class Parallel:
             return [*items]
         from accelerate.utils import gather_object
 
-        return gather_object([*items])
+        return cast("list[T]", gather_object([*items]))
 
     def reduce(self, values: dict[str, Tensor], *, largest: Collection[str] = ()) -> dict[str, Tensor]:
         """Add numbers over processes, by name; of those named in `largest` take the maximum instead (collective).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -148,8 +148,13 @@ class Policy:
         return self.causal_lm.config
 
     @property
+    def text_config(self) -> Any:
+        """The part of the configuration that describes the language model; its fields differ by architecture."""
+        return cast("Any", self.model_config).get_text_config()
+
+    @property
     def vocab_size(self) -> int:
-        return self.model_config.get_text_config().vocab_size
+        return self.text_config.vocab_size
 
     @property
     def critic(self) -> Critic | None:
@@ -178,7 +183,7 @@ class Policy:
 
     def parameters_to_train(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the trained parameters: (the policy's, the critic's own)."""
-        own = set() if self.critic is None else {id(p) for p in self.critic.parameters()}
+        own: set[int] = set() if self.critic is None else {id(p) for p in self.critic.parameters()}
         trained = [p for p in self.module.parameters() if p.requires_grad]
         return [p for p in trained if id(p) not in own], [p for p in trained if id(p) in own]
 
@@ -400,7 +405,7 @@ def _inputs(batch: MicroBatch) -> tuple[Tensor | None, ...]:
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Generator[None]:
     """Switch dropout off inside the block and restore the mode afterwards."""
     training = module.training
     module.eval()

@@ -1,4 +1,4 @@
-"""Environments: what the policy talks to during one rollout. They speak messages, never tokens."""
+"""Environments: what the policy talks to during a rollout. They exchange messages, never tokens."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Reply:
     """What the policy sees next (tool results, user messages); empty when done."""
     done: bool
     rewards: dict[str, float] = field(default_factory=dict)
-    """Reward parts the environment itself gives; logged as `env/NAME`, weight 1."""
+    """Reward parts that the environment itself gives, logged as `env/NAME` with weight 1."""
 
 
 class Env(Protocol):
-    """One instance per rollout, used once: `start`, then `step` until done, then `close`, whatever happened."""
+    """One instance serves one rollout: `start`, then `step` until done, then `close`, also after an error."""
 
     async def start(self) -> list[Message]:
-        """The first messages the policy sees."""
+        """Return the first messages that the policy sees."""
         ...
 
     async def step(self, message: Message) -> Reply:
-        """React to the policy's message."""
+        """Answer the policy's message."""
         ...
 
     async def close(self) -> None:
-        """Release what the rollout held."""
+        """Release the resources of the rollout."""
         ...
 
 
@@ -40,7 +40,7 @@ EnvFactory = Callable[[Task], Env]
 
 
 class SingleTurnEnv:
-    """One question, one answer."""
+    """An environment of one question and one answer."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -1,4 +1,4 @@
-"""`llmrl serve`: vLLM servers for a recipe's model, in the foreground, until they are interrupted."""
+"""`llmrl serve`: vLLM servers for the model of a recipe, in the foreground, until interrupted."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 USAGE = """usage: llmrl serve RECIPE.yaml [--print_command] [--field value ...]
 
-Start vLLM servers for the model of a recipe, ready for `rollout.engine vllm_server`, and end them when interrupted.
-Any field of the recipe can be given, dotted; those that matter here:
+Start vLLM servers for the model of a recipe, ready for `rollout.engine vllm_server`, and stop them when interrupted.
+Any field of the recipe can be given, dotted; the ones that matter here:
   --model.path, --model.dtype, --model.lora.r   what is served
   --rollout.server.num_replicas, .host, .port, .gpus   how many, and where
-  --rollout.vllm.tensor_parallel_size, .max_model_len, ...   how each works
+  --rollout.vllm.tensor_parallel_size, .max_model_len, ...   how each one runs
   --print_command   print the commands instead, for another launcher (slurm, kubernetes ...)"""
 
 
 def run(argv: list[str]) -> int:
-    """The command: blocks until it is interrupted (exit code 0) or a server cannot be kept up (RunFailed).
+    """Run the command: block until interrupted, then return exit code 0.
 
     Raises:
         UserError: the arguments are wrong, vLLM cannot serve the model here, or a port or a GPU is missing.
-        RunFailed: a server ended and could not be started again.
+        RunFailed: a server ended and could not be restarted.
     """
     from llmrl.config import parse
     from llmrl.engines.vllm.launch import ServerProcesses, check_model, plan
@@ -57,18 +57,19 @@ def run(argv: list[str]) -> int:
         say(f"train with: --rollout.engine vllm_server --rollout.server.urls '{json.dumps(processes.urls)}'")
         _keep_up(processes)
     except KeyboardInterrupt:
-        say("ending the servers")
+        say("stopping the servers")
     finally:
         processes.close()
     return 0
 
 
 def say(text: str) -> None:
+    """Print a line at once, so that it shows even if the output goes to a file."""
     print(text, flush=True)
 
 
 def _keep_up(processes: ServerProcesses) -> None:
-    """Start servers that end again, until interrupted."""
+    """Restart servers that end, until interrupted."""
     while True:
         for url in processes.urls:
             processes.revive(url)

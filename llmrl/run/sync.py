@@ -1,4 +1,4 @@
-"""Stage 6, weight sync: the learner's weights into the engine, and the proof that they arrived."""
+"""Stage 6, weight sync: push the learner's weights to the engine, and prove that they arrived."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
     from llmrl.model.policy import Policy
 
 PROBE_LENGTH = 16
+"""Tokens of the sequence that learner and engine both score after a push."""
 HISTORY = 8
-"""Versions remembered, to say which one is served instead."""
+"""Number of earlier versions to compare with when the engine serves something else."""
 ROUNDING = 1e-6
-"""Gaps (nats) below this say nothing."""
-CLEARLY = 10
-"""A change of the learner that many times the usual gap must be seen in the engine."""
+"""Gaps (nats) below this are rounding."""
+CLEAR_CHANGE = 10
+"""If the learner moved by more than this many times the usual gap, the engine must have moved too."""
 
 
 class WeightSync:
-    """Pushes weights and compares log-probabilities on a fixed probe sequence, every time.
+    """Pushes weights, and after every push compares log-probabilities on a fixed probe sequence.
 
     Args:
         policy: the model being trained.
-        engine: what serves it.
-        vocab_size: probe tokens are drawn from it, seeded.
-        dtype: the type the engine computes in; sets the tolerance.
-        quantized: whether the engine rounds the weights further.
+        engine: the engine that serves it.
+        vocab_size: size of the vocabulary from which the probe tokens are drawn, with a fixed seed.
+        dtype: type the engine computes in; it sets the tolerance.
+        quantized: whether the engine also quantizes the weights.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class WeightSync:
         self.history: deque[tuple[int, np.ndarray]] = deque(maxlen=HISTORY)
         self.previous_served: np.ndarray | None = None
         self.usual_gap = ROUNDING
-        """Largest gap of the pushes so far, all of which were right."""
+        """Largest gap (nats) of the pushes so far, all of which arrived."""
 
     async def push(self, version: int) -> Receipt:
         """Make the engine serve the learner's weights as `version`.
 
         Raises:
-            RunFailed: the engine's log-probabilities are not the learner's; the message says what they match instead:
-                an older version (the push did not arrive), the base without its adapter, the adapter counted twice, or
-                nothing (wrong weights, or some in the wrong module).
+            RunFailed: the engine's log-probabilities differ from the learner's. The message names what they match
+                instead: an older version (the push did not arrive), the base without its adapter, the adapter counted
+                twice, or nothing (wrong weights, or some in the wrong module).
         """
         start = time.perf_counter()
         if self.engine.takes_adapters:
@@ -63,10 +64,12 @@ class WeightSync:
         else:
             await self.engine.load_weights(self.policy.weights, version=version)
         pushed = time.perf_counter()
-        expected = self._learner()
+        expected = self._learner_logprobs()
         served = np.asarray((await self.engine.logprobs([self.probe]))[0])
         if served.shape != expected.shape:
-            raise RunFailed(f"weight sync: asked for {len(expected)} log-probabilities, the engine gave {len(served)}")
+            raise RunFailed(
+                f"weight sync: the engine returned {len(served)} log-probabilities instead of {len(expected)}"
+            )
         gap = float(np.abs(served - expected).max())
         change = float(np.abs(expected - self.history[-1][1]).max()) if self.history else 0.0
         if not gap <= self.tolerance:
@@ -78,14 +81,15 @@ class WeightSync:
         done = time.perf_counter()
         return Receipt(version=version, max_gap=gap, change=change, seconds=done - start, proof_seconds=done - pushed)
 
-    def _learner(self) -> np.ndarray:
+    def _learner_logprobs(self) -> np.ndarray:
         return np.asarray(self.policy.sequence_logprobs([self.probe])[0])
 
     def _check_moved(self, version: int, gap: float, change: float, served: np.ndarray) -> None:
-        """What the learner moved must be seen to arrive, also where it is less than the tolerance."""
+        """Check that a change of the learner shows in the engine, even if it is smaller than the tolerance."""
         before = self.previous_served
+        # Bit for bit the same although the learner moved: in float32 that cannot be rounding.
         unmoved = self.exact and change > 0 and before is not None and np.array_equal(served, before)
-        if unmoved or (change > CLEARLY * self.usual_gap and gap > change / 2):
+        if unmoved or (change > CLEAR_CHANGE * self.usual_gap and gap > change / 2):
             kept = "those of" if unmoved else "nearer to"
             raise RunFailed(
                 f"weight sync: the learner's log-probabilities moved by {change:.3g} nats, but after pushing policy "
@@ -104,11 +108,15 @@ class WeightSync:
         causes = older[:1]
         if self.policy.has_adapters:
             for factor, what, why in [
-                (0.0, "match the base model without its adapter", "the adapter was not delivered, or not asked for"),
-                (2.0, "match the adapter counted twice", "it was put on top of weights that hold it already"),
+                (
+                    0.0,
+                    "match the base model without its adapter",
+                    "the adapter was not delivered, or not requested",
+                ),
+                (2.0, "match the adapter counted twice", "it was added to weights that already contain it"),
             ]:
                 with self.policy.scaled(factor):
-                    causes.append((self._learner(), what, why))
+                    causes.append((self._learner_logprobs(), what, why))
         causes += older[1:]
         distances = [float(np.abs(served - row).max()) for row, _, _ in causes]
         if distances and min(distances) <= self.tolerance:

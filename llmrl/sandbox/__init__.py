@@ -1,6 +1,6 @@
-"""Where programs written by the policy run: never in this process, never with its files, network or environment.
+"""Running programs written by the policy: never in this process, never with its files, network or environment.
 
-In: a program, as a script with standard input or as functions to call. Out: its output, or plain values.
+A program goes in, as a script with standard input or as functions to call; its output or plain values come out.
 `open_sandbox` chooses the back end; see docs/sandbox.md.
 """
 
@@ -34,26 +34,26 @@ _logger = logging.getLogger(__name__)
 
 
 class Sandbox(Protocol):
-    """Runs programs that must not be trusted. Thread-safe."""
+    """Runs untrusted programs. Thread-safe."""
 
     def describe(self) -> str:
-        """One line: which box is in force and what it is made of."""
+        """Return one line that names the box in use and what it consists of."""
         ...
 
     def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
         """Run a program from standard input to standard output.
 
         Raises:
-            SandboxUnavailable: no box can be had.
+            SandboxUnavailable: no box can be started or reached.
             BoxDied: the box died with the program.
         """
         ...
 
     def open(self, source: str, limits: Limits) -> Session:
-        """A session in which functions of the program can be called, once it is loaded.
+        """Return a session in which functions of the program can be called, once it is loaded.
 
         Raises:
-            SandboxUnavailable: no box can be had.
+            SandboxUnavailable: no box can be started or reached.
         """
         ...
 
@@ -63,16 +63,16 @@ class Sandbox(Protocol):
 
 
 def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = ("numpy",)) -> Sandbox:
-    """Start a sandbox and prove with a first program that it holds.
+    """Start a sandbox and check with a first program that it confines what runs in it.
 
     Args:
-        kind: `bwrap`, `lite`, the http(s) address of a run-code server, or `auto`: the first of bwrap and lite
-            that works. None reads the environment variable LLMRL_SANDBOX, and is `auto` without it.
+        kind: `bwrap`, `lite`, the http(s) address of a run-code server, or `auto`: the first of bwrap and lite that
+            works. None means the environment variable LLMRL_SANDBOX, or `auto` if that is not set.
         packages: installed packages that programs may import besides the standard library.
 
     Raises:
-        UserError: `kind` is none of these.
-        SandboxUnavailable: it does not work here. Programs are never run without a box.
+        UserError: `kind` is not one of these.
+        SandboxUnavailable: the sandbox does not work here. Programs are never run without a box.
     """
     from llmrl.sandbox.http import HttpSandbox
     from llmrl.sandbox.local import LocalSandbox
@@ -105,10 +105,10 @@ _default_lock = threading.Lock()
 
 
 def default_sandbox() -> Sandbox:
-    """The sandbox of this process, chosen by LLMRL_SANDBOX, started at the first call and announced in the log.
+    """Return this process's sandbox, chosen by LLMRL_SANDBOX. The first call starts it and logs its description.
 
     Raises:
-        SandboxUnavailable: none works here.
+        SandboxUnavailable: no sandbox works here.
     """
     kind = os.environ.get("LLMRL_SANDBOX") or "auto"
     with _default_lock:

@@ -15,7 +15,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
 def plan(packages: tuple[str, ...]) -> BoxPlan:
-    """How to start a bubblewrap box; its programs can write to a private, size-capped /tmp.
+    """Return how to start a bubblewrap box. Its programs can write to a private /tmp of limited size.
 
     Raises:
         SandboxUnavailable: bubblewrap is not installed.
@@ -29,14 +29,15 @@ def _wrap(command: list[str], plan: BoxPlan) -> list[str]:
     program = shutil.which("bwrap") or "bwrap"
     unshare = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if os.getuid() == 0:
-        # A user namespace of root's maps its users to root; a real change of user, made inside, leaves none of root.
+        # In a user namespace made by root, every user maps to root outside. So the box starts without one and the
+        # server inside really changes its user.
         rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
     else:
         rights = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     paths = _outermost(["/usr", *plan.read_paths])
-    # First of all, so that an interpreter or packages that lie below /tmp can be mounted into it.
+    # Before all other mounts, because an interpreter or packages below /tmp must be mounted into it.
     mounts = ["--size", str(_SCRATCH_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
-    for folder in _parents([*paths, *_DEVICES]):  # bubblewrap would make them for its own user alone
+    for folder in _parents([*paths, *_DEVICES]):  # made by bubblewrap itself, they would be closed to other users
         mounts += ["--perms", "0755", "--dir", folder] if folder != "/tmp" else []
     for path in paths:
         mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
@@ -47,7 +48,7 @@ def _wrap(command: list[str], plan: BoxPlan) -> list[str]:
 
 
 def _outermost(paths: list[str]) -> list[str]:
-    """The paths that exist and lie below none of the others, directories before what is inside them."""
+    """Return the existing paths that do not lie below another one, shortest first."""
     kept: list[str] = []
     for path in sorted(set(paths), key=len):
         if os.path.lexists(path) and not any(path.startswith(f"{other}/") for other in kept):
@@ -56,5 +57,5 @@ def _outermost(paths: list[str]) -> list[str]:
 
 
 def _parents(paths: list[str]) -> list[str]:
-    """Every folder above the paths, outer ones first."""
+    """Return every folder above the paths, outer folders first."""
     return sorted({str(folder) for path in paths for folder in PurePosixPath(path).parents} - {"/"})

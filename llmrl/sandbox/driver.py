@@ -1,7 +1,7 @@
 """Runs one untrusted program inside the box: as a script, or as a set of functions that are called from outside.
 
-In: the program's source and requests, as frames of `wire`. Out: plain values as frames, or the exit code of the script.
-Nothing in this process decides anything: expected values, tests and verdicts stay outside. Standard library only.
+The program's source and requests come in as frames of `wire`; plain values go out as frames, or the script's exit code.
+This process decides nothing: expected values, tests and verdicts stay outside. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXCEPTIONS = {item for item in vars(builtins).values() if isinstance(item, type
 
 
 class Program:
-    """The loaded program and the objects it handed out."""
+    """The loaded program and the objects for which handles went out."""
 
     def __init__(self, module_name: str) -> None:
         self.module = types.ModuleType(module_name)
@@ -32,7 +32,7 @@ class Program:
         self.solution: Any = None
 
     def run(self, source: str, report: Callable[[dict[str, Any]], None]) -> bool:
-        """Compile and execute; a compile error is reported and gives False, other exceptions pass through."""
+        """Compile and execute. Report a compile error and return False; other exceptions are raised."""
         try:
             code = compile(source, "<program>", "exec", dont_inherit=True)
         except BaseException as error:
@@ -42,7 +42,7 @@ class Program:
         return True
 
     def lookup(self, name: str) -> Any:
-        """A top-level name, or a method of the class `Solution` where there is no such name."""
+        """Return the value of a top-level name, or else a method of the class `Solution`."""
         namespace = self.module.__dict__
         if name in namespace:
             return namespace[name]
@@ -53,7 +53,7 @@ class Program:
         raise LookupError(f"the program does not define {name!r}")
 
     def tree_of_object(self, value: Any) -> Any:
-        """A numpy number as a plain one; any other object as a handle by which later requests can name it."""
+        """Return the tree of a numpy number as a plain one, or a handle by which later requests can name the object."""
         if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
             return wire.encode(value.item(), self.tree_of_object)
         number = len(self.handles)
@@ -61,7 +61,7 @@ class Program:
         return {"h": [number, str(type(value).__name__)[:100]]}
 
     def answer(self, do: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Carry out one request. `do` is one of the keys of `_ACTIONS`, `name` or `call`."""
+        """Carry out one request. `do` is `name`, `call` or a key of `_ACTIONS`."""
         if do == "name":
             return self.lookup(*args)
         if do == "call":
@@ -92,7 +92,7 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
 
 
 def describe(error: BaseException) -> list[str]:
-    """[class name, nearest built-in class, text] of an exception whose own methods may be hostile."""
+    """Return [class name, nearest built-in class, text] of an exception whose own methods may be hostile."""
     kinds = type.mro(type(error))
     nearest = next((kind.__name__ for kind in kinds if kind in _EXCEPTIONS), "Exception")
     try:
@@ -103,7 +103,7 @@ def describe(error: BaseException) -> list[str]:
 
 
 def serve(channel: int) -> None:
-    """Answer requests on `channel` until it closes. The first one brings the program."""
+    """Answer requests on `channel` until it closes. The first request holds the program."""
     read, write = os.read, os.write
 
     def send(message: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def serve(channel: int) -> None:
 
 
 def replay() -> None:
-    """Answer a list of requests from standard input, the first of which brings the program; print the last answer."""
+    """Answer a list of requests from standard input, the first of which holds the program; print the last answer."""
     requests = json.load(sys.stdin)
     out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
@@ -169,7 +169,7 @@ def _reply(program: Program, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_script(source: str, report: Callable[[dict[str, Any]], None]) -> int:
-    """Run a program from standard input to standard output, as `python program.py` would; returns its exit code."""
+    """Run a program from standard input to standard output, as `python program.py` would; return its exit code."""
     program = Program("__main__")
     try:
         code = 0 if program.run(source, report) else 1

@@ -1,7 +1,7 @@
-"""A remote sandbox that speaks the run-code JSON of SandboxFusion (POST /run_code).
+"""A remote sandbox with the run-code protocol of SandboxFusion (POST /run_code).
 
-The protocol only knows whole programs, so a session sends its program with all requests so far each time and reads the
-last answer: right for deterministic programs, one HTTP request per call.
+The protocol can only run whole programs, so for each call a session sends its program with all requests so far and
+reads the last answer. That takes one HTTP request per call and is correct for deterministic programs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HttpSandbox:
     """Runs programs on a run-code server.
 
     Args:
-        address: of the server, such as http://host:8080 (`/run_code` is added).
+        address: address of the server, such as http://host:8080 (`/run_code` is added).
 
     Raises:
         SandboxUnavailable: the server does not run a first program.
@@ -51,7 +51,7 @@ class HttpSandbox:
             raise SandboxUnavailable(f"{self.url} does not run programs: print(6 * 7) did not give 42")
 
     def describe(self) -> str:
-        """One line: which box is in force and what it is made of."""
+        """Return one line that names the box in use and what it consists of."""
         return f"sandbox http: programs run on {self.url}, under the limits of that server"
 
     def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
@@ -73,11 +73,11 @@ class HttpSandbox:
         )
 
     def open(self, source: str, limits: Limits) -> Session:
-        """A session in which functions of the program can be called, once it is loaded."""
+        """Return a session in which functions of the program can be called, once it is loaded."""
         return Session(_Replay(self, limits), lambda: None)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no boxes or connections to close."""
 
     def _post(self, code: str, stdin: str, limits: Limits) -> dict[str, Any]:
         body = {
@@ -116,7 +116,7 @@ def _status(result: dict[str, Any], stderr: str) -> Status:
 
 
 class _Replay:
-    """Exchange that sends everything so far and keeps the last answer."""
+    """An Exchange that sends all requests so far each time and returns the last answer."""
 
     def __init__(self, box: HttpSandbox, limits: Limits) -> None:
         self.box, self.limits = box, limits

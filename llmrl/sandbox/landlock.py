@@ -1,6 +1,6 @@
-"""Landlock (Linux 5.13+): from here on this process and its children reach only the listed paths. No privilege needed.
+"""Landlock (Linux 5.13+): restricts this process and its children to the listed paths, without any privilege.
 
-Standard library only. It does not cover chmod, chown, utime and setxattr; the system-call filter denies those.
+It does not cover chmod, chown, utime and setxattr; the system-call filter denies those. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _ALL_HANDLED = (1 << 16) - 1
 
 
 def abi_version() -> int:
-    """Version of Landlock in the running kernel; 0 where there is none."""
+    """Return the version of Landlock in the running kernel, or 0 if it has none."""
     version = ctypes.CDLL(None, use_errno=True).syscall(_CREATE, None, 0, 1)
     return max(0, int(version))
 
 
 def restrict(read: list[str], write: list[str], devices: list[str]) -> None:
-    """Put the restriction in force for good.
+    """Apply the restriction, irrevocably. Paths that do not exist are skipped.
 
     Args:
         read: files or directories (with all below) that may be read.
-        write: directories in which files may be read, made, written and removed.
-        devices: files that may be read and written but not replaced. Paths that do not exist are passed over.
+        write: directories in which files may be read, created, written and removed.
+        devices: files that may be read and written but not replaced.
 
     Raises:
         OSError: the kernel refused.

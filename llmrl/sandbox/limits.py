@@ -1,4 +1,4 @@
-"""What a program may use, what came of it, and the two ways in which a box can fail."""
+"""Limits and results of programs, and the two ways in which a box can fail."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from llmrl.errors import RunFailed
 
 
 class SandboxUnavailable(RunFailed):
-    """The box could not be started or reached: the program was not judged."""
+    """The box could not be started or reached, so the program was not judged."""
 
 
 class BoxDied(BaseException):
-    """The fork server died together with the program it ran. Judge again; the second time it is the program's doing.
+    """The fork server died together with its program. Judge again; the second time, blame the program.
 
-    No `Exception`, so that test code cannot catch it.
+    Not an `Exception`, because test code must not catch it.
     """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Of one program run: all assertions of one row together, or one input of a program that reads standard input."""
+    """Limits of one run: all assertions of a row together, or one input of a program that reads standard input."""
 
     cpu_seconds: int = 6
-    """Processor time of all its threads."""
+    """Processor time of all threads, in seconds."""
     wall_seconds: float = 12.0
-    """Real time, which only sleeping programs and a busy machine use up first."""
+    """Real time in seconds. Only a sleeping program or a busy machine reaches it before the processor time."""
     memory_mb: int = 1024
-    """Address space on top of the interpreter's own."""
+    """Address space in addition to the interpreter's own, in MB."""
     output_mb: int = 8
-    """Largest file, standard output and returned value."""
+    """Largest file, standard output and returned value, in MB."""
 
 
 Status = Literal["ok", "compile_error", "error", "timeout", "output_limit"]
@@ -43,10 +43,10 @@ class RunResult:
     status: Status
     """`error` is an exception, a non-zero exit code or a signal."""
     exit_code: int
-    """Negative: the signal that ended it."""
+    """Exit code, or minus the number of the signal that ended the program."""
     stdout: str
     stderr: str
     detail: str = ""
-    """The exception, for people."""
+    """Text of the exception, for people."""
     cpu_seconds: float = 0.0
     memory_mb: float = 0.0

@@ -1,4 +1,4 @@
-"""The lite box: rlimits, Landlock and a system-call filter, for containers without namespaces. Needs no package."""
+"""The lite box: rlimits, Landlock and a system-call filter. It works in containers and needs no package."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ REASON = "rlimits + Landlock + seccomp, without namespaces"
 
 
 def plan(packages: tuple[str, ...]) -> BoxPlan:
-    """How to start a lite box; its programs can write nowhere."""
+    """Return how to start a lite box. Its programs cannot write anywhere."""
     return BoxPlan(wrap=lambda command, _: command, landlock="required", scratch=None, packages=packages)

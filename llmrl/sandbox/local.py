@@ -1,4 +1,4 @@
-"""A small pool of warm boxes in this process. Safe to call from several threads and after a fork; closed at exit."""
+"""A small pool of warm boxes in this process. Safe to use from several threads and after a fork; closed at exit."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ class LocalSandbox:
 
     Args:
         kind: `bwrap` or `lite`.
-        packages: installed packages that programs may import; those that name one run on servers that have it loaded.
-        max_servers: boxes running at once in this process.
+        packages: installed packages that programs may import. A program whose source names one gets a server that has
+            it loaded.
+        max_servers: most boxes of this process at the same time.
 
     Raises:
-        SandboxUnavailable: the box does not start here, or lets through what it must not.
+        SandboxUnavailable: the box does not start here, or does not confine a program.
     """
 
     def __init__(self, kind: str, *, packages: tuple[str, ...] = ("numpy",), max_servers: int | None = None) -> None:
@@ -61,7 +62,7 @@ class LocalSandbox:
         _living.add(self)
 
     def describe(self) -> str:
-        """One line: which box is in force and what it is made of."""
+        """Return one line that names the box in use and what it consists of."""
         return f"sandbox {self.kind}: {_BACK_ENDS[self.kind].REASON}; up to {self.max_servers} warm servers"
 
     def _reset(self) -> None:
@@ -81,7 +82,7 @@ class LocalSandbox:
             raise SandboxUnavailable(f"the {self.kind} box does not run a first program: {error}") from error
         if reached != []:
             self.close()
-            raise SandboxUnavailable(f"the {self.kind} box does not hold on this machine: a program could {reached}")
+            raise SandboxUnavailable(f"the {self.kind} box does not confine programs here: one could {reached}")
 
     # --- servers ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class LocalSandbox:
             self._release()
 
     def _start(self, source: str, mode: str, limits: Limits, stdio: tuple[int, ...] = ()) -> _Running:
-        """A running program on a free server; servers that died while idle are replaced."""
+        """Start a program on a free server, replacing servers that died while idle."""
         while True:
             wanted, server = self._take(source)
             fresh = server.fresh
@@ -158,10 +159,14 @@ class LocalSandbox:
     # --- programs -----------------------------------------------------------------------------------------------------
 
     def open(self, source: str, limits: Limits) -> Session:
-        """A session with a fresh process for a program; `load` it first. `source` chooses the packages at hand.
+        """Return a session with a fresh process for a program; `load` the program first.
+
+        Args:
+            source: the program, of which only the package names are read here.
+            limits: limits of the whole session.
 
         Raises:
-            SandboxUnavailable: no box can be had.
+            SandboxUnavailable: no box can be started.
         """
         running = self._start(source, "serve", limits)
         exchange = SocketExchange(running.channel, limits, running.how_it_ended)
@@ -171,7 +176,7 @@ class LocalSandbox:
         """Run a program from standard input to standard output.
 
         Raises:
-            SandboxUnavailable: no box can be had.
+            SandboxUnavailable: no box can be started.
             BoxDied: the server died with the program.
         """
         stdio = tuple(os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
@@ -189,7 +194,7 @@ class LocalSandbox:
 
 
 class _Running:
-    """A program on a server that nobody else uses; closing kills the one and gives back the other."""
+    """A program on a server reserved for it; closing kills the program and returns the server to the pool."""
 
     def __init__(
         self, box: LocalSandbox, wanted: tuple[str, ...], server: Server, channel: socket.socket, limits: Limits
@@ -199,10 +204,14 @@ class _Running:
         self.closed = False
 
     def finish(self, source: str) -> tuple[dict[str, Any], bool, dict[str, Any]]:
-        """Send the source, wait for the end: (the server's report, whether we ended it, the driver's message)."""
+        """Send the source and wait for the end.
+
+        Returns:
+            The server's report, whether the program was killed at its time limit, and the driver's message.
+        """
         self.channel.settimeout(self.limits.wall_seconds)
         deadline = time.monotonic() + self.limits.wall_seconds
-        with contextlib.suppress(OSError):  # where it ended before reading, the report says how
+        with contextlib.suppress(OSError):  # if it ended before reading, the report tells how
             self.channel.sendall(wire.dump({"source": source}))
         self.report = self.server.wait(deadline - time.monotonic())
         timed_out = self.report is None
@@ -211,7 +220,7 @@ class _Running:
         return self.report, timed_out, self._message()
 
     def _message(self) -> dict[str, Any]:
-        """What the driver last said about an exception; from inside the box, so only for people and for the class."""
+        """Return the driver's message about an exception; it comes from inside the box and cannot be trusted."""
         self.channel.setblocking(False)
         try:
             return wire.load(self.channel.recv(1 << 16)[wire.HEADER.size :])
@@ -219,7 +228,7 @@ class _Running:
             return {}
 
     def how_it_ended(self, timed_out: bool) -> tuple[str, str]:
-        """(kind, detail) for a program that stopped answering.
+        """Return (kind, detail) for a program that stopped answering.
 
         Raises:
             BoxDied: the server died with it.

@@ -1,8 +1,8 @@
-"""System-call filters of the box, installed by prctl without any package: an allow list for the fork server, and a
-second, short filter that each program gets on top. x86-64 and 64-bit ARM. Standard library only.
+"""System-call filters of the box: an allow list for the fork server, and a second, short filter for each program.
 
-What is not on the list fails with EPERM: sockets, ptrace, mounts, namespaces, keys, BPF, io_uring, perf, userfaultfd,
-clocks, chmod and chown, execve, memfd_create, shared memory. A program cannot start processes, only threads.
+Calls that are not on the list fail with EPERM: sockets, ptrace, mounts, namespaces, keys, BPF, io_uring, perf,
+userfaultfd, clocks, chmod and chown, execve, memfd_create, shared memory. A program can start threads but no processes.
+For x86-64 and 64-bit ARM; installed with prctl. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ABSENT = -1
 
 # fmt: off
 _ALLOWED: dict[str, tuple[int, int]] = {
-    # descriptors and files; what they reach is decided by the mounts and by Landlock
+    # descriptors and files; the mounts and Landlock decide which files they reach
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
     "lseek": (8, 62), "open": (2, _ABSENT), "openat": (257, 56), "close": (3, 57), "stat": (4, _ABSENT),
     "fstat": (5, 80), "lstat": (6, _ABSENT), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, _ABSENT),
@@ -32,7 +32,7 @@ _ALLOWED: dict[str, tuple[int, int]] = {
     "symlink": (88, _ABSENT), "symlinkat": (266, 36), "ftruncate": (77, 46), "fsync": (74, 82),
     "fdatasync": (75, 83),
     "statfs": (137, 43), "fstatfs": (138, 44), "fadvise64": (221, 223), "umask": (95, 166),
-    # a pair of connected sockets, which event loops need; there is no way to make or reach another socket
+    # a pair of connected sockets, which event loops need; no call here creates or reaches another socket
     "socketpair": (53, 199), "recvfrom": (45, 207), "shutdown": (48, 210), "getsockopt": (55, 209),
     "setsockopt": (54, 208), "getsockname": (51, 204), "getpeername": (52, 205),
     # memory
@@ -48,7 +48,7 @@ _ALLOWED: dict[str, tuple[int, int]] = {
     "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, _ABSENT),
     "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "setrlimit": (160, 164), "exit": (60, 93),
     "exit_group": (231, 94),
-    # who am I
+    # the process's own ids and the system's description
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175),
     "getgid": (104, 176), "getegid": (108, 177), "getgroups": (115, 158), "getresuid": (118, 148),
     "getresgid": (120, 150), "getpgrp": (111, _ABSENT), "getpgid": (121, 155), "getsid": (124, 156), "uname": (63, 160),
@@ -62,9 +62,9 @@ _SERVER_ONLY: dict[str, tuple[int, int]] = {
 _CLONE, _FCNTL, _IOCTL, _SENDTO, _PRLIMIT, _TGKILL = (56, 220), (72, 25), (16, 29), (44, 206), (302, 261), (234, 131)
 _CLONE_THREAD = 0x10000
 _FIRST_NEW_CALL = 435
-"""Calls from here on (clone3, openat2 ...) answer ENOSYS, on which the C library falls back to an older one."""
+"""Calls from this number on (clone3, openat2 ...) fail with ENOSYS; the C library then uses an older call."""
 _FCNTL_DENIED = (8, 10, 15, 1024, 1026)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY: ways to have the kernel send signals."""
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY: ways to make the kernel send signals."""
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 
@@ -103,7 +103,7 @@ def _null_argument(index: int) -> list[Instruction]:
 
 
 def _call(number: int, block: list[Instruction]) -> list[Instruction]:
-    """The block, entered where the call is `number`. A block always returns."""
+    """Return the block, guarded by a test that the call is `number`. A block always returns."""
     return [] if number == _ABSENT else [(_EQUAL, 0, len(block), number), *block]
 
 
@@ -120,7 +120,7 @@ def _head(audit: int) -> list[Instruction]:
 
 
 def server_filter() -> bytes:
-    """The allow list, for the fork server and everything it forks."""
+    """Return the allow list, for the fork server and everything that it forks."""
     column, audit = _architecture()
     rules = _head(audit)
     for numbers in (*_ALLOWED.values(), *_SERVER_ONLY.values(), _CLONE, _PRLIMIT, _TGKILL, _SENDTO):
@@ -132,7 +132,7 @@ def server_filter() -> bytes:
 
 
 def program_filter(pid: int) -> bytes:
-    """What a program loses on top: new processes, signals to others, messages with descriptors or addresses.
+    """Return the second filter: it denies new processes, signals to others, and messages with descriptors or addresses.
 
     Args:
         pid: the program's own process, the only one whose threads it may signal.
@@ -154,11 +154,11 @@ def _pack(rules: list[Instruction]) -> bytes:
 
 
 _OWN_PID = 0x7FFFFFF0
-"""Stands for the process's own number in a filter that is made before the process."""
+"""Placeholder for the process's own id in a filter that is built before the process exists."""
 
 
 class Installer:
-    """Holds what installing a filter needs, so that a forked child does it in one call."""
+    """Prepares everything for installing filters, so that a forked child only makes the system call."""
 
     def __init__(self) -> None:
         self.program_filter = program_filter(_OWN_PID)
@@ -166,11 +166,11 @@ class Installer:
         self.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
     def no_new_privileges(self) -> None:
-        """Nothing executed from here on gains rights; needed to install filters without privilege."""
+        """Prevent this process from ever gaining rights, which the kernel requires for filters without privilege."""
         self.call(38, 1)
 
     def call(self, option: int, value: int, pointer: int = 0) -> None:
-        """prctl(option, value, pointer).
+        """Call prctl(option, value, pointer).
 
         Raises:
             OSError: the kernel refused.
@@ -180,11 +180,11 @@ class Installer:
             raise OSError(code, f"prctl({option}): {os.strerror(code)}")
 
     def install_program_filter(self) -> None:
-        """Put `program_filter` in force for this process."""
+        """Apply `program_filter` to this process."""
         self.install(self.program_filter.replace(struct.pack("=I", _OWN_PID), struct.pack("=I", os.getpid())))
 
     def install(self, program: bytes) -> None:
-        """Put a filter in force for this process and all it forks, for good."""
+        """Apply a filter to this process and all that it forks, irrevocably."""
         code = ctypes.create_string_buffer(program, len(program))
         header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
         self.call(22, 2, ctypes.addressof(header))

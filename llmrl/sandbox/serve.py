@@ -1,4 +1,4 @@
-"""An HTTP server around the local sandbox: POST /run_code with SandboxFusion's JSON in, its answer out."""
+"""An HTTP server around the local sandbox: POST /run_code, with SandboxFusion's request and reply."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MAX_BODY = 64 << 20
 
 
 def answer(box: Sandbox, request: dict[str, Any]) -> dict[str, Any]:
-    """SandboxFusion's answer to one request.
+    """Run the program of one request and return SandboxFusion's answer.
 
     Args:
         box: where the program runs.
-        request: code, language (`python`), stdin, run_timeout (seconds), memory_limit_MB.
+        request: `code`, `language` (`python`), `stdin`, `run_timeout` (seconds), `memory_limit_MB`.
     """
     if request.get("language", "python") not in ("python", "pytest"):
         return {"status": "SandboxError", "message": "only python is served", "run_result": None}
@@ -52,7 +52,7 @@ def _result(state: str, code: int | None, seconds: float, stdout: str, stderr: s
 
 
 def make_server(box: Sandbox, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is ready for `serve_forever`; port 0 takes a free one."""
+    """Return a server that is ready for `serve_forever`; port 0 means any free port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,6 +1,6 @@
-"""The trusted end of one warm fork server: starts the process, hands it programs, kills it.
+"""The trusted end of one warm fork server: starts the process in a box, sends it programs, kills it.
 
-In: how to start a box (bwrap.py, lite.py). Out: programs running behind a private descriptor.
+bwrap.py and lite.py decide how to start the box. A program runs behind a private descriptor.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _COMMON_MODULES = [
 
 @cache
 def _spawner() -> ThreadPoolExecutor:
-    """The kernel kills a box when the THREAD that started it ends, so one thread that lasts starts them all."""
+    """Return the thread that starts all boxes: the kernel kills a box when the THREAD that started it ends."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
 
 
@@ -94,16 +94,16 @@ os.register_at_fork(after_in_child=_spawner.cache_clear)
 
 @dataclass(kw_only=True)
 class BoxPlan:
-    """Everything a back end decides about starting a box."""
+    """How to start a box; each back end decides this."""
 
     wrap: Callable[[list[str], BoxPlan], list[str]]
-    """From the interpreter's command to the command that runs it boxed."""
+    """Turns the interpreter's command into the command that runs it in the box."""
     landlock: str
     """`required` or `optional`."""
     scratch: str | None
-    """A private directory in which programs may write."""
+    """A private directory in which programs may write, or None."""
     packages: tuple[str, ...]
-    """Installed packages that programs may import besides the standard library; loaded ahead."""
+    """Installed packages that programs may import besides the standard library; the server imports them first."""
     read_paths: list[str] = field(default_factory=list)
     package_paths: list[str] = field(default_factory=list)
 
@@ -117,19 +117,19 @@ class BoxPlan:
 
 
 def interpreter() -> str:
-    """The interpreter behind a virtual environment, by its real path."""
+    """Return the real path of the interpreter behind a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def interpreter_paths() -> list[str]:
-    """What must be readable for Python to run and to import its standard library."""
+    """Return the paths that Python must read to run and to import its standard library."""
     library = Path(sysconfig.get_path("stdlib", vars={"base": sys.base_prefix, "installed_base": sys.base_prefix}))
     paths = [str(library), str(library.parent), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
     return [*paths, "/etc/ld.so.cache", "/etc/localtime", interpreter()]
 
 
 class Server:
-    """One fork server. Not shared between threads; the pool hands it to one at a time."""
+    """One fork server. Only one thread may use it at a time; the pool takes care of that."""
 
     def __init__(self, plan: BoxPlan) -> None:
         self._busy = self._used = False
@@ -185,7 +185,7 @@ class Server:
         if "ready" not in answer:
             reason = answer.get("failed") or self._last_words()
             self.close()
-            raise SandboxUnavailable(f"the box does not start: {reason or 'it ended without a word'}")
+            raise SandboxUnavailable(f"the box does not start: {reason or 'it ended without a message'}")
         return dict(answer["ready"])
 
     def _last_words(self) -> str:
@@ -193,12 +193,13 @@ class Server:
         return os.pread(self._errors, 2000, max(0, size - 2000)).decode(errors="replace").strip()
 
     def start(self, mode: str, limits: Limits, stdio: tuple[int, ...] = ()) -> socket.socket:
-        """Fork a program that waits for its source on the returned descriptor.
+        """Fork a program that waits for its source on the returned socket.
 
         Args:
-            mode: `serve` (functions called from here) or `script`.
-            limits: of the program.
-            stdio: descriptors of its standard input, output and error; none: nothing in, all output dropped.
+            mode: `serve` (its functions are called from here) or `script`.
+            limits: limits of the program.
+            stdio: descriptors of its standard input, output and error. Without them there is no input, and output is
+                discarded.
 
         Raises:
             BoxDied: the server is gone.
@@ -226,7 +227,7 @@ class Server:
         return ours
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """How the program ended, or None if it has not after this long.
+        """Return how the program ended, or None if it is still running after this time.
 
         Raises:
             BoxDied: the server is gone.
@@ -244,7 +245,7 @@ class Server:
         return dict(json.loads(data))
 
     def kill_program(self) -> dict[str, Any]:
-        """End the program, whatever it does, and say how it ended.
+        """Kill the program and return how it ended.
 
         Raises:
             BoxDied: the server is gone or does not answer.
@@ -260,7 +261,7 @@ class Server:
 
     @property
     def fresh(self) -> bool:
-        """Whether it has not run a program yet."""
+        """Whether this server has not run a program yet."""
         return not self._used
 
     @property
@@ -269,7 +270,7 @@ class Server:
         return not self._busy
 
     def close(self) -> None:
-        """Kill the server and all in it. Safe to call twice."""
+        """Kill the server and everything in it. Safe to call twice."""
         if self._control.fileno() < 0:
             return
         self._control.close()
@@ -281,7 +282,7 @@ class Server:
         self._process.wait(timeout=_KILL_SECONDS)
 
     def forget(self) -> None:
-        """In a forked copy of the owner: let go of the descriptors and leave the server to the owner."""
+        """Close the descriptors of a forked copy of the owner; the server stays with the owner."""
         self._control.close()
         os.close(self._errors)
         self._process.returncode = 0
@@ -292,7 +293,7 @@ _tasks_lock = threading.Lock()
 
 
 def _user_tasks(uid: int) -> int:
-    """Processes and threads of a user now: the kernel counts them together with a program's own threads."""
+    """Return the number of a user's processes and threads, because the kernel counts them toward a program's limit."""
     with _tasks_lock:
         measured, count = _tasks_cache.get(uid, (-1e9, 0))
         if time.monotonic() - measured > 5.0:

@@ -1,7 +1,7 @@
 """Calling functions of a program in the box from test code outside it.
 
-In: a program and calls with plain values. Out: plain values, handles for objects that cannot travel, or the exception.
-A handle equals nothing; everything else done with it is done inside the box.
+A program and calls with plain values go in; plain values, handles for objects that stay in the box, or the exception
+come out. A handle equals nothing; every other operation on it happens inside the box.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmrl.sandbox.limits import Limits
 
 
 class ProgramEnded(BaseException):
-    """The program cannot answer any more. No test may catch this, so it is no `Exception`.
+    """The program cannot answer any more. Not an `Exception`, because test code must not catch it.
 
     `kind` is compile_error, error or timeout.
     """
@@ -29,7 +29,7 @@ class ProgramEnded(BaseException):
 
 
 class CannotTravel(BaseException):
-    """A test passes something to the program that is no plain value: the row is unusable, not the program wrong."""
+    """A test passes something other than a plain value to the program: the row is unusable, the program not wrong."""
 
 
 class Raised(Exception):
@@ -48,8 +48,8 @@ class Session:
     """The functions of one loaded program.
 
     Args:
-        exchange: sends a request, returns the answer; raises ProgramEnded.
-        on_close: frees the program.
+        exchange: sends a request and returns the answer; raises ProgramEnded.
+        on_close: called at the end, to free the program.
     """
 
     def __init__(self, exchange: Exchange, on_close: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ class Session:
         """Compile and execute the program.
 
         Raises:
-            ProgramEnded: it does not compile, raised, ran out of a limit or ended.
+            ProgramEnded: the program does not compile, raised an exception, exceeded a limit or ended.
         """
         self._count += 1
         answer = self._ask({"id": self._count, "source": source})
@@ -78,16 +78,21 @@ class Session:
             raise self._end("error", exception_text(answer["error"]))
 
     def name(self, name: str) -> Any:
-        """The value of a top-level name of the program (a function: a handle that can be called)."""
+        """Return the value of a top-level name of the program; for a function, a handle that can be called."""
         return self.request("name", name)
 
     def request(self, do: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the driver do something with values or handles.
+        """Make the driver do something with values or handles and return the result.
+
+        Args:
+            do: see `driver.Program.answer`.
+            args: plain values or handles of this session.
+            kwargs: likewise.
 
         Raises:
             Raised: the program raised an exception.
-            ProgramEnded: the program is gone.
-            CannotTravel: an argument is no plain value.
+            ProgramEnded: the program has ended.
+            CannotTravel: an argument is not a plain value.
         """
         self._count += 1
         request = {
@@ -102,7 +107,7 @@ class Session:
         try:
             return wire.decode(answer["ok"], lambda number, name: Handle(self, number, name))
         except (wire.BadValue, KeyError) as error:
-            raise self._end("error", f"the answer is no value: {error}") from None
+            raise self._end("error", f"the answer is not a value: {error}") from None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.ended is not None:
@@ -113,7 +118,7 @@ class Session:
             self.ended = ended
             raise
         if "compile_error" not in answer and answer.get("id") != request["id"]:
-            raise self._end("error", "the program answered what was not asked")
+            raise self._end("error", "the program's answer does not belong to the request")
         return answer
 
     def _end(self, kind: str, detail: str) -> ProgramEnded:
@@ -129,8 +134,9 @@ class Session:
 
 
 class Handle:
-    """An object that stays in the box. It equals nothing, not even itself; attributes, calls, items, iteration, length,
-    truth and text are asked for inside the box.
+    """An object that stays in the box. It equals nothing, not even itself, because a program could fake equality.
+
+    Attributes, calls, items, iteration, length, truth and text are evaluated inside the box.
     """
 
     __slots__ = ("_number", "_session", "_type")
@@ -188,33 +194,33 @@ class Handle:
 
 
 def _exception(description: Any) -> Exception:
-    """An exception to raise here for one raised there: caught by `except` for its nearest built-in class."""
+    """Return an exception for one raised in the program, which `except` for its nearest built-in class catches."""
     nearest = description[1] if type(description) is list and len(description) == 3 else "Exception"
     base = getattr(builtins, nearest, Exception) if type(nearest) is str else Exception
     if not (isinstance(base, type) and issubclass(base, Exception)):
         base = Exception
     try:
         error = type("Raised", (Raised, base), {})("raised in the program")
-    except TypeError:  # a class that wants other arguments
+    except TypeError:  # a class that requires other arguments
         error = Raised("raised in the program")
     error.detail = exception_text(description)
     return error
 
 
 def exception_text(description: Any) -> str:
-    """`Name: text` of an exception's description, short, for people."""
+    """Return an exception's description as `Name: text`, shortened, for people."""
     if type(description) is not list or len(description) != 3:
         return "an exception"
     return f"{str(description[0])[:100]}: {str(description[2])[:500]}"
 
 
 class SocketExchange:
-    """Frames over the descriptor of a program in a local box, until a deadline.
+    """Exchanges frames with a program in a local box, until a deadline.
 
     Args:
-        channel: the connected descriptor.
-        limits: wall time of the whole session, largest answer.
-        how_it_ended: called when the program stops answering; returns (kind, detail).
+        channel: socket to the program.
+        limits: give the real time of the whole session and the largest answer.
+        how_it_ended: called when the program stops answering, with True after a timeout; returns (kind, detail).
     """
 
     def __init__(self, channel: socket.socket, limits: Limits, how_it_ended: Callable[[bool], tuple[str, str]]) -> None:
@@ -232,7 +238,7 @@ class SocketExchange:
                 raise ProgramEnded("error", f"an answer of {size} bytes")
             return wire.load(self._read(size))
         except wire.BadValue as error:
-            raise ProgramEnded("error", f"the answer is no frame: {error}") from None
+            raise ProgramEnded("error", f"the answer is not a frame: {error}") from None
         except TimeoutError:
             raise ProgramEnded(*self.how_it_ended(True)) from None
         except OSError:

@@ -1,9 +1,8 @@
-"""Plain values as JSON frames on a descriptor: the only thing that passes between the verifier and the box.
+"""Plain values as JSON frames on a descriptor: the only data that pass between the verifier and the box.
 
-In: Python values built of None, bool, int, float, str, bytes, list, tuple, set, frozenset, dict, complex, and the
-names of these classes. Out: the same values on the other side, types kept apart. Any other object travels as a handle:
-a number and a type name.
-Standard library only: this module runs on both sides.
+Values built of None, bool, int, float, str, bytes, list, tuple, set, frozenset, dict, complex and the names of these
+classes arrive on the other side with their types. Any other object travels as a handle: a number and a type name.
+Standard library only, because this module runs on both sides.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ _TYPE_NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
 class BadValue(ValueError):
-    """A frame does not hold a value of this encoding."""
+    """A frame does not hold a value in this encoding."""
 
 
 class _Encoder:
-    """Turns values into JSON trees. Content is read through the base types' own methods, so that a subclass with
-    an `__eq__` or `__iter__` of its own arrives as what it holds and nothing else.
+    """Turns values into JSON trees. It reads content with the base types' methods, so that a subclass with an `__eq__`
+    or `__iter__` of its own arrives as the plain content that it holds.
     """
 
     def __init__(self, tree_of_object: Callable[[Any], Any]) -> None:
@@ -79,27 +78,27 @@ def _scalar(value: Any) -> Any:
 
 
 def encode(value: Any, tree_of_object: Callable[[Any], Any]) -> Any:
-    """The JSON tree of a value.
+    """Return the JSON tree of a value.
 
     Args:
-        value: what to send; at most `MAX_NODES` parts, nested at most `MAX_DEPTH` deep (deeper parts become handles).
-        tree_of_object: called with each object that is no plain value; returns its tree, {"h": [number, type name]}.
+        value: at most `MAX_NODES` parts, nested at most `MAX_DEPTH` deep (deeper parts become handles).
+        tree_of_object: called with each object that is not a plain value; returns its tree, {"h": [number, type name]}.
 
     Raises:
-        BadValue: too many parts.
+        BadValue: the value has too many parts.
     """
     return _Encoder(tree_of_object).tree(value)
 
 
 def decode(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
-    """The value of a JSON tree written by `encode`.
+    """Return the value of a JSON tree written by `encode`.
 
     Args:
-        tree: parsed JSON from the other side, which need not be honest.
+        tree: parsed JSON from the other side, which may be hostile.
         object_of: called with the number and type name of each handle.
 
     Raises:
-        BadValue: anything that `encode` does not write, or keys chosen to collide in a hash table.
+        BadValue: `encode` does not write such a tree, or keys were chosen to collide in a hash table.
     """
     try:
         return _value(tree, object_of)
@@ -144,7 +143,7 @@ def _tagged_scalar(tag: str, content: Any) -> Any:
 
 
 def _hashable(keys: list[Any]) -> list[Any]:
-    """Refuses keys that share few hashes: building a table of n of them takes n squared steps."""
+    """Refuse keys with few distinct hashes, because building a table of n such keys takes n squared steps."""
     if len(keys) > 64 and len({hash(key) for key in keys}) < len(keys) // 4:
         raise BadValue("keys chosen to collide")
     return keys
@@ -155,19 +154,19 @@ def _no_constant(name: str) -> Any:
 
 
 def dump(message: dict[str, Any]) -> bytes:
-    """One frame: four bytes of length and ASCII JSON."""
+    """Return one frame: four bytes of length and ASCII JSON."""
     body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii")
     return HEADER.pack(len(body)) + body
 
 
 def load(body: bytes) -> dict[str, Any]:
-    """The message of one frame's body.
+    """Return the message in the body of one frame.
 
     Raises:
-        BadValue: the body is no JSON object, or of more parts than `encode` allows.
+        BadValue: the body is not a JSON object, or has more parts than `encode` allows.
     """
     if body.count(b",") + body.count(b"[") + body.count(b"{") > 4 * MAX_NODES:
-        raise BadValue("a frame of too many parts")
+        raise BadValue("the frame has too many parts")
     try:
         message = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError, MemoryError) as error:

@@ -1,8 +1,8 @@
-"""The warm fork server inside the box: locks itself in once, then forks one child per program.
+"""The warm fork server inside the box: confines itself once, then forks one child per program.
 
-In: commands on a packet socket (with the program's descriptors attached). Out: how each child ended. It holds no tests,
-no secrets and nothing of the trainer's environment, because every program sees a copy of its memory. Standard library
-only.
+Commands come in on a packet socket, with the program's descriptors attached; a report on how each child ended goes out.
+The server holds no tests, no secrets and nothing of the trainer's environment, because every program sees a copy of its
+memory. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
 
 
 def main(control: socket.socket, config: dict[str, Any]) -> None:
-    """Lock in, report "ready" (or why not), then serve until the other end closes.
+    """Confine this process, report "ready" or the failure, then serve until the other end closes.
 
     Args:
         control: packet socket to the owner.
@@ -76,8 +76,8 @@ def _preload(name: str) -> None:
 
 
 def _drop_root(installer: seccomp.Installer) -> None:
-    """Become nobody. Where the interpreter lies in a directory that only root may enter, keep the one capability that
-    reads past file permissions; Landlock still decides which paths can be reached at all.
+    """Become nobody. If the interpreter lies in a directory that only root may enter, keep the one capability that
+    ignores file permissions for reading; Landlock still limits the paths that can be reached.
     """
     installer.call(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
@@ -101,14 +101,14 @@ def _can_read_library() -> bool:
 
 
 def _set_capabilities(mask: int) -> bool:
-    """Make `mask` the effective and permitted set; False where it holds one that this process never had."""
+    """Set the effective and permitted capabilities to `mask`; return False if this process lacks one of them."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     sets = ctypes.create_string_buffer(struct.pack("=6I", mask, mask, 0, 0, 0, 0))
     return bool(ctypes.CDLL(None).capset(header, sets) == 0)
 
 
 class _Server:
-    """Forks, watches and reaps: one program at a time."""
+    """Forks, watches and reaps one program at a time."""
 
     def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self.control = control
@@ -129,7 +129,7 @@ class _Server:
             command = json.loads(data)
             if command["do"] == "run":
                 self.run(command, descriptors)
-            # a "kill" that crosses the end of its program has nothing left to do
+            # Otherwise it is a "kill" that arrived after its program had ended: there is nothing to do.
 
     def run(self, command: dict[str, Any], descriptors: list[int]) -> None:
         pid = os.fork()
@@ -165,7 +165,7 @@ class _Server:
             os._exit(0)
 
     def become_program(self, command: dict[str, Any], descriptors: list[int]) -> None:
-        """In the child: take the descriptors, give up everything else, run the program. Never returns."""
+        """Take the descriptors, give up everything else and run the program, in the child. Never returns."""
         channel = descriptors[0]
         self.control.close()
         for target, descriptor in enumerate(descriptors[1:] or [self.null] * 3):
@@ -196,7 +196,7 @@ class _Server:
             (resource.RLIMIT_MEMLOCK, 0, 0),
             (resource.RLIMIT_STACK, 64 << 20, 1 << 40),
         ):
-            inherited = resource.getrlimit(kind)[1]  # not to be raised
+            inherited = resource.getrlimit(kind)[1]  # which cannot be raised
             most = hard if inherited == resource.RLIM_INFINITY else min(hard, inherited)
             resource.setrlimit(kind, (min(soft, most), most))
 

@@ -47,7 +47,7 @@ def _add(key: str, unit: str, meaning: str, better: Literal["up", "down", "none"
 # --- 2 rollout --------------------------------------------------------------------------------------------------------
 
 _add("rollout/drawn_groups", "groups", "Groups sampled for this step, those that dynamic sampling left out included.")
-NUM_TOKENS = _add("rollout/num_tokens", "tokens", "Completion tokens of all rollouts of the step.")
+_add("rollout/num_tokens", "tokens", "Completion tokens of all rollouts of the step.")
 LENGTH = _add("rollout/length/mean", "tokens", "Mean number of completion tokens per rollout.")
 _add("rollout/length/max", "tokens", "Completion tokens of the longest rollout.")
 TRUNCATED = _add("rollout/truncated_frac", "share", "Rollouts cut off by a limit on tokens, turns or prompt.", "down")
@@ -60,9 +60,7 @@ STALENESS = _add("rollout/staleness/max", "versions", "Weight syncs since the ol
 REWARD = _add("reward/mean", "reward", "Mean reward of the scored rollouts.", "up")
 _add("reward/std", "reward", "Standard deviation of the reward over all scored rollouts.")
 UNSCORED = _add("reward/unscored_frac", "share", "Rollouts without a reward: abstentions, errors and failures.", "down")
-ABSTAINED = _add(
-    "reward/abstained_frac", "share", "Rollouts that no reward judged; they are not counted as wrong.", "down"
-)
+ABSTAINED = _add("reward/abstained_frac", "share", "Rollouts that no reward judged: not counted as wrong.", "down")
 _add("reward/error_frac", "share", "Rollouts whose reward failed with an error.", "down")
 PASS_1 = _add("reward/pass@1", "share", "Mean share of a task's scored rollouts that are correct.", "up")
 _add("reward/pass@{k}", "share", "Chance that at least one of k rollouts of a task is correct.", "up")
@@ -73,12 +71,7 @@ _add("reward/{part}/mean", "reward", "Mean of one reward, or of one part of it, 
 _add("judge/questions", "count", "Questions put to the judge since the start, cached ones included.")
 _add("judge/cache_hits", "count", "Questions answered from the cache.")
 _add("judge/format_retries", "count", "Questions repeated because the judge's answer could not be read.", "down")
-_add(
-    "judge/unreadable",
-    "count",
-    "Questions given up after the last unreadable answer; they count as abstentions.",
-    "down",
-)
+_add("judge/unreadable", "count", "Questions given up after unreadable answers: abstentions.", "down")
 _add("judge/canaries", "count", "Questions with a known answer, asked to check the judge.")
 _add("judge/canary_failures", "count", "Questions with a known answer that the judge got wrong.", "down")
 _add("judge/transport_retries", "count", "Requests repeated after a network or server error.", "down")
@@ -89,15 +82,11 @@ _add("judge/cost", "currency", "Cost of all calls at the configured prices.", "d
 
 # --- 4 advantage ------------------------------------------------------------------------------------------------------
 
-NO_SIGNAL = _add(
-    "advantage/zero_variance_frac", "share", "Groups whose rewards are all equal, so they teach nothing.", "down"
-)
+NO_SIGNAL = _add("advantage/zero_variance_frac", "share", "Groups of equal rewards, which teach nothing.", "down")
 _add("advantage/mean", "reward", "Mean advantage over tokens, before whitening.")
 _add("advantage/std", "reward", "Standard deviation of the advantage over tokens, before whitening.")
 _add("advantage/p{q}", "reward", "Percentile q of the advantage over tokens, before whitening.")
-_add(
-    "advantage/covariance", "nats * reward", "Mean covariance of log-probability and advantage; it drives entropy down."
-)
+_add("advantage/covariance", "nats * reward", "Mean covariance of log-probability and advantage.")
 _add("return/mean", "reward", "Mean discounted reward still to come, over tokens.", "up")
 _add("return/std", "reward", "Standard deviation of that reward over tokens.")
 _add("preference/num_pairs", "pairs", "Preference pairs of the step.")
@@ -112,31 +101,19 @@ _add("loss/clip_high_frac", "share", "Trained tokens whose ratio rose above the 
 _add("loss/off_policy_frac", "share", "Trained tokens masked because their sequence is too far off-policy.", "down")
 _add("loss/sampler_weight", "1", "Mean importance weight that corrects for the sampler; 1 where both agree.")
 _add("loss/sampler_truncated_frac", "share", "Trained tokens whose sampler weight was cut to its bounds.", "down")
-_add(
-    "loss/sampler_masked_frac",
-    "share",
-    "Trained tokens left out because their sampler weight is out of bounds.",
-    "down",
-)
+_add("loss/sampler_masked_frac", "share", "Trained tokens dropped: sampler weight out of bounds.", "down")
 _add("loss/positive_lm", "nats", "Language-modeling loss on correct rollouts (VAPO).", "down")
 ENTROPY = _add("policy/entropy", "nats", "Mean entropy of the next-token distribution over trained tokens.")
 GRAD_NORM = _add("policy/grad_norm", "1", "Norm of the policy's gradient before clipping.")
 _add("policy/lr", "1", "Learning rate of the policy.")
-_add(
-    "policy/skipped_updates",
-    "count",
-    "Optimizer steps skipped since the start because a gradient was not finite.",
-    "down",
-)
+_add("policy/skipped_updates", "count", "Optimizer steps skipped so far: gradient not finite.", "down")
 _add("train/computed_frac", "share", "Sequences with a gradient; the others were not computed.")
 _add("kl/ref", "nats", "KL divergence of the policy from the reference, per token.")
 _add("kl/mismatch", "nats", "KL divergence of the trainer from the sampler on the same tokens.", "down")
 _add("kl/mismatch/gap", "nats", "Mean absolute difference of the two log-probabilities.", "down")
 MISMATCH = _add("kl/mismatch/max", "nats", "Largest difference between the two log-probabilities of a token.", "down")
 _add("kl/mismatch/ratio/max", "1", "Largest probability ratio of trainer to sampler.", "down")
-SAMPLE_SIZE = _add(
-    "kl/mismatch/ess", "share", "Effective sample size of the rollouts' tokens, as a share of them.", "up"
-)
+SAMPLE_SIZE = _add("kl/mismatch/ess", "share", "Effective sample size, as a share of the tokens.", "up")
 _add("thr/p", "1", "Current p of Token Hidden Reward: above 0 favors exploitation, below 0 exploration.")
 _add("thr/scored_tokens", "tokens", "Tokens that Token Hidden Reward scored.")
 _add("thr/kept_tokens", "tokens", "Scored tokens above the threshold.")
@@ -146,9 +123,7 @@ _add("thr/kept_frac", "share", "Scored tokens above the threshold, as a share.")
 
 _add("value/loss", "reward^2", "Loss of the critic, a squared error.", "down")
 _add("value/clip_frac", "share", "Values for which the clipped error is the larger one.")
-EXPLAINED = _add(
-    "value/explained_variance", "share", "Variance of the returns that the critic predicts; 1 is perfect.", "up"
-)
+EXPLAINED = _add("value/explained_variance", "share", "Share of the returns' variance that the critic predicts.", "up")
 _add("value/mean", "reward", "Mean value of the states.")
 LAMBDA = _add("value/lambda", "1", "Mean lambda of the policy's advantage estimate where it depends on the length.")
 _add("value/warmup_steps", "steps", "Steps that trained the critic alone so far.")
@@ -171,9 +146,7 @@ _add("value/q/max", "reward", "Largest Q of the step; growth without end means o
 # --- 6 weight sync, evaluation, time ----------------------------------------------------------------------------------
 
 _add("sync/max_gap", "nats", "Largest difference between engine and trainer on the probes after the sync.", "down")
-_add(
-    "sync/change", "nats", "Largest change of the probes' log-probabilities since the previous sync; 0 means no update."
-)
+_add("sync/change", "nats", "Largest change on the probes since the previous sync; 0: no update.")
 _add("eval/pass@{k}", "share", "Chance that at least one of k rollouts of a held-out task is correct.", "up")
 _add("eval/accuracy", "share", "preference/accuracy on held-out rows.", "up")
 _add("eval/margin", "nats", "preference/margin on held-out pairs.", "up")

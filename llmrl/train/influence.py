@@ -7,7 +7,7 @@ the old log-probabilities. Either way every process ends with the same scores an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ import torch
 from llmrl.algo.ops.token_hidden_reward import influence, influence_matrix, prediction_errors
 from llmrl.algo.policy_gradient.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.model.policy import evaluating
-from llmrl.train.packing import plan_micro_batches
-from llmrl.train.streams import Found, share_streams
+from llmrl.train.packing import plan_micro_batches, to_tensor
+from llmrl.train.streams import Found, share_streams, split
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -91,11 +91,11 @@ class GroupScores:
             places = torch.nonzero(numbers == group)[:, 0]
             hidden, targets = outputs.hidden[places], micro_batch.targets[places]
             influences[places] = _group_influence(self.policy, hidden, logprobs[places], targets, weights[places])
-        pieces = influences.cpu().split(lengths.tolist())
+        pieces = split(influences.cpu(), lengths)
         by_index = zip(micro_batch.sample_indices, group_of, pieces, strict=True)
         self._reweight({index: piece.numpy() for index, group, piece in by_index if group in self.waiting}, samples)
         advantages = np.concatenate([samples[i].advantages for i in micro_batch.sample_indices])
-        micro_batch.advantages = torch.from_numpy(advantages).to(weights.device)
+        micro_batch.advantages = to_tensor(advantages, weights.device)
 
     def finish(self, samples: list[Sample]) -> None:
         """Reweight what other processes scored in this step, so that every process records the same."""
@@ -137,7 +137,7 @@ class GroupScores:
         # Processes score different numbers of groups, so these passes must not wait for each other.
         outputs = [self.policy.forward(batch, with_hidden=True, past_wrapper=True) for batch in micro_batches]
         order = [indices[i] for micro_batch in micro_batches for i in micro_batch.sample_indices]
-        lengths = torch.cat([micro_batch.sequence_lengths for micro_batch in micro_batches])
+        ends = np.cumsum([samples[index].num_tokens for index in order])
         logprobs = torch.cat([output.logprobs for output in outputs])
         scores = _group_influence(
             self.policy,
@@ -147,7 +147,7 @@ class GroupScores:
             torch.cat([micro_batch.extras[INFLUENCE_WEIGHTS] for micro_batch in micro_batches]),
         )
         streams = torch.stack([scores, logprobs]).cpu().numpy()
-        for index, part in zip(order, np.split(streams, lengths.cumsum(0).tolist()[:-1], axis=1), strict=True):
+        for index, part in zip(order, np.split(streams, ends[:-1], axis=1), strict=True):
             found[index] = {INFLUENCE: part[0], "old_logprobs": part[1]}
 
 
@@ -172,7 +172,7 @@ def _group_influence(
     weights: Float[Tensor, " M"],
 ) -> Float[Tensor, " M"]:
     """Compute the influence of each token of a group from what the output head saw of it."""
-    vocabulary, columns = targets.unique(return_inverse=True)
+    vocabulary, columns = cast("tuple[Tensor, Tensor]", targets.unique(return_inverse=True))  # pyright: ignore
     errors = prediction_errors(policy.restricted_probabilities(hidden, logprobs, vocabulary, columns), columns)
     hidden = hidden.float()
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""Ragged samples -> packed micro-batches, dealt out over processes. Deterministic: every rank computes the same plan.
+"""Ragged samples -> packed micro-batches, dealt out over processes. Every process computes the same plan.
 
-Packing changes speed, never the result: rows are as wide as the longest sequence of their micro-batch, shorter ones lie
-behind each other in a row, and each attends to itself only.
+Packing changes speed, never the result. A row is as wide as the longest sequence of its micro-batch; shorter sequences
+share a row one after another, and each attends only to itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmrl.train.options import TrainConfig
 
 Rows = list[list[int]]
-"""One micro-batch: what lies in each row, by index (samples, or trees of samples that share a prefix)."""
+"""One micro-batch: for each row the indices of what lies in it (samples, or trees of samples that share a prefix)."""
 
 
 def plan_micro_batches(
@@ -34,19 +34,21 @@ def plan_micro_batches(
 ) -> list[list[Rows]]:
     """Decide which process computes which sequences in which forward pass.
 
-    Units of sequences are dealt to processes by estimated cost, the costliest first to the least loaded one. Each
-    process then fills micro-batches of at most `max_tokens` positions (rows * width), longest sequences first.
+    Units of sequences are dealt to processes by estimated cost: the costliest unit goes first, to the process with the
+    least work. Each process then fills micro-batches of at most `max_tokens` positions (rows * width), longest
+    sequences first.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: positions of one micro-batch, padding included; a larger unit gets one of its own.
+        max_tokens: positions of one micro-batch, padding included. A larger unit gets a micro-batch of its own.
         num_processes: how many processes share the work.
         packing: False gives every sequence a row of its own.
-        units: a number for each sequence; those with the same number share a micro-batch. By default each is alone.
+        units: a number for each sequence; sequences with the same number share a micro-batch. By default each sequence
+            is a unit of its own.
 
     Returns:
-        For each process its micro-batches. All have equally many: shorter lists end in empty micro-batches, since
-        processes must run forward and backward passes together.
+        The micro-batches of each process. All processes have the same number: shorter lists end in empty micro-batches,
+        because processes must run forward and backward passes together.
     """
     members: dict[int, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -64,7 +66,7 @@ def plan_micro_batches(
 
 
 def fits(lengths: Sequence[int], *, max_tokens: int, packing: bool = True) -> bool:
-    """Whether sequences of these lengths, laid out alone, stay within `max_tokens` positions."""
+    """Return whether sequences of these lengths fit into one micro-batch of `max_tokens` positions."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     width = lengths[order[0]]
     _, rows = _place(order, [], lengths, width, packing)
@@ -72,14 +74,20 @@ def fits(lengths: Sequence[int], *, max_tokens: int, packing: bool = True) -> bo
 
 
 def _cost(length: int) -> float:
-    """Relative cost of a sequence: linear layers plus attention, equal at about 8,000 tokens for common shapes."""
+    """Estimate the relative cost of a sequence.
+
+    It is the cost of linear layers plus that of attention. For common shapes the two are equal at about 8,000 tokens.
+    """
     return length * (1 + length / 8000)
 
 
 def _fill_micro_batches(
     share: list[list[int]], lengths: Sequence[int], max_tokens: int, packing: bool
 ) -> list[list[list[int]]]:
-    """First-fit decreasing: units in order of their longest sequence, so a micro-batch is as wide as its first."""
+    """Fill micro-batches first-fit decreasing.
+
+    Units come in order of their longest sequence, so that the first sequence of a micro-batch sets its width.
+    """
     batches: list[Rows] = []
     waiting = sorted(share, key=lambda unit: -lengths[unit[0]])
     while waiting:
@@ -105,8 +113,12 @@ def _fill_micro_batches(
 def _place(
     unit: list[int], space: list[int], lengths: Sequence[int], width: int, packing: bool
 ) -> tuple[list[int], list[int]]:
-    """The first row with room for each sequence of a unit, or a new one; and the space that is then left in each."""
-    space, places = [*space], []
+    """Find a row for each sequence of a unit: the first with room, or a new one.
+
+    Returns:
+        (row of each sequence, space that is then left in each row).
+    """
+    space, places = [*space], list[int]()
     for i in unit:
         row = next((r for r, free in enumerate(space) if free >= lengths[i]), None) if packing else None
         if row is None:
@@ -127,22 +139,22 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Lay one plan entry out in a rectangle, with streams over the trained tokens.
 
-    An empty plan entry gives a micro-batch without trained tokens, whose loss is zero but whose backward pass runs.
+    An empty plan entry gives a micro-batch without trained tokens. Its loss is zero, but its backward pass runs.
 
     Args:
-        samples: of the batch.
+        samples: all that the indices may refer to.
         rows: indices of `trees`.
-        trees: how samples share prefixes; by default every sample lies alone.
-        causal_head: the model takes masks without rows for a causal beginning (`attention.use_causal_head`), so that
-            all but plain rows are better off with a mask. Otherwise only rows with trees have one, in full.
-        device: of the tensors.
+        trees: how samples share prefixes; by default they share none.
+        causal_head: the model takes masks without rows for a causal beginning (`attention.use_causal_head`). Then rows
+            with more than one sequence, or with padding, are faster with a mask. Else only shared prefixes get one.
+        device: where the tensors go.
     """
     trees = single_trees(samples) if trees is None else trees
     width = max((sum(trees[i].length for i in row) for row in rows), default=2)
     shape = (max(1, len(rows)), width)
     input_ids, position_ids, segment_ids, branch_ids = (np.zeros(shape, np.int64) for _ in range(4))
     chosen: list[int] = []
-    predict_from, targets = [], []
+    predict_from, targets = list[np.ndarray](), list[np.ndarray]()
     for r, row in enumerate(rows):
         column = 0
         for segment, tree in enumerate((trees[i] for i in row), start=1):
@@ -168,29 +180,30 @@ def build_micro_batch(
 
     def stream(name: str) -> torch.Tensor | None:
         values = [getattr(sample, name) for sample in picked]
-        return None if any(v is None for v in values) else _to_device(_concatenate(values, np.float32), device)
+        return None if any(v is None for v in values) else to_tensor(_concatenate(values, np.float32), device)
 
-    segments = _to_device(segment_ids, device)
+    segments = to_tensor(segment_ids, device)
+    # Restarting positions keep packed sequences apart without a mask; branches of a tree need one.
     masked = any(len(trees[i].samples) > 1 for row in rows for i in row)
     head = 0
     if causal_head:
         masked |= any(len(row) > 1 or trees[row[0]].length < width for row in rows)
         head = causal_length([[trees[i] for i in row] for row in rows])
     return MicroBatch(
-        input_ids=_to_device(input_ids, device),
-        position_ids=_to_device(position_ids, device),
+        input_ids=to_tensor(input_ids, device),
+        position_ids=to_tensor(position_ids, device),
         segment_ids=segments,
-        attention_mask=tree_mask(segments, _to_device(branch_ids, device), skip=head) if masked else None,
-        targets=_to_device(_concatenate(targets, np.int64), device),
-        predict_from=_to_device(_concatenate(predict_from, np.int64), device),
-        sequence_ids=_to_device(np.repeat(np.arange(len(picked)), lengths), device),
-        sequence_lengths=_to_device(np.asarray(lengths, np.int64), device),
+        attention_mask=tree_mask(segments, to_tensor(branch_ids, device), skip=head) if masked else None,
+        targets=to_tensor(_concatenate(targets, np.int64), device),
+        predict_from=to_tensor(_concatenate(predict_from, np.int64), device),
+        sequence_ids=to_tensor(np.repeat(np.arange(len(picked)), lengths), device),
+        sequence_lengths=to_tensor(np.asarray(lengths, np.int64), device),
         advantages=stream("advantages"),  # pyright: ignore[reportArgumentType]
         rollout_logprobs=stream("rollout_logprobs"),  # pyright: ignore[reportArgumentType]
         old_logprobs=stream("old_logprobs"),
         ref_logprobs=stream("ref_logprobs"),
         extras={
-            name: _to_device(_concatenate([s.extras[name] for s in picked], np.float32), device)
+            name: to_tensor(_concatenate([s.extras[name] for s in picked], np.float32), device)
             for name in (picked[0].extras if picked else ())
         },
         sample_indices=chosen,
@@ -254,9 +267,11 @@ class Layout:
         return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
 
 
-def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+def to_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copy an array to a device."""
+    tensor: torch.Tensor = torch.from_numpy(np.ascontiguousarray(array))  # pyright: ignore[reportUnknownMemberType]
+    return tensor.to(device, non_blocking=True)

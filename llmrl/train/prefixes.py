@@ -1,4 +1,4 @@
-"""Sequences that begin alike -> trees: the shared beginning once, the rest as branches that do not see each other.
+"""Sequences with a common beginning -> trees: the beginning once, the rest as branches that do not see each other.
 
 A group's rollouts share their prompt. Laid out as [prompt | completion 1 | completion 2 | ...] with positions that
 restart behind the prompt and a mask that lets a token see the prompt and its own branch, the prompt is computed once
@@ -26,19 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """Samples laid out together. A single sample is a tree without a shared prefix."""
+    """Samples laid out together. A tree of a single sample shares no prefix."""
 
     samples: tuple[int, ...]
     """Indices of the samples."""
     prefix: int
-    """Tokens they share at the beginning, computed once; none of them is trained."""
+    """Tokens they share at the beginning, which are computed once. None of them is trained."""
     length: int
     """Tokens of the whole layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Arithmetic of one layer, to decide what is worth sharing: branches attend to each other, behind a mask."""
+    """Arithmetic of one layer, to decide what is worth sharing.
+
+    Sharing is not always cheaper: attention also computes the pairs between branches, which the mask then hides.
+    """
 
     per_token: float
     """Multiply-adds of the linear layers for one token."""
@@ -46,7 +49,7 @@ class Cost:
     """Multiply-adds of attention for one (query, key) pair."""
 
     def of(self, tree: Tree) -> float:
-        """Cost of a tree: causal attention inside its prefix, and from its branches to everything."""
+        """Return the cost of a tree: causal attention inside its prefix, and from its branches to everything."""
         shared = len(tree.samples) > 1
         causal = tree.prefix if shared else tree.length
         pairs = causal * causal / 2 + (tree.length - causal) * tree.length
@@ -55,7 +58,7 @@ class Cost:
 
 def layer_cost(policy: Policy) -> Cost:
     """Return what one decoder layer of the policy computes per token and per pair of tokens."""
-    config, model = policy.model_config.get_text_config(), policy.causal_lm
+    config, model = policy.text_config, policy.causal_lm
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings.add(id(policy.module.head().weight))
     inside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
@@ -64,19 +67,19 @@ def layer_cost(policy: Policy) -> Cost:
 
 
 def single_trees(samples: Sequence[Sample]) -> list[Tree]:
-    """Every sample on its own."""
+    """Return a tree for every sample."""
     return [Tree(samples=(i,), prefix=0, length=len(sample.input_ids)) for i, sample in enumerate(samples)]
 
 
 def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
-    """Lay the samples of each group out as trees with as many branches each as makes the group cheapest.
+    """Lay the samples of each group out as trees, with the number of branches per tree that makes the group cheapest.
 
     Args:
-        samples: a group's samples carry the same `group` number.
-        cost: of the model's layers.
+        samples: samples of one group carry the same `group` number.
+        cost: of one layer of the model.
 
     Returns:
-        Trees that hold every sample once. Where sharing does not pay (long completions, short prompts) each sample is
+        Trees that hold every sample once. Where sharing does not pay (long completions, short prompts), each sample is
         a tree of its own.
     """
     groups: dict[int, list[int]] = defaultdict(list)
@@ -91,7 +94,7 @@ def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
 
 
 def _common_prefix(samples: Sequence[Sample]) -> int:
-    """Tokens that all share before any of them is trained."""
+    """Return how many tokens all samples share before any of them has a trained token."""
     first = samples[0].input_ids
     length = min(int(np.argmax(sample.loss_mask)) for sample in samples)
     for sample in samples[1:]:
@@ -101,14 +104,14 @@ def _common_prefix(samples: Sequence[Sample]) -> int:
 
 
 def _branch_counts(num_samples: int, prefix: int) -> list[int]:
-    """Branches per tree worth trying: 1, 2, 4, ... and all."""
+    """Return the numbers of branches per tree that are worth trying: 1, 2, 4, ... and all."""
     powers = [1 << k for k in range(num_samples.bit_length()) if 1 << k < num_samples]
     return [*powers, num_samples] if prefix else [1]
 
 
 def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_branches: int) -> list[Tree]:
     """Deal `members`, in order, into trees of `num_branches`."""
-    trees = []
+    trees: list[Tree] = []
     for start in range(0, len(members), num_branches):
         chosen = tuple(members[start : start + num_branches])
         shared = prefix if len(chosen) > 1 else 0
@@ -118,9 +121,9 @@ def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_bran
 
 
 def causal_length(rows: Sequence[Sequence[Tree]]) -> int:
-    """Positions at the beginning of all rows that see just what lies before them; 0 where that is less than half.
+    """Return how many positions at the beginning of every row are plainly causal, or 0 if less than half of them.
 
-    Two attention calls, of the beginning and of the rest, are then cheaper than one with a mask for all.
+    With at least half, two attention calls (one for the beginning, one for the rest) are cheaper than one with a mask.
     """
     widths = [sum(tree.length for tree in row) for row in rows]
     heads = [row[0].prefix if len(row[0].samples) > 1 else row[0].length for row in rows]
@@ -130,12 +133,12 @@ def causal_length(rows: Sequence[Sequence[Tree]]) -> int:
 def tree_mask(
     segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"], *, skip: int = 0
 ) -> Bool[Tensor, "B 1 S T"]:
-    """Which key (last axis) each query may see: itself, and what lies before it in its own branch or its tree's prefix.
+    """Return which keys (last axis) each query may see: itself and earlier ones of its own branch or its tree's prefix.
 
     Args:
-        segment_ids: the tree of each position; 0 is padding, which sees itself alone so that no softmax is empty.
+        segment_ids: the tree of each position; 0 is padding, which sees only itself so that no softmax is empty.
         branch_ids: 0 in a tree's prefix, otherwise the number of the branch in its tree.
-        skip: leave the rows of so many queries out (S = T - skip).
+        skip: leave out the rows of the first `skip` queries (S = T - skip).
     """
     queries, length = segment_ids[:, skip:, None], segment_ids.shape[1]
     same_tree = queries == segment_ids[:, None, :]

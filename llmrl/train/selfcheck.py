@@ -15,7 +15,7 @@ import torch
 from llmrl.errors import RunFailed
 from llmrl.model.policy import evaluating
 from llmrl.tolerance import forward_gap
-from llmrl.train.packing import build_micro_batch
+from llmrl.train.packing import build_micro_batch, to_tensor
 from llmrl.train.prefixes import Tree
 from llmrl.types import Sample
 
@@ -72,11 +72,11 @@ def _plain_logprobs(policy: Policy, samples: list[Sample]) -> Float[Tensor, " M"
     found: list[Tensor] = []
     with torch.no_grad(), evaluating(policy.module):
         for sample in samples:
-            ids = torch.from_numpy(sample.input_ids).to(policy.device)[None]
+            ids = to_tensor(sample.input_ids, policy.device)[None]
             logits: Tensor = policy.causal_lm(input_ids=ids, use_cache=False).logits
             logprobs = logits.float().log_softmax(-1)[0, :-1]
             chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
-            found.append(chosen[torch.from_numpy(sample.loss_mask[1:]).to(policy.device)])
+            found.append(chosen[to_tensor(sample.loss_mask[1:], policy.device)])
     return torch.cat(found)
 
 

@@ -27,7 +27,7 @@ def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[Mi
 
     Args:
         layout: how samples become micro-batches.
-        samples: where the streams belong; nothing happens without any.
+        samples: where the streams are set.
         compute: gives the streams of a micro-batch, by name.
     """
     if not samples:
@@ -36,11 +36,16 @@ def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[Mi
     # accelerate puts the policy's forward pass under autocast. The reference's has to be rounded in the same way.
     with evaluating(layout.policy.wrapped), layout.parallel.autocast():
         for micro_batch in layout.micro_batches(samples):
-            lengths = micro_batch.sequence_lengths.tolist()
             for name, values in compute(micro_batch).items():
-                for index, part in zip(micro_batch.sample_indices, values.float().split(lengths), strict=True):
+                parts = split(values.float(), micro_batch.sequence_lengths)
+                for index, part in zip(micro_batch.sample_indices, parts, strict=True):
                     found.setdefault(index, {})[name] = part.cpu().numpy()
     share_streams(layout.parallel, samples, found)
+
+
+def split(stream: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """Cut a stream of a micro-batch into its sequences, which have `lengths` trained tokens."""
+    return stream.split(lengths.tolist())  # pyright: ignore
 
 
 def share_streams(parallel: Parallel, samples: list[Sample], found: Found) -> Found:

@@ -143,6 +143,7 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     else:
         function, module = source, sys.modules.get(getattr(_unwrap(source), "__module__", "") or "")
         spec = _spec_of(source, module)
+    # By what the function declares, because a wrong guess from its values would show only in the curves.
     kind, called = _kind(function)
     reward = Reward(name=_name(function, module), function=called, kind=kind, args=args)
     reward.examples = getattr(module, "EXAMPLES", None)

@@ -161,7 +161,7 @@ class Rubric:
         found = await _all_of([self._call_one(reward, rollout) for reward in rewards])
         results = {reward.name: result for reward, result in zip(rewards, found, strict=True)}
         score = self._combine(rollout, results)
-        if len(rewards) < len(self.rewards):
+        if len(rewards) < len(self.rewards):  # keep the results, which `score_group` combines with the others
             score = _Unfinished(**{name: getattr(score, name) for name in Score.__slots__}, results=results)
         rollout.score = score
         return score
@@ -274,7 +274,7 @@ class Rubric:
                 pass
             elif error is not None:
                 errors.append(error if len(results) == 1 else f"[{name}] {error}")
-            elif value is None or (gate is not None and gate.reward is None):
+            elif value is None or (gate is not None and gate.reward is None):  # an unjudged gate decides nothing
                 abstained.append(name)
             elif gate is not None and gate.reward is not None and gate.reward <= 0:
                 terms.append((name, 0.0, 0.0))

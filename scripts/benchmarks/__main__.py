@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the suite that the arguments name."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--suite", required=True, help=f"one of: {', '.join(SUITES)}")
-    parser.add_argument("--case", action="append", help="only this case; may be given several times")
+    parser.add_argument("--case", action="append", help="run only this case; may be given several times")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--repetitions", type=int, default=3, help="measurements of each side (default 3)")
     arguments = parser.parse_args(argv)

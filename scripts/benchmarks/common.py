@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: a fresh process per measurement; steps in; medians, ratios and a table out."""
+"""The benchmark harness: runs each measurement in a fresh process and computes medians, ratios and a table."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIDES = ("ours", "rival")
 MEASURED = {"cpu": "cpu_s", "wall": "wall_s", "memory": "memory_mb"}
-"""Ratio in the result, and the key of a measurement it is made from."""
+"""Name of a ratio in the result -> key of the measurement that it is computed from."""
 TIME_LIMIT_S = 1800
-"""Longest that one measurement may take."""
+"""Time limit of one measurement."""
 
 
 # --- inside a measured process ----------------------------------------------------------------------------------------
 
 
 def cpu_seconds() -> float:
-    """CPU time (user and system) this process and its children, living and gone, have used."""
+    """Return the CPU time (user and system) of this process and its children, living and ended."""
     import psutil
 
     own = psutil.Process()
@@ -45,29 +45,29 @@ def cpu_seconds() -> float:
 
 
 class Meter:
-    """Marks the beginning of every step; memory counts from `start`, once everything is imported."""
+    """Records the beginning of every step. Memory counts from `start`, which is called after all imports."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
         self.start_mb = 0.0
 
     def start(self) -> None:
-        """Let peak memory begin to count from here."""
+        """Count peak memory from here on."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is in use now
         self.start_mb = status_mb("VmRSS")
 
     def mark(self) -> None:
-        """A step begins."""
+        """Record the beginning of a step."""
         self.marks.append((cpu_seconds(), time.perf_counter()))
 
     def report(self, *, skip: int) -> dict[str, Any]:
-        """Means over the steps after the first `skip`; a step lasts from its mark to the next.
+        """Return means over the steps after the first `skip`. A step lasts from its mark to the next.
 
         Returns:
-            cpu_s and wall_s per step, memory_mb (peak resident memory over `start`, with what living children hold
-            for themselves), step_cpu_s (every measured step).
+            cpu_s and wall_s per step, memory_mb (peak resident memory above `start`, plus the unshared memory of living
+            children), step_cpu_s (every measured step).
         """
         marks = self.marks[skip:]
         if len(marks) < 2:
@@ -82,7 +82,7 @@ class Meter:
 
 
 def matmul_rate() -> float:
-    """Float32 operations per CPU second of a large matrix product on one thread (best of several)."""
+    """Return the float32 operations per CPU second of a large matrix product on one thread (best of several)."""
     import torch
 
     size, best = 768, float("inf")
@@ -95,6 +95,7 @@ def matmul_rate() -> float:
 
 
 def status_mb(key: str) -> float:
+    """Return an entry of /proc/self/status in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024
@@ -102,7 +103,7 @@ def status_mb(key: str) -> float:
 
 
 def children_mb() -> float:
-    """What children hold that no other process shares."""
+    """Return the memory of child processes that no other process shares."""
     import psutil
 
     total = 0
@@ -121,7 +122,7 @@ def measure(module: str, *arguments: str) -> dict[str, Any]:
     """Run `python -m module arguments... OUT` in a fresh process with one thread, and return the JSON it writes to OUT.
 
     Raises:
-        RuntimeError: it failed; with the end of its output.
+        RuntimeError: the process failed; the message shows the end of its output.
     """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -144,13 +145,13 @@ def measure(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def compare(name: str, rival: str, run: Callable[[str, int], dict[str, Any]], *, repetitions: int) -> dict[str, Any]:
-    """Measure both sides in turn, so that a neighbour's load falls on both, and compare the medians.
+    """Measure both sides in turn, so that other load on the machine affects both, and compare the medians.
 
     Args:
-        name: of the case.
-        rival: what ours is compared with.
-        run: from ("ours" or "rival", repetition) to a measurement with cpu_s, wall_s and memory_mb.
-        repetitions: of each side; every other one begins with the rival.
+        name: name of the case.
+        rival: what llmrl is compared with.
+        run: maps ("ours" or "rival", repetition) to a measurement with cpu_s, wall_s and memory_mb.
+        repetitions: measurements of each side. Every other one begins with the rival.
     """
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repetition in range(repetitions):
@@ -162,7 +163,7 @@ def compare(name: str, rival: str, run: Callable[[str, int], dict[str, Any]], *,
 def summarize(
     name: str, rival: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A case's entry: ratios (rival / ours, so above 1 ours is cheaper) of medians, the medians, all measurements."""
+    """Return a case's entry: ratios of medians (rival / ours: above 1 llmrl is cheaper), medians, all measurements."""
     result: dict[str, Any] = {"name": name, "rival": rival}
     for ratio, key in MEASURED.items():
         mine, other = (median(measurement[key] for measurement in side) for side in (ours, theirs))
@@ -170,11 +171,11 @@ def summarize(
     return result | {"measurements": {"ours": list(ours), "rival": list(theirs)}}
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and the package versions of a measurement."""
     from importlib.metadata import version
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()

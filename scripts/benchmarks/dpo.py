@@ -1,4 +1,4 @@
-"""Suite dpo: one step of offline DPO of llmrl beside TRL's DPOTrainer on the same pairs.
+"""Suite dpo: one step of offline DPO with llmrl and with TRL's DPOTrainer on the same pairs.
 
 python -m benchmarks.dpo SIDE CASE MODEL_FOLDER SEED OUT      one measurement, in this process
 """
@@ -22,16 +22,16 @@ SKIPPED_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """A random model and random pairs; chosen and rejected have lengths around `completion_length`."""
+    """A random model and random pairs. Chosen and rejected completions have lengths around `completion_length`."""
 
     shape: Synthetic
     num_pairs: int = 8
-    """Of one step."""
+    """Pairs per step."""
     num_steps: int = 6
     rival_batch: int = 8
-    """Pairs that the rival computes at once: its fastest setting for this case."""
+    """Pairs that the rival computes at once, its fastest setting for this case."""
     precompute: bool = False
-    """Both sides compute the reference beforehand (not measured)."""
+    """Whether both sides compute the reference beforehand (not measured)."""
 
 
 LONG = Synthetic(num_prompts=8, prompt_length=512, completion_length=64)
@@ -45,7 +45,7 @@ CASES = {
 
 
 def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
-    """Measure the named cases, in that order; see `benchmarks.common.compare` for what each entry holds."""
+    """Measure the named cases in that order. `benchmarks.common.compare` describes an entry of the result."""
     import trl
 
     results = []
@@ -64,7 +64,7 @@ def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
 
 
 def equal_work(measurements: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What shows that both sides did the same: means over all steps of loss, gradient norm and margin."""
+    """Return means over all steps of loss, gradient norm and margin, which show that both sides did the same work."""
     return {
         "equal_work": {
             side: {key: fmean(step[key] for one in runs for step in one["steps"]) for key in runs[0]["steps"][0]}
@@ -74,7 +74,7 @@ def equal_work(measurements: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def rows_of(case: Pairs, seed: int) -> list[dict[str, str]]:
-    """Plain pairs; lengths of completions vary by a quarter to both sides."""
+    """Return plain pairs. Completion lengths vary by a quarter in both directions."""
     draw = random.Random(seed)
     low, high = (int(case.shape.completion_length * share) for share in (0.75, 1.25))
 
@@ -94,7 +94,7 @@ def rows_of(case: Pairs, seed: int) -> list[dict[str, str]]:
 
 
 def worker(side: str, name: str, model_folder: str, seed: str, out: str) -> None:
-    """Measure one side once and write what was found."""
+    """Measure one side once and write the result to `out`."""
     import datasets  # noqa: F401
     import trl.trainer.dpo_trainer  # noqa: F401
 
@@ -118,7 +118,7 @@ def worker(side: str, name: str, model_folder: str, seed: str, out: str) -> None
 
 
 def train_ours(case: Pairs, model: str, rows: list, folder: Path, hook: Any, num_steps: int) -> list[dict[str, float]]:
-    """Train with llmrl; loss, gradient norm and margin of each step."""
+    """Train with llmrl; return loss, gradient norm and margin of each step."""
     from llmrl import Trainer
 
     arguments = {
@@ -148,7 +148,7 @@ def train_ours(case: Pairs, model: str, rows: list, folder: Path, hook: Any, num
 
 
 def train_trl(case: Pairs, model: str, rows: list, folder: Path, hook: Any, num_steps: int) -> list[dict[str, float]]:
-    """The same with TRL, in its cheapest configuration for a CPU."""
+    """Train with TRL in its cheapest configuration for a CPU; return the same."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
@@ -198,7 +198,7 @@ def train_trl(case: Pairs, model: str, rows: list, folder: Path, hook: Any, num_
 
 
 def tokenizer_of(model: str) -> Any:
-    """The case's tokenizer; a printable character ends completions, since its own eos lies beyond the vocabulary."""
+    """Return the case's tokenizer. A printable character ends completions, since its eos is beyond the vocabulary."""
     tokenizer = load_tokenizer(Path(model))
     tokenizer.eos_token = tokenizer.pad_token = "~"
     return tokenizer

@@ -1,4 +1,4 @@
-"""Suite grpo: one GRPO step (rollout, reward, update) of llmrl beside TRL's GRPOTrainer on the same work.
+"""Suite grpo: one GRPO step (rollout, reward, update) with llmrl and with TRL's GRPOTrainer on the same work.
 
 python -m benchmarks.grpo SIDE CASE MODEL_FOLDER SEED OUT      one measurement, in this process
 """
@@ -16,10 +16,10 @@ from benchmarks.common import REPOSITORY, Meter, compare, matmul_rate, measure
 from benchmarks.workloads import Synthetic, natural_work, save_model, synthetic_work, warm_start
 
 SKIPPED_STEPS = 2
-"""Allocators, caches and lazy set-up settle in them."""
+"""Steps that are not measured, in which allocators, caches and lazy setup settle."""
 NATURAL_STEPS = 20
 NATURAL_MICRO_BATCHES = 4
-"""The rival's fastest setting there."""
+"""The rival's fastest setting for the case `natural`."""
 WARM_START = REPOSITORY / "runs" / "bench" / "warm_start"
 SYNTHETIC = {
     "quickstart_16+32": Synthetic(num_prompts=16, prompt_length=16, completion_length=32, rival_micro_batches=4),
@@ -48,7 +48,7 @@ CASES = (*SYNTHETIC, "natural")
 
 
 def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
-    """Measure the named cases, in that order; see `benchmarks.common.compare` for what each entry holds."""
+    """Measure the named cases in that order. `benchmarks.common.compare` describes an entry of the result."""
     import trl
 
     results = []
@@ -69,7 +69,7 @@ def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
 
 
 def equal_work(measurements: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What shows that both sides did the same: means over all runs of tokens, loss, first and last reward."""
+    """Return means of tokens, loss, gradient norm and rewards, which show that both sides did the same work."""
     shown = {}
     for side, runs in measurements.items():
         steps = [step for one in runs for step in one["steps"]]
@@ -84,10 +84,10 @@ def equal_work(measurements: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def floor(name: str, result: dict[str, Any]) -> dict[str, float]:
-    """CPU seconds that the step's unavoidable matrix products take at this machine's measured rate.
+    """Return the CPU seconds of the step's unavoidable matrix products, at this machine's measured rate.
 
-    Unavoidable: every prompt read once when sampling and once when training, every completion token once in each, the
-    head only where a token is sampled or trained, backward passes at twice the forward pass.
+    Unavoidable: every prompt is read once when sampling and once when training, every completion token once in both;
+    the head runs only where a token is sampled or trained on; a backward pass costs two forward passes.
     """
     runs = [one for side in result["measurements"].values() for one in side]
     rate = max(one["matmul_per_s"] for one in runs)
@@ -98,7 +98,7 @@ def floor(name: str, result: dict[str, Any]) -> dict[str, float]:
 
 
 def forward_operations(shape: dict[str, float], completion_tokens: float) -> float:
-    """Multiplications and additions of one forward pass over all prompts (once per group) and completions."""
+    """Return the multiplications and additions of a forward pass over all prompts (once per group) and completions."""
     prompt_tokens = shape["num_prompts"] * shape["prompt_length"]
     completion_length = completion_tokens / (shape["num_prompts"] * shape["num_generations"])
     linear = 2 * shape["linear_parameters"] * (prompt_tokens + completion_tokens)
@@ -114,7 +114,7 @@ def forward_operations(shape: dict[str, float], completion_tokens: float) -> flo
 
 
 def worker(side: str, name: str, model_folder: str, seed: str, out: str) -> None:
-    """Measure one side once and write what was found."""
+    """Measure one side once and write the result to `out`."""
     from benchmarks.trainers import preload, train_ours, train_trl
 
     preload()
@@ -146,7 +146,7 @@ def worker(side: str, name: str, model_folder: str, seed: str, out: str) -> None
 
 
 def shape_of(work: Any, model_folder: str) -> dict[str, float]:
-    """The sizes that `forward_operations` needs."""
+    """Return the sizes that `forward_operations` needs."""
     from transformers import AutoConfig
 
     model = AutoConfig.from_pretrained(model_folder)

@@ -2,8 +2,8 @@
 
     PYTHONPATH=scripts .venv/bin/python -m benchmarks.learning_curve [--seeds 3] [--json FILE]
 
-Both start from the same warm-started model with the settings of recipes/quickstart.yaml; the weights at the steps of
-the table are judged by one evaluator: greedy answers to the quickstart's 256 held-out additions.
+Both start from the same warm-started model with the settings of recipes/quickstart.yaml. One evaluator judges the
+weights at the steps of the table, by greedy answers to the quickstart's 256 held-out additions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = {"ours": "llmrl", "rival": "TRL"}
 
 
 def main() -> None:
-    """Run both sides in turn for every seed; print the table."""
+    """Run both sides in turn for every seed and print the table."""
     from benchmarks.grpo import WARM_START
     from benchmarks.workloads import warm_start
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: mean (lowest to highest) over seeds of the accuracy at each step, and CPU seconds per step."""
+    """Return a Markdown table: accuracy at each step and CPU seconds per step, mean (lowest to highest) over seeds."""
     lines = ["| step | llmrl | TRL |", "|---|---|---|"]
     for step in STEPS:
         lines.append(
@@ -56,12 +56,12 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and the range in brackets."""
+    """Return the mean, with the range in parentheses."""
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def one_run(side: str, model_folder: str, seed: str, out: str) -> None:
-    """Train one side with one seed; accuracy at STEPS and CPU seconds per step."""
+    """Train one side with one seed; write accuracy at STEPS and CPU seconds per step to `out`."""
     from benchmarks.grpo import NATURAL_MICRO_BATCHES
     from benchmarks.trainers import preload, train_ours, train_trl
     from benchmarks.workloads import natural_work
@@ -90,7 +90,7 @@ def one_run(side: str, model_folder: str, seed: str, out: str) -> None:
 
 
 async def greedy_accuracy(work: Any, model_folder: str, weights: dict[str, Any]) -> float:
-    """Share of the held-out additions that a model with these weights answers right."""
+    """Return the share of held-out additions that a model with these weights answers correctly."""
     from transformers import AutoModelForCausalLM
 
     from benchmarks.workloads import quickstart

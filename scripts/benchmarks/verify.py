@@ -1,4 +1,4 @@
-"""Suite verify: the verifiers beside what is usually done in their place, and generation with and without them.
+"""Suite verify: the verifiers against their usual alternatives, and generation with and without verification.
 
 python -m benchmarks.verify SIDE CASE SEED OUT      one measurement, in this process
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Meter, compare, measure
-from llmrl.config import RolloutConfig
 from llmrl.engines.base import FakeEngine
 from llmrl.rollout.collector import Collector
+from llmrl.rollout.options import RolloutConfig
 from llmrl.sandbox import Limits
 from llmrl.sandbox.local import LocalSandbox
 from llmrl.types import Message, RolloutGroup, Sampling, Task
@@ -33,15 +33,15 @@ NUM_QUESTIONS = 60
 ANSWERS_PER_QUESTION = 8
 NUM_PROMPTS, NUM_GENERATIONS = 16, 8
 LATENCY_S = (0.5, 4.0)
-"""Of the scripted completions: uniform between these."""
+"""Seconds of a scripted completion, uniform between these."""
 MATH_REWARD, CODE_REWARD = "rewards/math_answer.py:math_answer", "rewards/unit_tests.py:unit_tests"
 
 
 def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
-    """Measure the named cases, in that order; see `benchmarks.common.compare` for what each entry holds.
+    """Measure the named cases in that order. `benchmarks.common.compare` describes an entry of the result.
 
     Raises:
-        RuntimeError: a measurement failed (the box of a case does not work here, say), or the two sides disagree.
+        RuntimeError: a measurement failed (such as a sandbox that does not work here), or the two sides disagree.
     """
     results = []
     for name in cases:
@@ -58,13 +58,13 @@ def run(cases: list[str], repetitions: int) -> list[dict[str, Any]]:
 
 
 def worker(side: str, name: str, seed: str, out: str) -> None:
-    """Measure one side once and write what was found; cpu_s and wall_s are of one item of the case."""
+    """Measure one side once and write the result to `out`; cpu_s and wall_s are per item of the case."""
     found = CASES[name](side == "ours", int(seed))
     Path(out).write_text(json.dumps(found))
 
 
 def _measured(meter: Meter, num_items: int) -> dict[str, Any]:
-    """Cost per item of what lay between the two marks; memory of the whole process and its living children."""
+    """Return the cost per item between the two marks, and the memory of the process and its living children."""
     found = meter.report(skip=0)
     return {
         "cpu_s": found["cpu_s"] / num_items,
@@ -87,7 +87,7 @@ def solve(numbers: List[int]) -> List[int]:
 
 
 def programs() -> list[tuple[str, list[str]]]:
-    """Different small functions, each with the three assertions of an MBPP row; every fourth one fails its last."""
+    """Return small functions, each with three assertions as in a row of MBPP. Every fourth fails its last one."""
     found = []
     for index in range(NUM_PROGRAMS):
         factor = index + 2
@@ -99,7 +99,7 @@ def programs() -> list[tuple[str, list[str]]]:
 
 
 def unit_tests(kind: str) -> Callable[[bool, int], dict[str, Any]]:
-    """A warm boxed server against one new, unboxed interpreter per program with the assertions appended."""
+    """Compare a warm sandbox with a new, unsandboxed interpreter per program, with the assertions appended."""
 
     def measured(ours: bool, seed: int) -> dict[str, Any]:
         meter = Meter()
@@ -121,7 +121,7 @@ def unit_tests(kind: str) -> Callable[[bool, int], dict[str, Any]]:
 
 
 def judge_programs(box: LocalSandbox) -> list[bool]:
-    """Whether each program passes all its assertions, in a box."""
+    """Return whether each program passes all its assertions, in a sandbox."""
     verdicts = []
     for program, checks in programs():
         results = run_tests(program, read_row({"test_list": checks}), box, Limits(), stop_early=True)
@@ -130,7 +130,7 @@ def judge_programs(box: LocalSandbox) -> list[bool]:
 
 
 def fresh_interpreters(meter: Meter) -> dict[str, Any]:
-    """The same by one `python` per program."""
+    """Measure the same with one new `python` per program."""
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.py"
@@ -157,13 +157,13 @@ ANSWERS: tuple[Callable[[int], str], ...] = (
     lambda n: f"x^2 + {n}x - {n + 3}",
     lambda n: f"\\frac{{{n} + \\sqrt{{{n + 2}}}}}{{{n + 1}}}",
 )
-"""Kinds of answers, from a number: whole numbers about as often as in competition mathematics."""
+"""Kinds of answers, made from a number. Whole numbers are about as frequent as in competition mathematics."""
 
 
 def questions(seed: int, start: int = 2) -> list[tuple[str, str]]:
-    """(completion, gold answer): every question is answered several times, right about half the time.
+    """Return (completion, gold answer): every question has several answers, about half of them right.
 
-    The numbers lie between `start` and `start` + 63.
+    The numbers are between `start` and `start` + 63.
     """
     random_numbers = random.Random(seed)
     found = []
@@ -176,11 +176,11 @@ def questions(seed: int, start: int = 2) -> list[tuple[str, str]]:
 
 
 def math_answers(warm_rounds: int) -> Callable[[bool, int], dict[str, Any]]:
-    """The pool against math-verify as its documentation calls it, in this process.
+    """Compare the pool with math-verify as its documentation calls it, in this process.
 
     Args:
-        warm_rounds: how often both sides answer as many questions, with other numbers, before the clock starts. The
-            LaTeX parser and sympy get faster for thousands of answers, and a run asks more than that.
+        warm_rounds: how often both sides answer the same number of questions, with other numbers, before the clock
+            starts. The LaTeX parser and sympy keep getting faster for thousands of answers, and a run has more.
     """
 
     def measured(ours: bool, seed: int) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def math_answers(warm_rounds: int) -> Callable[[bool, int], dict[str, Any]]:
 
 
 async def pool_verdicts(rounds: list[list[tuple[str, str]]]) -> dict[str, Any]:
-    """The last round's cost and verdicts, through worker processes that have math-verify loaded."""
+    """Return the last round's cost and verdicts, from worker processes that have loaded math-verify."""
     pool, meter, scores = Pool(available_cores()), Meter(), []
     await pool.warm([MATH_REWARD])
     for work in rounds:
@@ -200,16 +200,16 @@ async def pool_verdicts(rounds: list[list[tuple[str, str]]]) -> dict[str, Any]:
         calls = [pool.call(MATH_REWARD, {"completion": given, "answer": gold}, 20.0) for given, gold in work]
         scores = await asyncio.gather(*calls)
     meter.mark()
-    found = _measured(meter, len(scores))  # while the workers live, so that their memory counts
+    found = _measured(meter, len(scores))  # before the workers end, so that their memory counts
     await pool.close()
     return found | {"verdicts": [score.reward == 1.0 for score in scores]}
 
 
 def plain_verdicts(rounds: list[list[tuple[str, str]]]) -> dict[str, Any]:
-    """The same by parse, parse, verify, with math-verify's own defaults."""
+    """Measure the same with parse, parse, verify, with math-verify's own defaults."""
     from math_verify import parse, verify
 
-    verify(parse("$\\boxed{x}$"), parse("$\\boxed{y}$"))  # loads what it imports lazily
+    verify(parse("$\\boxed{x}$"), parse("$\\boxed{y}$"))  # triggers its lazy imports
     meter, verdicts = Meter(), []
     for work in rounds:
         if work is rounds[-1]:
@@ -223,21 +223,21 @@ def plain_verdicts(rounds: list[list[tuple[str, str]]]) -> dict[str, Any]:
 
 
 class CodePoints:
-    """A chat whose token ids are code points, so that a scripted engine can say any text."""
+    """A chat whose token ids are code points, so that a scripted engine can return any text."""
 
     stop_token_ids = (2,)
 
     def render(self, messages: list[Message]) -> list[int]:
-        """Token ids of the contents, one behind the other."""
+        """Return the token ids of the joined contents."""
         return [ord(character) for message in messages for character in message["content"]]
 
     def parse(self, completion_ids: list[int]) -> Message:
-        """The assistant's message."""
+        """Return the assistant's message."""
         return {"role": "assistant", "content": "".join(chr(i) for i in completion_ids if i != 2)}
 
 
 def overlap(reward: str) -> Callable[[bool, int], dict[str, Any]]:
-    """A step's rollouts with a real verifier against the same rollouts with a reward that costs nothing."""
+    """Compare a step's rollouts with a real verifier and with a reward that costs nothing."""
 
     def measured(ours: bool, seed: int) -> dict[str, Any]:
         groups, found = asyncio.run(collect(reward, ours, seed))
@@ -250,9 +250,9 @@ def overlap(reward: str) -> Callable[[bool, int], dict[str, Any]]:
 
 
 async def collect(reward: str, verified: bool, seed: int) -> tuple[list[RolloutGroup], dict[str, Any]]:
-    """All rollouts of one step, and their cost, from an engine that takes time and no processor, as on another machine.
+    """Collect all rollouts of one step, from an engine that takes time but no processor, as on another machine.
 
-    Every request has a latency drawn from its own seed, so both sides wait equally long.
+    Every request has a latency drawn from its own seed, so both sides wait equally long. Returns groups and cost.
     """
     tasks, texts = math_tasks(seed) if reward == MATH_REWARD else code_tasks()
 
@@ -266,7 +266,7 @@ async def collect(reward: str, verified: bool, seed: int) -> tuple[list[RolloutG
     collector = Collector(engine, CodePoints(), rubric, config, seed=seed)  # pyright: ignore[reportArgumentType]
     try:
         await rubric.warm()
-        await collector.collect(tasks[:1], [0])  # the boxes of programs start with the first one
+        await collector.collect(tasks[:1], [0])  # sandboxes start with the first program
         meter = Meter()
         meter.mark()
         groups = await collector.collect(tasks, list(range(NUM_PROMPTS)))
@@ -277,12 +277,12 @@ async def collect(reward: str, verified: bool, seed: int) -> tuple[list[RolloutG
 
 
 def nothing(completion: str) -> float:
-    """No verification."""
+    """Return 0 without any verification."""
     return 0.0
 
 
 def math_tasks(seed: int) -> tuple[list[Task], dict[str, list[str]]]:
-    """Tasks, and the completions that the engine gives to each prompt."""
+    """Return tasks, and the completions that the engine gives for each prompt."""
     work = questions(seed)
     tasks, texts = [], {}
     for index in range(NUM_PROMPTS):
@@ -294,7 +294,7 @@ def math_tasks(seed: int) -> tuple[list[Task], dict[str, list[str]]]:
 
 
 def code_tasks() -> tuple[list[Task], dict[str, list[str]]]:
-    """The same with programs; each prompt is answered by its own program."""
+    """Return the same with programs. The completion of each prompt is its own program."""
     tasks, texts = [], {}
     for index, (program, checks) in enumerate(programs()[:NUM_PROMPTS]):
         prompt = f"program {index}"
@@ -312,12 +312,12 @@ CASES: dict[str, Callable[[bool, int], dict[str, Any]]] = {
     "overlap_math": overlap(MATH_REWARD),
     "overlap_unit_tests": overlap(CODE_REWARD),
 }
-"""From (is it our side, seed) to a measurement with cpu_s, wall_s, memory_mb and verdicts."""
+"""Functions of (whether it is llmrl's side, seed) that return cpu_s, wall_s, memory_mb and verdicts."""
 RIVALS = {
     "unit_tests_bwrap": "one new python per program, no sandbox",
     "unit_tests_lite": "one new python per program, no sandbox",
     "math_answers": "plain math-verify calls in one process",
-    "math_answers_cold": "the same, neither side having answered anything before",
+    "math_answers_cold": "the same, in processes that have answered nothing before",
     "overlap_math": "generation alone",
     "overlap_unit_tests": "generation alone",
 }

@@ -1,6 +1,6 @@
-"""What the grpo suite trains: a case in; a saved model, its tokenizer, rows, a reward and one configuration out.
+"""The work of the grpo suite: a case in; a saved model, its tokenizer, rows, a reward and a configuration out.
 
-Both sides load the same folder and read the same `Config`; `benchmarks.trainers` translates it for the rival.
+Both sides load the same folder and read the same `Config`, which `benchmarks.trainers` translates for the rival.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from llmrl.config import (
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " "
 NEVER = "<|never|>"
-"""The tokenizer's eos and pad. Its id lies beyond the model's vocabulary, so no completion can end early."""
+"""The tokenizer's eos and pad. Its id is beyond the model's vocabulary, so no completion can end early."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """A random model and random prompts; every completion has the same length."""
+    """A random model and random prompts. All completions have the same length."""
 
     num_prompts: int
     prompt_length: int
@@ -45,9 +45,9 @@ class Synthetic:
     num_layers: int = 2
     learning_rate: float = 1e-3
     num_steps: int = 10
-    """Measured, after the ones that are left out."""
+    """Measured steps, after those that are left out."""
     rival_micro_batches: int = 1
-    """In how many parts the rival computes a batch: its fastest setting for this case."""
+    """Parts in which the rival computes a batch, its fastest setting for this case."""
 
 
 @dataclass(kw_only=True)
@@ -58,11 +58,11 @@ class Work:
     rows: list[dict[str, Any]]
     tokenizer: Any
     reward: Any = None
-    """A function from completion to number, or None where `config.rewards` names one."""
+    """A function from completion to number, or None if `config.rewards` names one."""
 
 
 def synthetic_work(case: Synthetic, folder: Path, *, seed: int, output_dir: Path) -> Work:
-    """The work of a synthetic case; its model lies in `folder` already (`save_model`)."""
+    """Return the work of a synthetic case. `save_model` must have written its model to `folder`."""
     config = Config(
         model=ModelConfig(path=str(folder)),
         data=DataConfig(prompt_format="text"),
@@ -99,14 +99,15 @@ def save_model(case: Synthetic, folder: Path) -> None:
 
 
 def endless_tokenizer(vocab_size: int) -> Any:
-    """One token per character of ALPHABET, then fillers that no text contains: `vocab_size` ids, and NEVER beyond them.
+    """Return a tokenizer of `vocab_size` ids: one per character of ALPHABET, then fillers that no text contains.
 
-    Half of the fillers are digits when decoded, so that `digit_share` can be learned whatever the vocabulary.
+    NEVER comes after them. Half of the fillers decode to digits, so that `digit_share` can be learned with any
+    vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # In byte-level vocabularies every printable character stands for itself, and this one for the space.
+    # In byte-level vocabularies every printable character stands for itself, and \u0120 for the space.
     names = [character.replace(" ", "\u0120") for character in ALPHABET]
     letters = str.maketrans(string.digits, string.ascii_lowercase[:10])
     while len(names) < vocab_size:
@@ -119,14 +120,14 @@ def endless_tokenizer(vocab_size: int) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, as it was saved (AutoTokenizer would make it one of the model's family)."""
+    """Return the tokenizer of a folder as saved (AutoTokenizer would turn it into one of the model's family)."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def digit_share(completion: str) -> float:
-    """Share of the completion's characters that are digits: cheap, never constant in a group, and learnable."""
+    """Return the share of digits in the completion: a reward that is cheap, varies in a group, and can be learned."""
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
@@ -134,7 +135,7 @@ def digit_share(completion: str) -> float:
 
 
 def quickstart() -> Any:
-    """The recipe recipes/quickstart.py as a module."""
+    """Return recipes/quickstart.py as a module."""
     if "quickstart" not in sys.modules:
         spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "recipes" / "quickstart.py")
         assert spec is not None and spec.loader is not None
@@ -144,7 +145,7 @@ def quickstart() -> Any:
 
 
 def quickstart_config(*arguments: str) -> Config:
-    """The recipe's configuration, with dotted overrides."""
+    """Return the recipe's configuration, with dotted overrides."""
     file = REPOSITORY / "recipes" / "quickstart.yaml"
     config = parse(["--config", str(file), *arguments], config_class=quickstart().QuickstartConfig)
     spec = config.rewards[0].fn
@@ -153,7 +154,7 @@ def quickstart_config(*arguments: str) -> Config:
 
 
 def warm_start(folder: Path) -> Path:
-    """`folder` with the quickstart's warm-started model; made (about a minute) where it is absent."""
+    """Return `folder` with the quickstart's warm-started model; create it if it is missing (about a minute)."""
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         quickstart().warm_start(quickstart_config(), folder)
@@ -161,7 +162,7 @@ def warm_start(folder: Path) -> Path:
 
 
 def natural_work(folder: Path, *, seed: int, output_dir: Path) -> Work:
-    """GRPO on additions from the warm-started model in `folder`, with the recipe's settings."""
+    """Return the work of GRPO on additions, from the warm-started model in `folder`, with the recipe's settings."""
     recipe = quickstart()
     config = quickstart_config("--train.output_dir", str(output_dir), "--train.seed", str(seed))
     config.model.path = str(folder)

@@ -29,7 +29,7 @@ SYSTEM = [{"role": "system", "content": "Sum."}, *USER]
 def make_tokenizer(
     specials: list[str], *, eos: str | None, bos: str | None = None, adds_bos: bool = False, template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """A byte tokenizer with a family's special tokens (ids from 259 on), not this project's own."""
+    """A byte tokenizer with a family's special tokens (ids from 259 on) in place of this project's."""
     backend = byte_tokenizer().backend_tokenizer
     backend.add_special_tokens(specials)
     if adds_bos:
@@ -65,7 +65,7 @@ Make = Callable[[], PreTrainedTokenizerFast]
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, *pieces: str) -> list[int]:
-    """Ids of pieces: a special token's own id, or the bytes of anything else."""
+    """The ids of pieces: a special token's id, or the bytes of other text."""
     result: list[int] = []
     for piece in pieces:
         special = tokenizer.get_added_vocab().get(piece)
@@ -132,7 +132,7 @@ def test_template_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", FAMILIES)
-def test_text_format_uses_no_template_and_bos_only_where_it_is_the_default(make: Make) -> None:
+def test_text_format_uses_no_template_and_only_a_default_bos(make: Make) -> None:
     tokenizer = make()
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     chat = Chat(tokenizer, prompt_format="text")
@@ -141,7 +141,7 @@ def test_text_format_uses_no_template_and_bos_only_where_it_is_the_default(make:
     assert Chat(tokenizer, prompt_format="text").render(USER) == [*bos, *b"Hi"]
 
 
-def test_text_format_adds_no_bos_that_the_tokenizer_does_not_add_itself() -> None:
+def test_text_format_adds_no_bos_where_the_tokenizer_adds_none() -> None:
     tokenizer = make_tokenizer(["<s>", "</s>"], eos="</s>", bos="<s>", adds_bos=False)
     assert Chat(tokenizer, prompt_format="text").render(USER) == list(b"Hi")
 
@@ -152,7 +152,7 @@ def test_text_format_does_not_double_a_bos_in_the_text() -> None:
     assert rendered == [tokenizer.bos_token_id, *b"Hi"]
 
 
-def test_text_format_keeps_an_eos_that_the_tokenizer_would_append_out() -> None:
+def test_text_format_appends_no_eos_even_where_the_tokenizer_would() -> None:
     tokenizer = make_tokenizer(["</s>"], eos="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
@@ -200,7 +200,7 @@ def test_generation_config_adds_its_eos_tokens(eos: int | list[int] | None, expe
     assert chat.stop_token_ids == expected
 
 
-def test_only_a_token_of_its_own_is_a_turn_end(tmp_path: Path) -> None:
+def test_only_a_special_token_is_a_turn_end(tmp_path: Path) -> None:
     file = tmp_path / "plain.jinja"
     for end, expected in [("\\n", (260,)), ("\\n###", (260,)), (" <|endoftext|>", (260, 259))]:
         file.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '" + end + "' }}{% endfor %}")
@@ -238,7 +238,7 @@ def test_decode_drops_one_stop_token_at_the_end_and_nothing_else(make: Make) -> 
     assert chat.parse([*b"4", chat.stop_token_ids[0]]) == {"role": "assistant", "content": "4"}
 
 
-def test_special_tokens_inside_or_of_another_kind_stay() -> None:
+def test_special_tokens_stay_inside_and_where_they_stop_nothing() -> None:
     tokenizer = make_tokenizer(["<think>", "</think>", "<|endoftext|>", "<|im_end|>"], eos="<|im_end|>")
     tokenizer.chat_template = (TEMPLATES / "qwen.jinja").read_text()
     chat = Chat(tokenizer)
@@ -248,7 +248,7 @@ def test_special_tokens_inside_or_of_another_kind_stay() -> None:
     assert chat.decode(ids(tokenizer, "4", "<|pad|>")) == "4<|pad|>"
 
 
-def test_decode_tidies_nothing_even_where_the_tokenizer_says_so() -> None:
+def test_decode_cleans_up_no_spaces_even_where_the_tokenizer_would() -> None:
     tokenizer = qwen()
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
@@ -257,7 +257,7 @@ def test_decode_tidies_nothing_even_where_the_tokenizer_says_so() -> None:
 
 
 def test_leading_space_of_a_continuation_survives_decoders_that_drop_it() -> None:
-    """Decoders in the manner of SentencePiece drop the first space, which would break the indentation of code."""
+    """Decoders like SentencePiece's drop the first space, which would break the indentation of code."""
     tokenizer = make_tokenizer(["<|im_end|>"], eos="<|im_end|>", template="qwen.jinja")
     tokenizer.backend_tokenizer.add_tokens([AddedToken("\u2581x", normalized=False)])
     tokenizer.backend_tokenizer.decoder = Metaspace()
@@ -267,12 +267,12 @@ def test_leading_space_of_a_continuation_survives_decoders_that_drop_it() -> Non
     assert Chat(tokenizer).decode(completion) == "x=1"
 
 
-def test_unfinished_character_at_the_end_is_shown_as_such() -> None:
+def test_unfinished_character_at_the_end_becomes_a_replacement_character() -> None:
     assert Chat(byte_tokenizer()).decode([*b"ab", 0xE2, 0x82]) == "ab\ufffd"
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])
-def test_every_text_comes_back(prompt_format: str) -> None:
+def test_encoding_and_decoding_round_trips(prompt_format: str) -> None:
     tokenizer = byte_tokenizer()
     chat = Chat(tokenizer, prompt_format=prompt_format)
     text = "  <think>\u00e9 \U0001f642</think>\n\\boxed{4} "
@@ -303,7 +303,7 @@ def test_missing_template_file_is_named(tmp_path: Path) -> None:
         Chat(qwen(), chat_template=str(tmp_path / "absent.jinja"))
 
 
-def test_template_that_text_format_would_not_read_is_refused() -> None:
+def test_a_template_with_text_format_is_refused() -> None:
     with pytest.raises(UserError, match="uses no template"):
         Chat(qwen(), prompt_format="text", chat_template=str(TEMPLATES / "qwen.jinja"))
 
@@ -311,7 +311,7 @@ def test_template_that_text_format_would_not_read_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"), [(gemma, "There is no system role here"), (mistral, "Only user and assistant")]
 )
-def test_what_a_template_refuses_is_passed_on(make: Make, message: str) -> None:
+def test_errors_of_a_template_are_reported(make: Make, message: str) -> None:
     with pytest.raises(UserError, match=rf"roles system, user: {message}.*data.system_prompt"):
         Chat(make()).render(SYSTEM)
 

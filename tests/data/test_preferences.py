@@ -1,4 +1,4 @@
-"""Preference rows: TRL's forms and tokens, ShareGPT's form, cutting, and what is refused."""
+"""Preference rows: TRL's forms and tokens, ShareGPT's form, cutting, and refusals."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llmrl.config import DataConfig
 from llmrl.data.chat import Chat
+from llmrl.data.options import RowsConfig
 from llmrl.data.preferences import (
     PreferenceCollector,
     encode_preferences,
@@ -25,7 +25,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def said(text: str) -> dict[str, str]:
+def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
@@ -34,11 +34,11 @@ PLAIN = [
     {"prompt": "Two and two:", "chosen": "four<|eos|>", "rejected": ""},
 ]
 MESSAGES = [
-    {"prompt": [user("Sky?")], "chosen": [said("Blue.")], "rejected": [said("Green.")]},
+    {"prompt": [user("Sky?")], "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
     {
-        "prompt": [{"role": "system", "content": "Be brief."}, user("Hi"), said("Hello"), user("Sum of 2 and 2?")],
-        "chosen": [said("4")],
-        "rejected": [said("Let me think."), user("Well?"), said("5")],
+        "prompt": [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello"), user("Sum of 2 and 2?")],
+        "chosen": [assistant("4")],
+        "rejected": [assistant("Let me think."), user("Well?"), assistant("5")],
     },
 ]
 IMPLICIT = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in MESSAGES]
@@ -47,14 +47,14 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
 )
-"""Its generation prompt is not how the template begins an answer that is there already."""
+"""Its generation prompt differs from how it begins an answer that is already in the conversation."""
 
 
 def encoded(rows: list[dict[str, Any]], *, max_length: int | None = None, template: str | None = None) -> Any:
     tokenizer = byte_tokenizer()
     if template:
         tokenizer.chat_template = template
-    found = preferences_from_rows(rows, DataConfig(), "rows")
+    found = preferences_from_rows(rows, RowsConfig(), "rows")
     chat = Chat(tokenizer, prompt_format="chat" if found[0].is_conversational else "text")
     return (*encode_preferences(found, chat, max_length=max_length), tokenizer)
 
@@ -119,12 +119,12 @@ def test_sequences_are_cut_and_rows_without_room_left_out() -> None:
     assert [row.prompt for row in kept] == ["123456"]
     assert kept[0].completion_ids == [[97, 98, 257], [99, 100, 101, 102]]
     assert notes == [
-        "1 of 4 rows left out: no room for a completion within preference.max_length 10 tokens",
-        "2 of 4 rows left out: chosen and rejected are the same tokens (as far as preference.max_length goes)",
+        "1 of 4 rows left out: no room for a completion within algo.max_length 10 tokens",
+        "2 of 4 rows left out: chosen and rejected are the same tokens (up to algo.max_length)",
     ]
 
 
-def test_what_is_cut_exactly() -> None:
+def test_where_sequences_are_cut() -> None:
     kept, notes, _ = encoded([{"prompt": "1234", "chosen": "abcdef", "rejected": "xy"}], max_length=7)
     assert bytes(kept[0].prompt_ids) == b"1234"
     assert [len(ids) for ids in kept[0].completion_ids] == [3, 3]
@@ -133,7 +133,7 @@ def test_what_is_cut_exactly() -> None:
     assert notes == []
 
 
-def test_a_prompt_that_is_rendered_differently_is_told() -> None:
+def test_a_prompt_that_is_rendered_differently_is_reported() -> None:
     _, notes, _ = encoded(MESSAGES, template=TEMPLATE)
     assert notes == [
         "2 of 2 rows lose the end of their prompt: the tokenizer or template renders it differently before a completion"
@@ -141,13 +141,13 @@ def test_a_prompt_that_is_rendered_differently_is_told() -> None:
 
 
 def test_sharegpt_rows_are_messages(shared_data: Path) -> None:
-    rows = load_preferences(DataConfig(path=str(shared_data / "preference" / "dpo_en_demo.jsonl"), limit=50))
+    rows = load_preferences(RowsConfig(path=str(shared_data / "preference" / "dpo_en_demo.jsonl"), limit=50))
     raw = [json.loads(line) for line in (shared_data / "preference" / "dpo_en_demo.jsonl").open()][:50]
     assert len({row.task.id for row in rows}) == 50
     for row, given in zip(rows, raw, strict=True):
         assert [m["role"] for m in row.prompt][-1] == "user"  # pyright: ignore
-        assert row.completions[0] == [said(given["chosen"]["value"])]
-        assert row.completions[1] == [said(given["rejected"]["value"])]
+        assert row.completions[0] == [assistant(given["chosen"]["value"])]
+        assert row.completions[1] == [assistant(given["rejected"]["value"])]
         assert row.prompt[-1]["content"] == given["conversations"][-1]["value"]  # pyright: ignore
 
 
@@ -167,12 +167,12 @@ def test_groups() -> None:
         ([{"question": "a", "answer": "b"}], "the columns are question, answer"),
         ([{"prompt": "a", "completion": "b"}], "the columns are prompt, completion"),
         ([{"prompt": "a", "completion": "b", "label": "good"}], "column label: must be true or false, found 'good'"),
-        ([{"prompt": "a", "chosen": "b", "rejected": [said("c")]}], "must both be text, or both lists"),
+        ([{"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}], "must both be text, or both lists"),
         ([{"prompt": [user("a")], "chosen": "b", "rejected": "c"}], "must all be text, or all lists"),
         ([{"prompt": "a", "chosen": None, "rejected": "c"}], "column chosen: must be text or a list"),
         ([{"prompt": "", "chosen": "b", "rejected": "c"}], "is empty"),
-        ([{"chosen": "b", "rejected": "c"}], "do not begin alike"),
-        ([{"prompt": [{"content": "a"}], "chosen": [said("b")], "rejected": [said("c")]}], "needs `role`"),
+        ([{"chosen": "b", "rejected": "c"}], "do not begin with the same text"),
+        ([{"prompt": [{"content": "a"}], "chosen": [assistant("b")], "rejected": [assistant("c")]}], "needs `role`"),
         ([*PLAIN, {"prompt": "a", "completion": "b", "label": True}], "cannot be mixed"),
         ([*PLAIN, *MESSAGES], "text and messages cannot be mixed"),
         ([{"conversations": [{"from": "x", "value": "y"}], "chosen": {}, "rejected": {}}], "a ShareGPT message needs"),
@@ -180,14 +180,14 @@ def test_groups() -> None:
 )
 def test_what_is_refused(rows: list, text: str) -> None:
     with pytest.raises(UserError) as caught:
-        preferences_from_rows(rows, DataConfig(), "mine")
+        preferences_from_rows(rows, RowsConfig(), "mine")
     assert text in str(caught.value)
     if rows:
         assert "mine, row" in str(caught.value)
 
 
-def test_the_line_of_a_file_is_told(tmp_path: Path) -> None:
+def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(PLAIN[0]) + "\n" + json.dumps({"prompt": "a", "chosen": 1, "rejected": "c"}) + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2, column chosen: must be text"):
-        load_preferences(DataConfig(path=str(file)))
+        load_preferences(RowsConfig(path=str(file)))

@@ -30,7 +30,7 @@ def draw_ids(sampler: TaskSampler, sizes: list[int]) -> list[list[str]]:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> tuple[int, list[int], int, bool]:
-    """(number of tasks, batch sizes, seed, shuffle); sizes vary freely from batch to batch."""
+    """Draw (number of tasks, batch sizes, seed, shuffle); sizes vary from batch to batch."""
     count = draw(st.integers(1, 12))
     sizes = draw(st.lists(st.integers(1, count), min_size=1, max_size=25))
     return count, sizes, draw(st.integers(0, 2**40)), draw(st.booleans())
@@ -94,9 +94,9 @@ def test_without_shuffling_tasks_come_in_their_order() -> None:
     assert draw_ids(sampler, [2, 3, 1, 1]) == [["t-0", "t-1"], ["t-2", "t-0", "t-1"], ["t-2"], ["t-0"]]
 
 
-def test_a_task_met_twice_around_an_epochs_end_waits_for_the_next_batch() -> None:
+def test_a_task_already_in_the_batch_is_deferred_to_the_next_batch() -> None:
     sampler = TaskSampler(make_tasks(4), seed=0)
-    sampler._order = [3, 2, 1, 0]  # epoch 0; the permutation of epoch 1 is the sampler's own
+    sampler._order = [3, 2, 1, 0]  # of epoch 0; epoch 1 keeps the sampler's permutation
     draw_ids(sampler, [2])
     second = [int(i) for i in np.random.Generator(np.random.Philox(np.random.SeedSequence([0, 1]))).permutation(4)]
     fresh, repeated = [i for i in second if i in (2, 3)], [i for i in second if i in (0, 1)]

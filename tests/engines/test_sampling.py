@@ -27,7 +27,7 @@ def settings(count: int, **kwargs) -> SamplingRows:
 
 
 def chi_square_bound(degrees: int) -> float:
-    """A value that a chi-square of so many degrees of freedom exceeds with probability about 1e-6 (Wilson-Hilferty)."""
+    """A value that a chi-square with `degrees` degrees of freedom exceeds with probability 1e-6 (Wilson-Hilferty)."""
     return degrees * (1 - 2 / (9 * degrees) + 4.75 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
@@ -97,7 +97,7 @@ def test_greedy_takes_the_argmax_and_reports_temperature_one():
 
 @pytest.mark.parametrize("vocabulary", [50, 4099])
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (8, 0.7), (1, 0.01)])
-def test_top_k_and_top_p_keep_the_support_and_renormalise(vocabulary, top_k, top_p):
+def test_top_k_and_top_p_keep_the_support_and_renormalize(vocabulary, top_k, top_p):
     generator = torch.Generator().manual_seed(SEED)
     logits = 2 * torch.randn(1, vocabulary, generator=generator)
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)

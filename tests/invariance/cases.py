@@ -39,7 +39,7 @@ CRITICS = {"separate": SeparateCritic, "shared": SharedCritic, "adapter": Adapte
 
 
 def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """A model of a few thousand parameters whose weights are large enough for its log-probabilities to differ."""
+    """Build a model of a few thousand parameters, with weights large enough for its log-probabilities to differ."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2}
     model = build_tiny_model(arch, vocab_size=VOCABULARY, seed=seed, **(sizes | overrides))
     generator = torch.Generator().manual_seed(seed + 1)
@@ -50,8 +50,11 @@ def tiny_model(arch: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch
 
 
 def make_samples(seed: int, *, groups: int = 3, size: int = 3) -> list[Sample]:
-    """Ragged samples: groups share their prompt (but for one rollout in five), some have an observation inside, one in
-    four has no advantage."""
+    """Make ragged samples.
+
+    Groups share their prompt, except for one rollout in five. Some samples have an observation inside, and one in four
+    has no advantage.
+    """
     random = np.random.default_rng(seed)
     samples = []
     for group in range(groups):
@@ -102,7 +105,7 @@ def make_config(
 
 
 def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch.nn.Module:
-    """Adapters that already do something: peft starts them at zero."""
+    """Add adapters that already do something; peft starts them at zero."""
     wrapped = add_lora(model, LoraConfig(**({"r": 4, "lora_alpha": 4} | options)), seed=seed)
     generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
@@ -113,7 +116,7 @@ def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch
 
 
 def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> Algorithm:
-    """The algorithm of these options, as a run would build it."""
+    """Build the algorithm of these options as a run would."""
     return make_algorithm(make_config(algo=algo, max_completion_length=max_completion_length))
 
 
@@ -130,7 +133,7 @@ def make_learner(
 def make_ppo_learner(
     kind: str, *, lora: bool = False, seed: int = 0, parallel: Parallel | None = None, **options: Any
 ) -> tuple[Learner, Algorithm]:
-    """PPO with a critic of this kind. Its head and adapters are not at zero, as they would be at the start.
+    """Build PPO with a critic of this kind, whose head and adapters are not at zero as they would be at the start.
 
     Args:
         kind: `critic.kind`.
@@ -169,8 +172,10 @@ def make_ppo_learner(
 
 
 def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGroup]:
-    """Groups with a prompt in common; one rollout in three has a second turn behind an observation, one a rewritten
-    context; rewards of all kinds, some of them dense."""
+    """Make groups with a common prompt and rewards of all kinds, some of them dense.
+
+    Of three rollouts one has a second turn after an observation, and one a rewritten context.
+    """
     random = np.random.default_rng(seed)
     groups = []
     for number in range(count):
@@ -200,7 +205,7 @@ def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGr
 
 
 def move(module: torch.nn.Module, *, seed: int) -> None:
-    """A small random step of all parameters."""
+    """Take a small random step with all parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -240,7 +245,7 @@ def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample
 
 
 def assert_same(found: Outcome, expected: Outcome, *, tolerance: float = 1e-6) -> None:
-    """Loss, gradient norm, gradients and parameters agree; the tolerance is relative where values are above 1."""
+    """Check loss, gradient norm, gradients and parameters; the tolerance is relative where values are above 1."""
     for key in ("loss/total", "policy/grad_norm"):
         assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=tolerance, abs=tolerance), key
     for what in ("gradients", "parameters"):

@@ -48,7 +48,7 @@ CRITICS: dict[str, dict[str, Any]] = {
 
 
 def run_critics(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
-    """The same with PPO's kinds of critic, after two updates."""
+    """Return the same for every kind of critic, after two updates."""
     results = {}
     for name, case in CRITICS.items():
         options = case | {"algo": {"num_mini_batches": 2} | case.get("algo", {})}
@@ -74,7 +74,7 @@ def run_critics(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
 
 
 def run_cases(seed: int, parallel: Parallel) -> dict[str, dict[str, Any]]:
-    """Metrics, parameters and token scores after one update of every case."""
+    """Return metrics, parameters and token scores after one update of every case."""
     results = run_critics(seed, parallel)
     for name, algo in CASES.items():
         config = make_config(algo=algo)

@@ -1,4 +1,4 @@
-"""Two processes of a worker under a real `accelerate launch`, killed whole at a deadline."""
+"""Run a worker on two processes under a real `accelerate launch`, and kill both at a deadline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEADLINE_S = 540
 
 
 def launch(worker: str, *arguments: str, use_cpu: bool = True) -> tuple[int, str]:
-    """Exit code and output of a file of this folder run by two processes."""
+    """Run a file of this folder on two processes and return its exit code and output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if use_cpu:

@@ -54,7 +54,7 @@ STEPS = 2
 
 
 def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
-    """Metrics and gradients of every step of every case."""
+    """Return metrics and gradients of every step of every case."""
     results = {}
     for name, case in CASES.items():
         model = make_lora(tiny_model()) if case.get("lora") else tiny_model()

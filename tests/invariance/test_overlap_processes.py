@@ -31,7 +31,7 @@ def test_two_processes_work_ahead_and_resume(tmp_path: Path) -> None:
     ages = [row["rollout/staleness/max"] for row in metrics]
     assert max(ages) == 1
     assert max(row["sync/max_gap"] for row in metrics) < 1e-4
-    assert all(row["loss/sampler_weight"] > 0 for row in metrics), "truncated weights, unless told otherwise"
+    assert all(row["loss/sampler_weight"] > 0 for row in metrics), "weights are truncated by default"
     assert audit(tmp_path / "ledger.jsonl") == {"issued": 36, "trained": 36, "lost": [], "doubled": [], "exact": True}
     rollouts = [(row["step"], row["task"], row["index"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")]
     assert len(rollouts) == len(set(rollouts)) == 9 * 4 * 4

@@ -93,7 +93,7 @@ def test_nan_outside_the_mask_changes_nothing(algo: dict, number: int, max_token
 
 
 def poison(learner: Learner, number: int) -> None:
-    """Spoil whatever the loss must not see of each forward pass."""
+    """Replace everything in a forward pass that the loss must not see."""
     policy, generator = learner.policy, torch.Generator().manual_seed(number)
     forward, hidden_states = policy.forward, policy.module.hidden_states
 

@@ -21,7 +21,7 @@ NAMES = {"edit_similarity", "exact_match", "sampled_edit_similarity", "sampled_e
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "recipes/ircoco.py", "--config", "recipes/ircoco_tiny.yaml", *arguments]
-    given = os.environ | environment
+    given = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
     return subprocess.run(command, cwd=REPOSITORY, env=given, capture_output=True, text=True)
 
 

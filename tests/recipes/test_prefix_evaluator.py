@@ -144,7 +144,7 @@ def test_places_that_are_fitted(model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"prefixes": "samples", "num_next_tokens": 5}, "num_next_tokens is only read with evaluator.prefixes files"),
         ({"min_prefix_length": 20, "max_prefix_length": 10}, "max_prefix_length 10 is below min_prefix_length 20"),
@@ -156,10 +156,10 @@ def test_places_that_are_fitted(model: Any, tmp_path: Path) -> None:
         ({"weight_decay": -1.0}, "must not be negative"),
     ],
 )
-def test_options_that_cannot_be(given: dict[str, Any], said: str) -> None:
+def test_contradictory_options_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         resolve_evaluator(PrefixEvaluatorConfig(**given))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_gaps_are_filled_where_they_are_read() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmrl import Trainer
-from llmrl.config import AlgoConfig, Config, RewardConfig, RolloutConfig, TrackConfig, TrainConfig, load_config
+from llmrl.config import Config, RewardConfig, RolloutConfig, TrackConfig, TrainConfig, load_config, preset
 from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
 
@@ -23,11 +23,11 @@ def half_of_the_tasks_say_nothing(completion: str, answer: str) -> float:
     return float(sum(map(ord, completion)) % 2)
 
 
-def run(folder: Path, **algo: Any) -> tuple[list[dict], list[dict], dict[str, Any]]:
+def run(folder: Path, name: str, **algo: Any) -> tuple[list[dict], list[dict], dict[str, Any]]:
     config = Config(
         rollout=RolloutConfig(num_prompts=NUM_PROMPTS, num_generations=SIZE, max_completion_length=8),
         rewards=[RewardConfig(fn="given")],
-        algo=AlgoConfig(**algo),
+        algo=preset(name, **algo),
         train=TrainConfig(output_dir=str(folder), max_steps=2, learning_rate=1e-3),
         track=TrackConfig(console="quiet"),
     )
@@ -37,7 +37,7 @@ def run(folder: Path, **algo: Any) -> tuple[list[dict], list[dict], dict[str, An
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(tmp_path: Path) -> None:
-    metrics, rollouts, accounts = run(tmp_path / "run", name="dapo", overlong_buffer=0.0)
+    metrics, rollouts, accounts = run(tmp_path / "run", "dapo", overlong_buffer=0.0)
     assert accounts["exact"], accounts
     drawn = [row["rollout/drawn_groups"] for row in metrics]
     assert sum(drawn) > 2 * NUM_PROMPTS, "half the tasks carry no signal"
@@ -47,11 +47,11 @@ def test_dynamic_sampling_replaces_groups_without_signal(tmp_path: Path) -> None
         assert row["advantage/zero_variance_frac"] == 0.0
         assert row["reward/mean"] > 0.5, "measured over all that was drawn, not over what was kept"
     recorded = load_config(["--config", str(tmp_path / "run" / "config.yaml"), "--data.path=d", "--model.path=m"]).algo
-    assert (recorded.dynamic_sampling, recorded.epsilon_high, recorded.max_ratio) == (True, 0.28, None)
+    assert (recorded.dynamic_sampling.max_batches, recorded.loss.epsilon_high, recorded.loss.kind) == (10, 0.28, "clip")
 
 
 def test_without_it_those_groups_stay_in_the_batch_and_are_not_computed(tmp_path: Path) -> None:
-    metrics, _, accounts = run(tmp_path / "run", name="grpo")
+    metrics, _, accounts = run(tmp_path / "run", "grpo")
     assert accounts["issued"] == 2 * NUM_PROMPTS
     for row in metrics:
         assert row["rollout/drawn_groups"] == NUM_PROMPTS
@@ -59,7 +59,7 @@ def test_without_it_those_groups_stay_in_the_batch_and_are_not_computed(tmp_path
 
 
 def test_remax_compares_with_the_greedy_completion_of_the_task(tmp_path: Path) -> None:
-    _, rollouts, accounts = run(tmp_path / "run", name="remax")
+    _, rollouts, accounts = run(tmp_path / "run", "remax")
     assert accounts["exact"]
     groups: dict[tuple[int, str], set[float]] = {}
     for row in rollouts:
@@ -72,7 +72,7 @@ def test_remax_compares_with_the_greedy_completion_of_the_task(tmp_path: Path) -
 
 
 def test_token_scores_are_recorded(tmp_path: Path) -> None:
-    metrics, rollouts, _ = run(tmp_path / "run", name="thr", thr_p=0.1)
+    metrics, rollouts, _ = run(tmp_path / "run", "thr", token_weighting={"p": 0.1})
     assert all(0 <= row["thr/kept_frac"] <= 1 for row in metrics)
     scored = [row for row in rollouts if "token_scores" in row]
     assert scored

@@ -16,15 +16,16 @@ from llmrl import Trainer
 from llmrl.data.sampler import TaskSampler
 from llmrl.engines.base import FakeEngine
 from llmrl.errors import RunFailed, UserError
+from llmrl.rollout.staleness import staleness
 from llmrl.run.ledger import Ledger, audit
-from llmrl.run.pipeline import RolloutQueue, staleness
+from llmrl.run.pipeline import RolloutQueue
 from llmrl.track.files import read_jsonl
 from llmrl.types import Receipt, Rollout, RolloutGroup, Task, Turn
 from tests.run.test_trainer import ROWS, letters, numbers, settings
 
 pytestmark = pytest.mark.slow
 
-ALONE = SimpleNamespace(process_index=0, num_processes=1)
+ALONE = SimpleNamespace(rank=0, world=1, gather_objects=list)
 PROMPTS = 4
 
 
@@ -34,7 +35,7 @@ class Clockwork:
     def __init__(self, *, max_staleness: int, max_steps: int = 100, ledger: Ledger | None = None, **more: Any) -> None:
         self.version, self.begun, self.events = 0, [], {}
         self.seconds = more.pop("seconds", None)
-        options: dict[str, Any] = {"num_prompts": PROMPTS, "accelerator": ALONE} | more
+        options: dict[str, Any] = {"num_prompts": PROMPTS, "parallel": ALONE} | more
         self.queue = RolloutQueue(
             TaskSampler([Task(id=str(i), messages=[]) for i in range(200)], seed=0, shuffle=False),
             self.collect,
@@ -232,8 +233,8 @@ def test_processes_take_the_same_groups() -> None:
     async def run() -> None:
         several = []
         for rank in range(3):
-            processes = SimpleNamespace(process_index=rank, num_processes=3)
-            clockwork = Clockwork(max_staleness=2, accelerator=processes)
+            processes = SimpleNamespace(rank=rank, world=3)
+            clockwork = Clockwork(max_staleness=2, parallel=processes)
             clockwork.queue._share = lambda groups: groups  # type: ignore[method-assign] - no exchange here
             clockwork.finish(*range(100))
             several.append(clockwork)
@@ -273,8 +274,8 @@ def fake_run(folder: Path, *, seconds: float = 0.0, learning_seconds: float = 0.
         time.sleep(learning_seconds)
         return {}
 
-    run.engine = run.collector.engine = engine
-    run.sync.push = push  # type: ignore[method-assign]
+    source: Any = run.source
+    source.engine, source.push = engine, push
     if learning_seconds:
         run.learner.update = sleep  # type: ignore[method-assign]
     return run

@@ -62,7 +62,7 @@ def test_every_preset_trains_from_a_dataset_without_rewards_or_engine(algorithm:
     metrics = run.train()
     assert metrics["policy/grad_norm"] > 0
     assert {"preference/accuracy", "loss/total", "policy/entropy"} <= metrics.keys()
-    assert not [key for key in metrics if key.startswith(("sync/", "kl/mismatch"))]
+    assert not [key for key in metrics if key.startswith(("sync/", "kl/mismatch", "reward/"))], "nothing was measured"
     assert audit(tmp_path / "run" / "ledger.jsonl")["exact"]
     assert metrics["train/computed_frac"] == 1
 
@@ -82,7 +82,7 @@ def test_resumed_equals_undisturbed(options: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_a_moving_reference_resumes_too(tmp_path: Path) -> None:
-    options = {"preference__ref_model_sync_steps": 1, "preference__ref_model_mixup_alpha": 0.5}
+    options = {"algo__reference__steps": 1, "algo__reference__alpha": 0.5}
     trainer(tmp_path / "whole", **options).train()
     trainer(tmp_path / "parts", train__max_steps=2, **options).train()
     trainer(tmp_path / "parts", train__resume_from_checkpoint="last", **options).train()
@@ -93,7 +93,7 @@ def test_a_moving_reference_resumes_too(tmp_path: Path) -> None:
 
 def test_the_reference_can_become_the_policy(tmp_path: Path) -> None:
     """Rounds of iterative DPO: right after a round begins all log-ratios are 0."""
-    options = {"preference__ref_model_sync_steps": 2, "preference__ref_model_mixup_alpha": 1.0}
+    options = {"algo__reference__steps": 2, "algo__reference__alpha": 1.0}
     trainer(tmp_path / "run", **options).train()
     margins = [row["preference/margin"] for row in numbers(tmp_path / "run")]
     assert margins[0] == pytest.approx(0, abs=1e-6) and margins[2] == pytest.approx(0, abs=1e-6)
@@ -104,7 +104,7 @@ def test_the_reference_can_become_the_policy(tmp_path: Path) -> None:
 def test_a_precomputed_reference_changes_nothing(lora: dict[str, int] | None, tmp_path: Path) -> None:
     common: dict[str, Any] = {"model__lora": lora} if lora else {}
     trainer(tmp_path / "plain", **common).train()
-    cached = {**common, "preference__precompute_ref_log_probs": True, "preference__ref_cache_dir": str(tmp_path / "c")}
+    cached = {**common, "algo__precompute_ref_log_probs": True, "algo__ref_cache_dir": str(tmp_path / "c")}
     first = trainer(tmp_path / "first", **cached)
     assert first.policy._reference is None
     first.train()
@@ -126,7 +126,7 @@ def test_a_precomputed_reference_changes_nothing(lora: dict[str, int] | None, tm
 
 
 def test_another_model_does_not_get_the_cache(tmp_path: Path) -> None:
-    cached = {"preference__precompute_ref_log_probs": True, "preference__ref_cache_dir": str(tmp_path / "c")}
+    cached = {"algo__precompute_ref_log_probs": True, "algo__ref_cache_dir": str(tmp_path / "c")}
     trainer(tmp_path / "a", train__max_steps=1, **cached).train()
     trainer(tmp_path / "b", train__max_steps=1, train__seed=1, **cached).train()
     trainer(tmp_path / "c2", rows=PAIRS[:12], train__max_steps=1, **cached).train()
@@ -140,9 +140,8 @@ def test_sharing_the_prompt_and_cutting_the_batch_change_nothing(tmp_path: Path)
         "padded": {"train__packing": False, "train__share_prefixes": False},
     }
     for name, options in runs.items():
-        trainer(
-            tmp_path / name, train__max_steps=2, preference__loss_type=["sigmoid", "aot_unpaired"], **options
-        ).train()
+        terms = [{"kind": "sigmoid"}, {"kind": "aot_unpaired"}]
+        trainer(tmp_path / name, train__max_steps=2, algo__loss={"kind": "sum", "terms": terms}, **options).train()
     for name in ("apart", "padded"):
         for ours, other in zip(numbers(tmp_path / "shared"), numbers(tmp_path / name), strict=True):
             for key in ("loss/total", "preference/margin", "policy/grad_norm"):
@@ -156,11 +155,11 @@ def letters(completion: str) -> float:
 @pytest.mark.parametrize(
     "options",
     [
-        {"preference__pairs": "all", "preference__min_margin": 0.05},
-        {"preference__ref_model_sync_steps": 1},
-        {"preference__loss_type": ["simpo"]},
-        {"preference__loss_type": ["kto"], "preference__desirable_above": 0.3},
-        {"preference__hierarchy": [{"part": "letters", "margin": 0.5}]},
+        {"algo__pairs": "all", "algo__min_margin": 0.05},
+        {"algo__reference__steps": 1},
+        {"algo__loss": "simpo"},
+        {"algo__name": "online_kto", "algo__desirable_above": 0.3},
+        {"algo__hierarchy": [{"part": "letters", "margin": 0.5}]},
         {"algo__num_mini_batches": 2},
     ],
     ids=str,
@@ -170,7 +169,7 @@ def test_online_from_any_reward_function(options: dict[str, Any], tmp_path: Path
     more = {"rollout__num_generations": 4, "rollout__max_completion_length": 12, "train__max_steps": 2}
     run = Trainer(
         settings(tmp_path / "run", **more, **options),
-        model="tiny:qwen2", reward=letters, train_dataset=rows, algorithm="online_dpo",
+        model="tiny:qwen2", reward=letters, train_dataset=rows, algorithm=options.get("algo__name", "online_dpo"),
     )  # fmt: skip
     metrics = run.train()
     assert metrics["policy/grad_norm"] > 0
@@ -214,7 +213,7 @@ def test_offline_on_real_preferences(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "preference" / "dpo_en_demo.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     options = {
-        "preference__max_length": 384,
+        "algo__max_length": 384,
         "rollout__num_prompts": 16,
         "train__max_steps": 24,
         "train__save_steps": 0,
@@ -227,7 +226,7 @@ def test_offline_on_real_preferences(shared_data: Path, tmp_path: Path) -> None:
 
     async def both() -> dict[str, float]:
         async with run:
-            before = await run.evaluate_preferences()
+            before = await run.method.evaluate(run)
             await run.fit()
             return before
 
@@ -245,16 +244,16 @@ def test_offline_on_real_preferences(shared_data: Path, tmp_path: Path) -> None:
     [
         ("dpo", LABELLED, {}, "compares pairs"),
         ("dpo", [{"prompt": "a", "answer": "b"}], {}, "the columns are prompt, answer"),
-        ("dpo", PAIRS, {"rollout__num_generations": 3}, "rollout.num_generations is given, but nothing is sampled"),
-        ("dpo", PAIRS, {"data__answer_column": "none"}, "data.answer_column is given"),
-        ("dpo", PAIRS, {"algo__beta": 0.2}, "algo.beta 0.2 is given, but algo.name dpo does not read it"),
-        ("dpo", PAIRS, {"preference__pairs": "all"}, "preference.pairs 'all' is given"),
-        ("dpo", PAIRS, {"preference__simpo_gamma": 1.0}, "only read with loss_type simpo"),
-        ("dpo", PAIRS, {"preference__loss_type": ["exo_pair"]}, "preference.label_smoothing"),
-        ("dpo", PAIRS, {"preference__loss_type": ["kto", "sigmoid"]}, "mixes single completions and pairs"),
-        ("dpo", PAIRS, {"preference__loss_type": ["aot"], "algo__num_mini_batches": 2}, "aot compares all pairs"),
-        ("dpo", PAIRS, {"preference__max_length": 3}, "all 16 rows are left out"),
-        ("grpo", PAIRS, {"preference__beta": 0.2}, "algo.name grpo reads none of it"),
+        ("dpo", PAIRS, {"rollout__num_generations": 3}, "rollout.num_generations: algo.name dpo does not read it"),
+        ("dpo", PAIRS, {"data__answer_column": "none"}, "data.answer_column: algo.name dpo does not read it"),
+        ("dpo", PAIRS, {"algo__beta": 0.2}, "algo.beta: now algo.kl.beta (policy gradients) or algo.loss.beta"),
+        ("dpo", PAIRS, {"algo__pairs": "all"}, "algo.pairs: not read by what was chosen, but by algo.name online_dpo"),
+        ("dpo", PAIRS, {"algo__loss__gamma": 1.0}, "algo.loss.gamma: not read by what was chosen, but by kind simpo"),
+        ("dpo", PAIRS, {"algo__loss": "exo_pair"}, "algo.loss.label_smoothing is not set"),
+        ("dpo", PAIRS, {"algo__loss": "kto"}, "algo.loss.kind 'kto': not one of"),
+        ("dpo", PAIRS, {"algo__loss": "aot", "algo__num_mini_batches": 2}, "aot compares all pairs"),
+        ("dpo", PAIRS, {"algo__max_length": 3}, "all 16 rows are left out"),
+        ("grpo", PAIRS, {"preference__beta": 0.2}, "preference.beta: now algo.loss.beta"),
         ("online_dpo", PAIRS, {}, "rewards is empty"),
     ],
 )  # fmt: skip
@@ -272,4 +271,5 @@ def test_the_resolved_configuration_can_be_given_again(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", train__max_steps=1)
     run.train()
     config = load_config(["--config", str(tmp_path / "run" / "config.yaml")])
-    assert config.preference == run.config.preference
+    assert config == run.config
+    assert "null" not in (tmp_path / "run" / "config.yaml").read_text()

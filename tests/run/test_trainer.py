@@ -123,13 +123,14 @@ def test_abstentions_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_a_sync_that_does_not_arrive_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path / "run")
-    load = run.engine.load_weights
+    engine: Any = run.source.engine  # pyright: ignore
+    load = engine.load_weights
 
     async def forgetful(source: Any, *, version: int) -> None:
         if version < 2:
             await load(source, version=version)
 
-    monkeypatch.setattr(run.engine, "load_weights", forgetful)
+    monkeypatch.setattr(engine, "load_weights", forgetful)
     with pytest.raises(RunFailed, match="weight sync"):
         run.train()
     assert len(numbers(tmp_path / "run")) == 1

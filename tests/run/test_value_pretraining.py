@@ -79,7 +79,7 @@ def test_before_the_first_policy_step_the_critic_explains_the_rewards(tmp_path: 
     options = {
         "algo.name": "vapo",
         "critic.learning_rate": 2e-3,
-        "critic.warmup_steps": 7,
+        "algo.warmup.steps": 7,
         "data.prompt_format": "text",
         "rollout.max_completion_length": 16,
         "rollout.num_prompts": 8,

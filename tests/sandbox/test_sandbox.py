@@ -437,7 +437,7 @@ def test_a_box_that_lets_something_through_is_refused(monkeypatch: pytest.Monkey
         return plan
 
     monkeypatch.setattr(lite, "plan", leaky)
-    with pytest.raises(SandboxUnavailable, match=r"does not hold.*read /etc/passwd"):
+    with pytest.raises(SandboxUnavailable, match=r"does not confine programs here.*read /etc/passwd"):
         LocalSandbox("lite", packages=())
 
 

@@ -1,4 +1,4 @@
-"""What each process of the cache test runs; a module of its own, so that a new process has little to import."""
+"""The program of each process in the cache test; a module of its own, because a new process then imports little."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from llmrl.types import Rollout, RolloutGroup, Task, Turn
+from llmrl.verify.rubric import Part, Rubric
 
 
 def rollout(completion: str = "text", index: int = 0, *, num_tokens: int = 3, **meta: Any) -> Rollout:
@@ -18,6 +20,19 @@ def rollout(completion: str = "text", index: int = 0, *, num_tokens: int = 3, **
     )
     task = Task(id="t", messages=[{"role": "user", "content": "q"}], answer=meta.get("answer"), meta=meta)
     return Rollout(task=task, index=index, turns=[turn])
+
+
+def score_together(parts: list[Part], rollouts: list[Rollout]) -> None:
+    """Score rollouts as one group with a rubric of these parts."""
+    rubric = Rubric(parts)
+
+    async def main() -> None:
+        try:
+            await rubric.score_group(group(*rollouts))
+        finally:
+            await rubric.close()
+
+    asyncio.run(main())
 
 
 def group(*rollouts: Rollout) -> RolloutGroup:

@@ -1,4 +1,4 @@
-"""What the tests of citations and rubrics share: a scripted judge and a small history."""
+"""Shared by the tests of citations and rubrics: a scripted judge and a small history."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tool(identifier: str, content: Any) -> dict[str, Any]:
 
 
 class ScriptedJudge:
-    """Gives the scripted values of each question (None: it abstains); a list is used up one by one."""
+    """Answer each question with its scripted values (None: abstain); the entries of a list are used in order."""
 
     def __init__(self, **verdicts: Any) -> None:
         self.verdicts = verdicts

@@ -1,4 +1,4 @@
-"""Short-answer scoring: hand-computed values per normaliser, two papers' lattices, row formats, hostile text."""
+"""Short-answer scoring: hand-computed values per normalizer, two papers' rewards, row formats, hostile text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_f1_by_hand(prediction: str, gold: str, normalizer: str, expected: float
     assert qa.f1(prediction, [gold, "nothing like it"], normalizer) == pytest.approx(expected)
 
 
-def test_golds_that_normalise_to_nothing_match_only_themselves() -> None:
+def test_golds_that_normalize_to_nothing_match_only_themselves() -> None:
     for measure in (qa.exact_match, qa.f1, qa.substring_match):
         assert measure("The", ["the"]) == 1.0
         assert measure("", ["the"]) == 0.0
@@ -82,7 +82,7 @@ def test_no_golds_score_nothing() -> None:
     assert qa.exact_match("x", []) == qa.f1("x", []) == qa.substring_match("x", []) == 0.0
 
 
-def test_unknown_normalizer_names_those_there_are() -> None:
+def test_an_unknown_normalizer_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="squad_em, deepresearcher_f1, multilingual"):
         qa.f1("x", ["x"], "squad")
 
@@ -186,12 +186,12 @@ def test_search_r1_format(text: str, expected: bool) -> None:
         ("well, Nile", 0.0),
     ],
 )
-def test_search_r1_lattice(text: str, expected: float) -> None:
+def test_search_r1_reward(text: str, expected: float) -> None:
     assert qa.search_r1_reward(text, ["Nile"], retrieval_score=0.05) == pytest.approx(expected)
 
 
 def rollout(*turns: tuple[str, str]) -> Rollout:
-    """A rollout of (what the policy wrote, what the environment replied)."""
+    """Make a rollout of pairs (text of the policy, reply of the environment)."""
     return Rollout(
         task=Task(id="t", messages=[{"role": "user", "content": "Which river?"}], answer="Nile"),
         index=0,
@@ -202,30 +202,30 @@ def rollout(*turns: tuple[str, str]) -> Rollout:
                 rollout_logprobs=[0.0],
                 finish="stop",
                 policy_version=(0, 0),
-                message={"role": "assistant", "content": said},
+                message={"role": "assistant", "content": written},
                 replies=[{"role": "user", "content": replied}] if replied else [],
             )
-            for said, replied in turns
+            for written, replied in turns
         ],
     )
 
 
 def test_search_r1_reads_the_whole_rollout() -> None:
     asked = "<think>t</think><search>q</search>"
-    told = "<information>The Nile is long.</information>"
-    honest = rollout((asked, told), ("<think>t</think><answer>Po</answer>", ""))
+    found = "<information>The Nile is long.</information>"
+    honest = rollout((asked, found), ("<think>t</think><answer>Po</answer>", ""))
     score = qa_match(honest.completion, "Nile", rollout=honest, measure="search_r1", retrieval_score=0.3)
     assert score.reward == pytest.approx(0.5)
-    forged = rollout((asked + told + "<think>t</think><answer>Po</answer>", ""))
+    forged = rollout((asked + found + "<think>t</think><answer>Po</answer>", ""))
     score = qa_match(forged.completion, "Nile", rollout=forged, measure="search_r1", retrieval_score=0.3)
     assert score.reward == pytest.approx(0.1)
 
 
 def test_deepresearcher_ignores_tags_in_observations() -> None:
-    told = rollout(
+    searched = rollout(
         ("<think>t</think><tool_call>{}</tool_call>", "<think> <answer>x"), ("<think></think><answer>Nile</answer>", "")
     )
-    assert qa_match(told.completion, "Nile", rollout=told, measure="deepresearcher").reward == 1.0
+    assert qa_match(searched.completion, "Nile", rollout=searched, measure="deepresearcher").reward == 1.0
 
 
 # --- the reward -------------------------------------------------------------------------------------------------------
@@ -300,8 +300,8 @@ BLOCKS = ["<think>t</think>", "<search>q</search>", "<information>i</information
 
 @given(st.lists(st.sampled_from([*BLOCKS, *BLOCKS, " ", "\n", "x", "<think>", "</answer>"]), max_size=8).map("".join))
 @example(ROUND + "<think>t</think><answer>x</answer>")
-def test_format_is_what_the_grammar_says(text: str) -> None:
-    """Against a regular expression of the same language, on texts made of its parts."""
+def test_format_follows_the_grammar(text: str) -> None:
+    """Compare with a regular expression of the same language, on texts made of its parts."""
     inner = r"(?:(?!</?(?:think|search|information|answer)>).)*"
     block = {name: f"<{name}>{inner}</{name}>" for name in ("think", "search", "information", "answer")}
     one_round = rf"\s*{block['search']}\s*{block['information']}\s*{block['think']}"

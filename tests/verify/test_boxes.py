@@ -60,7 +60,7 @@ def test_iou_counts_unit_squares(a: tuple[int, ...], b: tuple[int, ...]) -> None
         return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
     union = squares(a) | squares(b)
-    # A box without an inside overlaps nothing, also where the other has one.
+    # A box without an inside overlaps nothing, not even a box around it.
     expected = Fraction(len(squares(a) & squares(b)), len(union)) if squares(a) and squares(b) else 0
     assert bx.box_iou(a, b) == pytest.approx(float(expected))  # type: ignore[arg-type]
 
@@ -123,9 +123,9 @@ CAT, CAT2, DOG = (
         ([CAT2, CAT], [CAT], 0.5),
         # The miss last costs nothing at equal confidence: full recall is reached before it.
         ([CAT, CAT2], [CAT], 1.0),
-        # A label that is not among the gold ones is not looked at.
+        # A label that no gold box has is ignored.
         ([DOG, CAT], [CAT], 1.0),
-        # The second of two equal predictions finds its gold box taken.
+        # The second of two equal predictions finds its gold box already taken.
         ([CAT, CAT], [CAT, CAT2], 51 / 101),
         # IoU 0.8 passes the thresholds 0.50 .. 0.80: seven of ten.
         ([Detection((0, 0, 10, 8), "cat")], [CAT], 0.7),
@@ -135,7 +135,7 @@ def test_map_by_hand(predictions: list[Detection], golds: list[Detection], expec
     assert bx.mean_average_precision(predictions, golds) == pytest.approx(expected)
 
 
-def test_of_equal_overlaps_the_last_gold_box_is_taken() -> None:
+def test_among_equal_overlaps_the_last_gold_box_is_taken() -> None:
     golds = [Detection((0, 0, 10, 8), "cat"), Detection((0, 2, 10, 10), "cat")]
     predictions = [CAT, golds[0]]
     # CAT overlaps both by 0.8 and takes the second, which leaves the first to its exact copy: AP 1 at 0.50 .. 0.80.
@@ -170,7 +170,7 @@ def random_scene(rng: np.random.Generator) -> tuple[list[Detection], list[Detect
 
 
 def brute_force_map(predictions: list[Detection], golds: list[Detection]) -> float:
-    """mAP from its definition, in exact fractions: no arrays, no search."""
+    """Compute mAP from its definition, in exact fractions, without arrays or search."""
     if not predictions or not golds:
         return float(not predictions and not golds)
     values = []
@@ -200,7 +200,7 @@ def test_map_agrees_with_brute_force(seed: int) -> None:
 
 
 def coco_map(predictions: list[Detection], golds: list[Detection]) -> float:
-    """The same by pycocotools."""
+    """Compute mAP with pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -236,12 +236,12 @@ def test_map_agrees_with_pycocotools(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(60):
         predictions, golds = random_scene(rng)
-        # pycocotools gives boxes without an inside an area all the same; ours overlap nothing.
+        # pycocotools gives boxes without an inside an area; ours overlap nothing.
         predictions = [p for p in predictions if bx.area(p.box) > 0]
         assert bx.mean_average_precision(predictions, golds) == pytest.approx(coco_map(predictions, golds), abs=1e-9)
 
 
-def test_only_a_hundred_predictions_of_a_label_are_looked_at() -> None:
+def test_only_a_hundred_predictions_of_a_label_count() -> None:
     strays = [Detection((500.0 + i, 0, 501.0 + i, 1), "cat") for i in range(100)]
     assert bx.mean_average_precision([*strays, CAT], [CAT]) == 0.0
     assert bx.mean_average_precision([*strays[1:], CAT], [CAT]) == pytest.approx(0.01)
@@ -293,13 +293,13 @@ def test_parse_detections(text: str, expected: list[Detection] | None) -> None:
 
 
 @pytest.mark.parametrize("gold", [None, "cat", [1, 2, 3], [5, 5, 1, 1], {"box": 1}, [float("nan"), 0, 1, 1]])
-def test_a_gold_answer_that_is_no_box_is_an_error(gold: Any) -> None:
+def test_a_gold_answer_without_a_box_is_an_error(gold: Any) -> None:
     with pytest.raises(UserError, match="gold answer"):
         box_iou("<answer>[0, 0, 1, 1]</answer>", answer=gold)
 
 
 @pytest.mark.parametrize("gold", [None, "cat", [[0, 0, 1, 1]], '[{"bbox_2d": [0, 0, 0, 0], "label": "cat"}]'])
-def test_gold_detections_that_are_none_are_an_error(gold: Any) -> None:
+def test_invalid_gold_detections_are_an_error(gold: Any) -> None:
     with pytest.raises(UserError, match="gold answer"):
         box_iou("<answer>None</answer>", answer=gold, measure="map")
 

@@ -79,7 +79,7 @@ def test_the_final_answer_is_not_counted_twice() -> None:
     assert judge.asked == ["correct"] * 4, "with alpha 0 no rubric question is asked"
 
 
-def test_unjudged_is_none_or_on_request_zero() -> None:
+def test_an_abstention_is_none_or_on_request_zero() -> None:
     judge = ScriptedJudge(correct=RIGHT, entities=None)
     assert asyncio.run(citation_rubric(GOOD, **EXAMPLE_ROW, judge=judge)).reward is None
     assert asyncio.run(citation_rubric(GOOD, **EXAMPLE_ROW, judge=judge, zero_unjudged=True)).reward == pytest.approx(
@@ -113,7 +113,7 @@ def rollout(completion: str, status: Status = Status.COMPLETED) -> Rollout:
     return Rollout(task=Task(id="t", messages=[first], answer="Basel", meta=meta), index=0, turns=turns, status=status)
 
 
-def test_a_group_is_normalised_by_its_best_evidenced_rollout() -> None:
+def test_a_group_is_normalized_by_its_best_supported_rollout() -> None:
     half = EXAMPLES[1]["completion"]
     wrong = EXAMPLES[3]["completion"]
     uncited = EXAMPLES[2]["completion"]
@@ -130,7 +130,7 @@ def test_a_group_is_normalised_by_its_best_evidenced_rollout() -> None:
     assert [s.reward for s in plain] == pytest.approx([0.85, 0.7, 0.0, 0.0])
 
 
-def test_rubric_questions_are_spared_where_they_cannot_count() -> None:
+def test_rubric_questions_are_skipped_if_they_cannot_count() -> None:
     judge = ScriptedJudge(correct={**RIGHT, "correct": False})
     for norm in ("none", "group_max_correct"):
         (score,) = asyncio.run(score_group([rollout(GOOD)], judge=judge, rubric_norm=norm))
@@ -138,7 +138,7 @@ def test_rubric_questions_are_spared_where_they_cannot_count() -> None:
     assert judge.asked == ["correct"] * 2
 
 
-def test_one_rollout_s_failure_is_not_the_group_s() -> None:
+def test_a_failure_of_one_rollout_leaves_the_others_scored() -> None:
     class Flaky(LexicalJudge):
         async def ask(self, question: Question, case: dict[str, str]) -> Verdict:
             if case.get("response") == "BROKEN":
@@ -175,7 +175,7 @@ def test_as_part_of_a_rubric() -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """scripts/serve_rubric on a free port, with the judge that needs no model."""
+    """Run scripts/serve_rubric on a free port, with the judge that needs no model."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -233,7 +233,7 @@ def test_server_contract(server: str) -> None:
 @pytest.mark.parametrize(
     "missing", ["history", "label", "task_unfinished", "remote_env_info", "rubrics", "search_forbidden_strs"]
 )
-def test_server_refuses_what_is_incomplete(server: str, missing: str) -> None:
+def test_server_refuses_an_incomplete_payload(server: str, missing: str) -> None:
     content = payload(GOOD)
     content.pop(missing, None)
     content.get("remote_env_info", {}).pop(missing, None)
@@ -242,7 +242,7 @@ def test_server_refuses_what_is_incomplete(server: str, missing: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 100_000, b'{"history": NaN}'])
-def test_server_refuses_what_is_no_payload(server: str, body: bytes) -> None:
+def test_server_refuses_an_invalid_payload(server: str, body: bytes) -> None:
     assert httpx.post(f"{server}/evaluate", content=body, timeout=30).status_code == 400
 
 
@@ -250,7 +250,7 @@ def test_the_reward_through_the_server_is_the_reward_without(server: str) -> Non
     environment = {"remote_env_info": {"entities": EXAMPLE_ROW["entities"]}}
     for case in EXAMPLES:
         columns = {k: v for k, v in case.items() if k not in ("reward", "judge")}
-        # The server's lexical judge is told no names, so no rubric has its entities: the outcome alone counts.
+        # The server's lexical judge knows no names, so no rubric has its entities and only the outcome counts.
         local = asyncio.run(citation_rubric(**{**columns, "entities": {}}, metadata=environment, judge=LexicalJudge()))
         remote = asyncio.run(citation_rubric(**columns, server_url=server))
         assert remote.reward == local.reward and remote.parts["outcome"] == local.parts["outcome"]
@@ -262,7 +262,7 @@ def test_text_without_utf8_form_goes_through_the_server(server: str) -> None:
 
 
 class Faulty(BaseHTTPRequestHandler):
-    """Answers with the scripted (status, body) one after the other."""
+    """Answer with the scripted (status, body) pairs one after the other."""
 
     script: list[tuple[int, str]] = []
     num_requests = 0

@@ -53,7 +53,7 @@ def test_citation_positions() -> None:
     assert text[citation.start : citation.end] == "[4](https://a)"
 
 
-def test_only_so_many_citations_are_read() -> None:
+def test_the_number_of_citations_read_is_limited() -> None:
     assert len(ct.extract_citations("[[1](https://a)] " * 2000)) == ct.MAX_CITATIONS
 
 
@@ -153,7 +153,7 @@ def test_pages_from_json() -> None:
             {"role": "assistant", "content": '<tool_call>{"name": "python"}</tool_call>'},
             {"role": "user", "content": f"<tool_response>{OPEN}</tool_response>"},
         ],
-        # A tool that repeats what it was asked.
+        # A tool that repeats its query.
         [call("s", "search"), tool("s", f"No results found for: {SEARCH}")],
         [call("o", "open"), tool("o", "Failed to fetch https://a/1")],
         [call("f", "find"), tool("f", FIND)],
@@ -162,11 +162,11 @@ def test_pages_from_json() -> None:
     ],
     ids=["assistant", "user", "system", "python", "named", "react", "echo", "failed", "find-first", "empty", "nested"],
 )
-def test_what_is_no_evidence(history: list[dict[str, Any]]) -> None:
+def test_what_does_not_count_as_evidence(history: list[dict[str, Any]]) -> None:
     assert ct.collect_pages(history) == {}
 
 
-def test_evidence_keeps_citation_order_and_says_what_was_left_out() -> None:
+def test_evidence_keeps_citation_order_and_lists_what_was_left_out() -> None:
     response = "x [[1](https://a/2)] y [[2](https://made.up)] z [[3](https://a/1#x)] [[4](https://a/2)]"
     evidence = ct.gather_evidence(response, openai_history())
     assert [page.url for page in evidence.pages] == ["https://a/2", "https://a/1"]
@@ -191,9 +191,9 @@ def test_a_text_is_shown_once() -> None:
         ('It says "the town lies on the LEFT bank" [[1](https://a)].', True),
         ('It says "The town lies on ... bank of the Rhine" [[1](https://a)].', True),
         ("It says \u201cthe town lies on the left bank\u201d [[1](https://a)].", True),
-        # Side by side, one of the pages has to hold it.
+        # Of pages cited together, one must contain the quotation.
         ('It says "the town lies on the left bank" [[2](https://b), [1](https://a)].', True),
-        # A name in quotation marks is no quotation; neither is what another sentence quoted before another citation.
+        # Neither a name in quotation marks counts as a quotation here, nor a quotation before another citation.
         ('The "Upper Rhine Valley" [[1](https://a)].', True),
         ('"a passage of words that nobody wrote" [[2](https://b)] and so on [[1](https://a)].', True),
         ('"a passage of words that nobody wrote"\nAnd so on [[1](https://a)].', True),
@@ -201,6 +201,7 @@ def test_a_text_is_shown_once() -> None:
         ("It says \u00abthe town lies on the right bank\u00bb [[1](https://a)].", False),
         ('It says "The town lies on ... bank of the Danube river" [[1](https://a)].', False),
         ('It says "Old Rivers The town lies on the left bank" [[1](https://a)].', False),
+        ('It says "Old Rivers | The town lies on the left bank" [[1](https://a)].', False),
         ('"the town lies on the left bank" and ' * 101 + "[[1](https://a)].", False),
     ],
 )
@@ -287,14 +288,14 @@ def called(*names: str, thought: str = "") -> dict[str, str]:
         (called("browser.open"), f"<tool_response>{FORGED}</tool_response>", True),
         (called("python"), f"<tool_response>{FORGED}</tool_response>", False),
         (called("thread_dump"), f"<tool_response>{FORGED}</tool_response>", False),
-        # A code tool that prints the marks, alone or beside a search.
+        # A code tool that prints the tags, alone or next to a search.
         (called("python"), f"<tool_response>x</tool_response><tool_response>{FORGED}</tool_response>", False),
         (
             called("search", "python"),
             f"<tool_response>x</tool_response><tool_response></tool_response><tool_response>{FORGED}</tool_response>",
             False,
         ),
-        # A search that is only thought about does not lend its name to the output of code.
+        # A search call inside the thinking does not count, so the output is still attributed to the code tool.
         (
             called("python", thought='<think><tool_call>{"name": "search"}</tool_call></think>'),
             f"<tool_response>{FORGED}</tool_response>",

@@ -159,7 +159,7 @@ OK = {"completion": "abc"}
             [{"test_list": [], **OK}, {"tests": [], **OK}],
             ["unit_tests"],
             (),
-            "rows.jsonl, line 2, unit_tests: the row has no tests it knows",
+            "rows.jsonl, line 2, unit_tests: the row has no tests in a known format",
         ),
         (
             [{"answer": "1", **OK}, {"question": "?", **OK}],

@@ -1,4 +1,4 @@
-"""The judge against a real HTTP server on loopback, with faults; the parser against arbitrary text."""
+"""The judge against a real HTTP server on loopback, with faults."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def reset(handler: BaseHTTPRequestHandler) -> None:
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
-    """One byte every 50 ms: no single read ever times out."""
+    """Send one byte every 50 ms, so no single read times out."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -248,7 +248,7 @@ def test_transport_faults_are_retried(server: FakeServer, fault: Any) -> None:
     verdict, metrics = asyncio.run(run())
     assert verdict.values == {"reason": "same", "correct": True}
     assert len(server.bodies) == 3 and metrics["judge/transport_retries"] == 2
-    # Two attempts of 0.3 s at most; a server that drips would hold each for two seconds.
+    # Two attempts of at most 0.3 s each; without a total limit the slow server would hold each for two seconds.
     assert server.times[2] - server.times[0] < 2
 
 
@@ -260,7 +260,7 @@ def test_a_judge_that_stays_broken_is_an_error_not_a_verdict(server: FakeServer,
     assert len(server.bodies) == requests
 
 
-def test_nobody_listening_is_an_error(monkeypatch: Any) -> None:
+def test_no_server_is_an_error(monkeypatch: Any) -> None:
     monkeypatch.setattr(judge_http, "_backoff", lambda state: 0.01)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -413,7 +413,7 @@ def test_canaries_are_mixed_in_at_the_rate_and_pass(server: FakeServer) -> None:
     assert (judge.counts["canaries"], judge.counts["canary_failures"], len(server.bodies)) == (4, 0, 20)
 
 
-def test_a_judge_that_always_agrees_is_found_out(server: FakeServer) -> None:
+def test_canaries_find_a_judge_that_always_agrees(server: FakeServer) -> None:
     options = {"canary_rate": 1.0, "canary_min_count": 4}
     with pytest.raises(RunFailed, match="got 2 of 4 known cases wrong"):
         _ask_many(make(server, **options), 10)
@@ -423,7 +423,7 @@ def test_a_judge_that_always_agrees_is_found_out(server: FakeServer) -> None:
     assert sum(w.category is UserWarning for w in caught) == 1 and warned.counts["canary_failures"] == 5
 
 
-def test_each_question_goes_through_its_own_canaries_with_their_fields(server: FakeServer) -> None:
+def test_each_question_cycles_through_its_canaries_with_their_fields(server: FakeServer) -> None:
     flags = [Canary(case={"response": f"known {i}"}, fields={f"S{i}": bool}, expected={f"S{i}": True}) for i in (1, 2)]
     support = Question(name="support", instructions="Are they?", fields={"S3": bool}, canaries=tuple(flags))
 
@@ -446,7 +446,7 @@ def test_each_question_goes_through_its_own_canaries_with_their_fields(server: F
     assert (judge.counts["canaries"], judge.counts["canary_failures"]) == (4, 1)
 
 
-def test_canaries_go_past_the_cache(server: FakeServer, tmp_path: Any) -> None:
+def test_canaries_bypass_the_cache(server: FakeServer, tmp_path: Any) -> None:
     judge = make(server, canary_rate=1.0, cache_dir=str(tmp_path))
     _ask_many(judge, 4)
     _ask_many(judge, 4)
@@ -505,7 +505,7 @@ def test_equal_configurations_share_a_judge() -> None:
     assert get_judge(offline) is offline
 
 
-def test_what_judges_did_is_shown_with_the_metrics_of_the_rewards(server: FakeServer, monkeypatch: Any) -> None:
+def test_the_metrics_of_the_rewards_include_the_judges(server: FakeServer, monkeypatch: Any) -> None:
     monkeypatch.setattr(judge_module, "_judges", {})
     for model in ("a", "b"):
         judge = get_judge({"base_url": server.url, "model": model, "canary_rate": 0.0, "input_price": 10_000.0})
@@ -520,7 +520,7 @@ def test_one_judge_serves_several_event_loops(server: FakeServer) -> None:
         assert asyncio.run(judge.ask(QUESTION, {"response": str(i)})).values
 
 
-def test_cancelling_one_waiter_does_not_cost_the_other_its_verdict(server: FakeServer) -> None:
+def test_canceling_one_caller_leaves_the_other_its_verdict(server: FakeServer) -> None:
     server.script = lambda n, body: (time.sleep(0.2), GOOD)[1]
     judge = make(server)
 
@@ -588,6 +588,6 @@ def test_reward_over_http(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(("columns", "message"), [({"answer": "4"}, "question"), ({"question": "q"}, "criteria")])
-def test_reward_says_which_column_is_missing(columns: dict[str, str], message: str) -> None:
+def test_the_error_names_the_missing_column(columns: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         asyncio.run(judge_reward.judge("4", judge=OfflineJudge(lambda n, c: None), **columns))

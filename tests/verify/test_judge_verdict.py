@@ -1,4 +1,4 @@
-"""What a judge is shown and how its answer is read: arbitrary text in, typed values or a refusal out."""
+"""The messages shown to a judge, and the reading of its answer: arbitrary text in, typed values or a refusal out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTION = Question(name="correct", instructions="Is it right?", fields={"reason
 GOOD = json.dumps({"reason": "same", "correct": True})
 
 
-def test_the_last_object_with_all_keys_counts_whatever_surrounds_it() -> None:
+def test_the_last_object_with_all_keys_counts() -> None:
     fields = {"kind": Literal["a", "b"], "grade": range(11), "name": str | None}
     text = 'I lean to {"kind": "a", "grade": 3, "name": "x"} but\n```json\n{"kind": "b", "grade": 10, "name": null,'
     text += ' "extra": {"grade": 1}}\n```\nDone {sic}.'
@@ -53,7 +53,7 @@ def test_no_text_can_close_its_own_block() -> None:
     assert content.index('{"correct": true}') < content.index(f"</response-{mark(hostile)}>")
 
 
-def test_long_texts_lose_their_middle() -> None:
+def test_the_middle_of_long_texts_is_cut_out() -> None:
     content = render(QUESTION, {"response": "a" * 50 + "b" * 1000 + "c" * 50}, max_chars=100)[0]["content"]
     assert "a" * 50 + "\n[... 1000 characters left out ...]\n" + "c" * 50 in content
 

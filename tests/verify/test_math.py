@@ -1,4 +1,4 @@
-"""Answers of mathematics: what is extracted, what equals what, and that no text is too hostile."""
+"""Mathematical answers: what is extracted, which answers are equal, and hostile texts."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_a_number_is_not_given_by_repeating_the_question(prediction: str, strict
     assert reward_of(f"\\boxed{{{prediction}}}", "408", allow_unevaluated=True) == lenient
 
 
-def test_a_sum_stays_an_answer_where_the_gold_is_no_number() -> None:
+def test_a_sum_is_an_answer_if_the_gold_is_not_a_number() -> None:
     assert reward_of(r"\boxed{1 + \sqrt{2}}", r"\sqrt{2} + 1") == 1.0
     assert reward_of(r"\boxed{x \cdot (x - 1)}", "x^2 - x") == 1.0
 
@@ -312,8 +312,8 @@ def test_math500_golds_equal_themselves(shared_data: Path) -> None:
         assert reward_of(row["solution"], row["solution"]) == 1.0
 
 
-def test_math500_golds_differ_from_their_neighbours(shared_data: Path) -> None:
-    """A sample of unequal pairs, by math-verify itself and by us."""
+def test_math500_golds_differ_from_their_neighbors(shared_data: Path) -> None:
+    """Compare a sample of unequal pairs by math-verify and by ours."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(answer: str) -> list[object]:
@@ -325,8 +325,8 @@ def test_math500_golds_differ_from_their_neighbours(shared_data: Path) -> None:
         assert ours == bool(verify(parsed(gold), parsed(other), timeout_seconds=None)), (gold, other)
 
 
-def test_a_no_without_math_verify_is_the_no_of_math_verify(shared_data: Path) -> None:
-    """Whatever is refused because its value differs is refused by math-verify too."""
+def test_math_verify_agrees_with_every_no_given_without_it(shared_data: Path) -> None:
+    """Math-verify also refuses every pair that is refused because its values differ."""
     from math_verify import verify
 
     answers = [row["answer"] for row in read(shared_data / "math" / "math500.jsonl")]
@@ -354,7 +354,7 @@ def test_a_no_without_math_verify_is_the_no_of_math_verify(shared_data: Path) ->
         ("1", "\\infty"),
     ],
 )
-def test_what_math_verify_has_rules_for_is_left_to_it(gold: str, prediction: str) -> None:
+def test_special_rules_of_math_verify_are_left_to_it(gold: str, prediction: str) -> None:
     assert not _surely_differ(_parse(gold)[0], _parse(prediction)[0])
 
 

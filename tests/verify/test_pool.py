@@ -1,4 +1,4 @@
-"""The pool: whatever one call does costs only that call an error, and every other call still gets its result.
+"""The pool: a fault costs its own call an error, and every other call still gets its result.
 
 Only calls that never return have a short limit, so that nothing here depends on how busy the machine is.
 """
@@ -92,7 +92,7 @@ class Local: pass
 HANG_LIMIT_S = 2.0
 """For calls that never return."""
 LIMIT_S = 300.0
-"""For all others; never reached."""
+"""For all other calls; never reached."""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -195,7 +195,7 @@ def test_async_functions_run_in_a_worker(pool: Pool, spec: str) -> None:
     assert asyncio.run(pool.call(spec.replace(":faults", ":waits"), {"do": "this"}, LIMIT_S)) == "this"
 
 
-def test_arguments_that_cannot_be_sent_cost_their_call_an_error(pool: Pool, spec: str) -> None:
+def test_arguments_that_cannot_be_pickled_are_an_error_of_their_call(pool: Pool, spec: str) -> None:
     async def main() -> object:
         with pytest.raises((AttributeError, TypeError, ValueError)):
             await pool.call(spec, {"do": lambda: 1}, LIMIT_S)
@@ -244,7 +244,7 @@ def test_warm_up_runs_once_in_each_worker_outside_the_limit(tmp_path: Path, monk
         pool.shut_down()
 
 
-def test_faults_among_quick_calls_that_travel_together_cost_only_themselves(pool: Pool, spec: str) -> None:
+def test_a_fault_among_quick_calls_in_one_message_costs_only_its_own_call(pool: Pool, spec: str) -> None:
     faults = {5: "hang", 9: "segfault", 10: "return something unpicklable", 30: "os._exit"}
 
     async def main() -> list[object]:
@@ -313,7 +313,7 @@ def test_close_ends_running_calls_and_leaves_no_process(spec: str, tmp_path: Pat
     assert not [pid for pid in pids if is_running(pid)]
 
 
-def test_a_users_mistake_comes_back_as_one_without_a_traceback(pool: Pool, spec: str) -> None:
+def test_a_user_error_comes_back_without_a_traceback(pool: Pool, spec: str) -> None:
     with pytest.raises(CallRefused) as error:
         asyncio.run(pool.call(spec, {"do": "refuse"}, LIMIT_S))
     assert str(error.value) == "the row has no tests"

@@ -1,8 +1,7 @@
-"""IRCoCo's evaluator and rewards: one pass equals prefix by prefix, rewards telescope, through the rubric too."""
+"""IRCoCo's evaluator and rewards: one pass equals prefix by prefix, and rewards telescope, also in a rubric."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrl.errors import UserError
-from llmrl.tiny import build_tiny_model, byte_tokenizer
-from llmrl.types import Message, Rollout, RolloutGroup, Task, Turn
+from llmrl.tiny import byte_tokenizer
+from llmrl.types import Message, Rollout, Task, Turn
 from llmrl.verify.models.prefix_evaluator import (
     PrefixEvaluator,
     get_prefix_evaluator,
     segment_ends,
     telescoping_rewards,
 )
-from llmrl.verify.rubric import Part, Rubric
+from llmrl.verify.rubric import Part
+from tests.verify.classifiers import save_classifier
+from tests.verify.rollouts import score_together
 
 NEWLINE = ord("\n")
 STOP = 257
-
-
-def save_classifier(folder: Path, *, num_labels: int = 1) -> Path:
-    from transformers import AutoModelForSequenceClassification
-
-    tokenizer = byte_tokenizer()
-    config = build_tiny_model("qwen2", vocab_size=len(tokenizer), hidden_size=32, pad_token_id=256).config
-    config.num_labels = num_labels
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +49,7 @@ def rollout(prompt: str, completion: str, *, index: int = 0, finish: Any = "stop
 
 
 def score(rollouts: list[Rollout], **args: Any) -> None:
-    rubric = Rubric([Part(fn="rewards/ircoco.py:ircoco", args=args)])
-
-    async def main() -> None:
-        try:
-            await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        finally:
-            await rubric.close()
-
-    asyncio.run(main())
+    score_together([Part(fn="rewards/ircoco.py:ircoco", args=args)], rollouts)
 
 
 @settings(deadline=None)
@@ -93,7 +70,7 @@ def test_rewards_add_up_to_the_last_value_less_the_first(
     assert not stopped or rewards[-1] == 0
 
 
-def test_tokens_share_what_their_line_gains() -> None:
+def test_the_tokens_of_a_line_share_its_gain() -> None:
     ids, values = [5, 6, NEWLINE, 5, 6], np.array([0.1, 9.0, 9.0, 0.4, 9.0, 0.2])
     ends = segment_ends(ids, "line", frozenset({NEWLINE}))
     assert ends == [3, 5] and segment_ends(ids, "token", frozenset()) == [1, 2, 3, 4, 5]
@@ -101,7 +78,7 @@ def test_tokens_share_what_their_line_gains() -> None:
     assert telescoping_rewards(values[:1], [], 1) == [0.0]
 
 
-def test_one_pass_gives_what_every_prefix_gives_alone(folder: Path) -> None:
+def test_one_pass_gives_the_values_of_all_prefixes(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -145,10 +122,10 @@ def test_as_a_reward(folder: Path) -> None:
     assert [r.score.parts["ircoco/exact_match"] for r in rollouts if r.score] == [1, 0, 0, 0]
 
 
-def test_what_is_no_evaluator_of_this_policy_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_evaluator_that_does_not_fit_the_policy_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 2 outputs"):
         PrefixEvaluator(str(save_classifier(tmp_path / "two", num_labels=2)))
-    with pytest.raises(UserError, match="does not know a token"):
+    with pytest.raises(UserError, match="not in its vocabulary"):
         get_prefix_evaluator(str(folder), device="cpu").values([[999]])
     with pytest.raises(UserError, match="more than its 4096 positions"):
         get_prefix_evaluator(str(folder), device="cpu").values([[1] * 4097])
@@ -169,7 +146,7 @@ def test_a_model_that_sees_later_tokens_is_refused(
     bert = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=259, num_labels=1, **sizes))
     bert.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no classifier of a causal model"):
+    with pytest.raises(UserError, match="is not a classifier of a causal model"):
         PrefixEvaluator(str(tmp_path))
     monkeypatch.setattr(PrefixEvaluator, "_forward", lambda _, rows: np.array([[sum(ids)] * 4 for ids in rows], float))
     with pytest.raises(UserError, match="later tokens change its earlier values"):

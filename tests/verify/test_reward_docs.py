@@ -1,4 +1,4 @@
-"""docs/rewards.md is true: its files load, its commands run, and its recipes name rewards that exist."""
+"""docs/rewards.md is correct: its files load, its commands run, and its recipes name rewards that exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of the document, written out."""
+    """Write the files of the document to a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards").mkdir()
     for block in blocks("python"):

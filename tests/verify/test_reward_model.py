@@ -1,4 +1,4 @@
-"""Reward models: batched scores equal single ones, groups share forward passes, a server is asked as vLLM is."""
+"""Reward models: batched scores equal single ones, groups share forward passes, servers speak vLLM's protocol."""
 
 from __future__ import annotations
 
@@ -13,37 +13,26 @@ import pytest
 import torch
 
 from llmrl.errors import UserError
-from llmrl.tiny import build_tiny_model, byte_tokenizer
-from llmrl.types import Message, RolloutGroup
+from llmrl.types import Message
 from llmrl.verify.models.classifier import RewardModel, get_reward_model
 from llmrl.verify.rows import row_to_rollout
-from llmrl.verify.rubric import Part, Rubric
+from llmrl.verify.rubric import Part
+from tests.verify.classifiers import save_classifier
+from tests.verify.rollouts import score_together
 
 SPEC = "rewards/reward_model.py:reward_model"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForSequenceClassification
-
-    path, tokenizer = tmp_path_factory.mktemp("rm"), byte_tokenizer()
-    config = build_tiny_model("qwen2", vocab_size=len(tokenizer), hidden_size=32, pad_token_id=256).config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_classifier(tmp_path_factory.mktemp("rm"))
 
 
 def conversation(text: str) -> list[Message]:
     return [Message(role="user", content="Say something."), Message(role="assistant", content=text)]
 
 
-def test_batched_scores_are_those_of_one_at_a_time(folder: Path) -> None:
+def test_batched_scores_equal_single_ones(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = RewardModel(str(folder), device="cpu", dtype="float32", max_length=200, max_tokens=300)
@@ -73,16 +62,8 @@ def test_groups_that_arrive_together_share_a_forward_pass(folder: Path) -> None:
 
 
 def score(args: dict[str, Any], texts: list[str]) -> list[Any]:
-    rubric = Rubric([Part(fn=SPEC, args=args)])
     rollouts = [row_to_rollout({"prompt": "Say something.", "completion": text}, name="r") for text in texts]
-
-    async def main() -> None:
-        try:
-            await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        finally:
-            await rubric.close()
-
-    asyncio.run(main())
+    score_together([Part(fn=SPEC, args=args)], rollouts)
     return [rollout.score for rollout in rollouts]
 
 
@@ -94,7 +75,7 @@ def test_as_a_reward_by_spec(folder: Path) -> None:
     assert [s.reward for s in found] == pytest.approx(expected, abs=1e-5)
 
 
-def test_over_http_a_failure_is_an_error_of_its_rollout_alone() -> None:
+def test_over_http_a_failure_is_an_error_of_one_rollout() -> None:
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -125,7 +106,7 @@ def test_over_http_a_failure_is_an_error_of_its_rollout_alone() -> None:
     assert asked[0]["messages"][0] == {"role": "user", "content": "Say something."}
 
 
-def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         get_reward_model(str(tmp_path / "nothing"))
 
@@ -138,17 +119,12 @@ def test_heron_ranks_a_group_by_the_rewards_beside_it() -> None:
         return -float(len(completion))
 
     levels = [{"part": "right"}, {"part": "brief"}]
-    rubric = Rubric([
+    parts = [
         Part(fn=right, weight=0.0),
         Part(fn=brief, weight=0.0),
         Part(fn="rewards/heron.py:heron", args={"levels": levels}),
-    ])  # fmt: skip
+    ]
     texts = ["4", "it is 4", "5", "it is 5"]
     rollouts = [row_to_rollout({"prompt": "2 + 2?", "completion": text}, name="r") for text in texts]
-
-    async def main() -> None:
-        await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
-        await rubric.close()
-
-    asyncio.run(main())
+    score_together(parts, rollouts)
     assert [r.score.reward for r in rollouts if r.score] == pytest.approx([1, 1 / 3, -1 / 3, -1])

@@ -1,4 +1,4 @@
-"""The rubric graph, judges that misbehave, and the score with each of its switches."""
+"""The rubric graph, misbehaving judges, and the score with each of its options."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_connectivity_is_the_smallest_closed_set(graph: list[tuple[list[int], bo
     assert found == [i for i, (entities, supported) in enumerate(graph) if supported and reached & set(entities)]
 
 
-def test_long_chains_are_no_problem() -> None:
+def test_long_chains_are_followed() -> None:
     rubrics = [f"<E{i}> <E{i + 1}>" for i in range(20_000)]
     assert len(connected_rubrics(rubrics, [True] * len(rubrics))) == len(rubrics)
 
@@ -118,7 +118,7 @@ def test_judged_example_with_an_entity_that_is_not_named(shared_data: Path) -> N
     [
         (RIGHT, "x", 1.0),
         ({**RIGHT, "correct": False}, "x", 0.0),
-        # "correct" about an answer that was never given.
+        # "correct" for an answer that the response never gave.
         ({**RIGHT, "final_answer": None}, "x", 0.0),
         ({**RIGHT, "final_answer": " None "}, "x", 0.0),
         ({**RIGHT, "final_answer": "None"}, "none", 1.0),
@@ -131,20 +131,20 @@ def test_verdicts_on_the_answer(verdict: Any, known: str, expected: float | None
     assert judge.cases == [{"question": "q", "known_answer": f"{known} | y", "response": "r"}]
 
 
-def test_a_judge_that_cannot_be_reached_is_an_error_and_no_verdict() -> None:
+def test_a_judge_that_cannot_be_reached_is_an_error() -> None:
     judge = ScriptedJudge(correct=ConnectionError("down"), entities=None)
     with pytest.raises(ConnectionError):
         asyncio.run(evaluate(judge, [{"role": "assistant", "content": "a"}], "q", ["x"], ["<E0>"]))
 
 
 @pytest.mark.parametrize("nothing", [None, "", " null", "None", "so obviously right that " * 30])
-def test_what_is_no_name(nothing: str | None) -> None:
+def test_a_null_or_endless_name_counts_as_none(nothing: str | None) -> None:
     judge = ScriptedJudge(entities={"analysis": "", "E0": nothing, "E1": "Ann"})
     assert asyncio.run(identify_entities(judge, "q", "r", ["<E0> <E1>"])) == {"E0": None, "E1": "Ann"}
     assert judge.cases == [{"question": "q", "response": "r", "C1": "<E0> <E1>"}]
 
 
-def test_no_rubric_with_placeholders_asks_nothing() -> None:
+def test_rubrics_without_placeholders_ask_nothing() -> None:
     assert asyncio.run(identify_entities(ScriptedJudge(), "q", "r", ["plain"])) == {}
 
 
@@ -156,7 +156,7 @@ def test_support_sees_pages_and_statements_only() -> None:
 
 
 @pytest.mark.parametrize("question", [CORRECT, ENTITIES, SUPPORT], ids=lambda q: q.name)
-def test_canaries_can_be_told_apart_from_a_judge_that_always_agrees(question: Question) -> None:
+def test_canaries_reject_a_judge_that_always_agrees(question: Question) -> None:
     def agreeing(canary: Any) -> dict[str, Any]:
         kinds = canary.fields or question.fields
         return {name: True if kind is bool else "yes" for name, kind in kinds.items()}
@@ -166,7 +166,7 @@ def test_canaries_can_be_told_apart_from_a_judge_that_always_agrees(question: Qu
 
 
 def test_a_judge_that_reads_knows_the_canaries() -> None:
-    """The word comparison knows those that need no reading between the lines: it checks the cases themselves."""
+    """Check the canaries themselves: comparing words decides those that need no reading between the lines."""
     judge = LexicalJudge({"E0": "Korvau", "E1": "Ilse Marn"})
     for question in (ENTITIES, SUPPORT):
         canary = question.canaries[0]
@@ -198,7 +198,7 @@ def test_judge_specs(tmp_path: Path) -> None:
 
 
 class Reader:
-    """A chat server's judge: Judge with its endpoint replaced, so that what is asked and read is the real thing."""
+    """A Judge with only its endpoint replaced, so its requests and its reading are the real ones."""
 
     def __init__(self, *replies: str) -> None:
         self.replies = list(replies)
@@ -209,7 +209,7 @@ class Reader:
         return {"choices": [{"finish_reason": "stop", "message": {"content": self.replies.pop(0)}}]}
 
 
-def test_the_whole_way_through_the_judge_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reward_through_the_real_judge_client(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader('{"analysis": "", "E0": 3}', 'So: {"analysis": "", "E0": "Basel"}', '{"analysis": "", "S1": true}')
     judge = load_judge({"base_url": "http://localhost:2/v1", "model": "m", "canary_rate": 0.0})
     monkeypatch.setattr("llmrl.endpoint.Endpoint.post", lambda self, body: reader.post(body))

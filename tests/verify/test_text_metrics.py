@@ -1,4 +1,4 @@
-"""Metrics of code completion against other implementations and numbers worked out by hand."""
+"""Metrics of code completion against other implementations and values computed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_edit_similarity_is_the_share_of_characters_kept(prediction: str, refere
 
 
 @pytest.mark.parametrize("pair", [("return len(x)", "return sum(x)"), ("a = b", "a = b"), ("", "x"), ("abc", "xyz")])
-def test_edit_similarity_is_that_of_difflib_where_that_finds_the_best_alignment(pair: tuple[str, str]) -> None:
+def test_edit_similarity_equals_difflib_if_difflib_finds_the_best_alignment(pair: tuple[str, str]) -> None:
     assert edit_similarity(*pair) == pytest.approx(SequenceMatcher(None, *pair, autojunk=False).ratio())
 
 

@@ -1,4 +1,4 @@
-"""Translation rewards: form, language, copies, comparison, metrics; on real sentence pairs where they are there."""
+"""Translation rewards: form, language, copies, comparison, metrics; on real sentence pairs if they are available."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ THOUGHT_TEXT = "<think>'mended' wants a concrete verb.</think>"
 
 
 def table_judge(**answers: Any) -> tuple[OfflineJudge, list[tuple[str, dict[str, str]]]]:
-    """A judge that answers by question name (a value, or a function of the case), and the list of what it was asked."""
+    """Make a judge that answers by question name (a value or a function of the case), and its list of questions."""
     asked: list[tuple[str, dict[str, str]]] = []
     usual = {"translation_format": "translation_only", "translation_thought": "slight_analysis"}
 
@@ -287,7 +287,7 @@ def test_an_abstention_anywhere_is_an_abstention(silent: str) -> None:
     ],
 )
 @needs_langid
-def test_faults_cost_everything_and_ask_nobody(translation: str, fault: str) -> None:
+def test_a_fault_earns_zero_without_asking_the_judge(translation: str, fault: str) -> None:
     judge, asked = table_judge(translation_comparison="comparable")
     for options in ({"judge": judge}, {"mode": "light"}):
         result = score(translation, **options)
@@ -307,7 +307,7 @@ def test_short_exemplars_agree_by_chance() -> None:
 
 
 @needs_langid
-def test_a_note_found_by_the_judge_costs_everything_and_no_further_question() -> None:
+def test_a_note_found_by_the_judge_earns_zero_without_further_questions() -> None:
     judge, asked = table_judge(translation_format="translation_with_additions")
     assert score(GOOD, judge=judge).reward == 0.0
     assert [name for name, _ in asked] == ["translation_format"]
@@ -354,7 +354,7 @@ def test_surface_metrics() -> None:
     assert surface_metrics("a\ud800", "b", "en")["chrf"] == 0
 
 
-def test_ter_is_turned_round() -> None:
+def test_ter_is_inverted() -> None:
     values = [asyncio.run(metric_value("ter", SOURCE, text, GOOD, "de")) for text in (GOOD, OTHER, "x y " * 99)]
     assert values[0] == 1 and 0 < values[1] < 1 and values[2] == 0
 
@@ -392,7 +392,7 @@ def test_metric_server_as_a_reward(metric_url: str) -> None:
 
 
 def server_script() -> Any:
-    """scripts/serve_translation_metric as a module."""
+    """Load scripts/serve_translation_metric as a module."""
     loader = SourceFileLoader("serve_translation_metric", str(SERVER))
     spec = importlib.util.spec_from_loader("serve_translation_metric", loader)
     assert spec is not None
@@ -401,7 +401,7 @@ def server_script() -> Any:
     return module
 
 
-def test_requests_that_wait_are_scored_as_one_batch_and_only_the_guilty_one_fails() -> None:
+def test_waiting_requests_are_one_batch_and_only_the_faulty_one_fails() -> None:
     batches: list[int] = []
     go = threading.Event()
 
@@ -436,7 +436,7 @@ def test_requests_that_wait_are_scored_as_one_batch_and_only_the_guilty_one_fail
 
 @pytest.mark.parametrize(("needs_reference", "keys"), [(False, {"src", "mt"}), (True, {"src", "mt", "ref"})])
 def test_comet_models_get_the_columns_they_need(needs_reference: bool, keys: set[str], monkeypatch: Any) -> None:
-    """Against a stand-in with the signatures of unbabel-comet 2.2; the models themselves are not run here."""
+    """Use a fake with the signatures of unbabel-comet 2.2; the models themselves do not run here."""
     seen: list[dict[str, str]] = []
 
     def predict(samples: Any, batch_size: int, gpus: int, num_workers: int, progress_bar: bool) -> Any:

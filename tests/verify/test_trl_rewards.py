@@ -1,4 +1,4 @@
-"""TRL reward functions: called with TRL's own keywords, and TRL's own rewards give TRL's own values."""
+"""TRL reward functions get TRL's keywords, and TRL's own rewards keep their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmrl.verify.rubric import Part, Rubric
 from tests.verify.rollouts import group, rollout
 
 
-def test_trl_functions_get_exactly_the_keywords_of_trl() -> None:
+def test_trl_functions_get_exactly_trls_keywords() -> None:
     seen: dict[str, Any] = {}
 
     async def reward(prompts: Any, completions: Any, **keywords: Any) -> list[float | None]:
@@ -36,7 +36,7 @@ def test_trl_functions_get_exactly_the_keywords_of_trl() -> None:
     assert seen["completions"] == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
     assert seen["completion_ids"] == [[0, 1, 2]] * 2
     assert (seen["level"], seen["answer"], seen["trainer_state"].global_step) == ([1, 1], ["x", "x"], 7)
-    # Judges that other tests of this process have asked report too.
+    # Judges that other tests of this process used report their metrics too.
     assert {name: value for name, value in metrics.items() if not name.startswith("judge/")} == {"seen": 2.0}
     first, second = (r.score for r in rollouts)
     assert first is not None and (first.reward, first.info) == (0.5, {"reward": {"note": "first"}})
@@ -90,7 +90,7 @@ TRL_REWARDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_no_reward_of_trl_is_left_out() -> None:
+def test_the_list_has_every_reward_of_trl() -> None:
     import trl.rewards
 
     shipped = {name for names in trl.rewards._import_structure.values() for name in names}
@@ -99,9 +99,7 @@ def test_no_reward_of_trl_is_left_out() -> None:
 
 @pytest.mark.parametrize("solution", SOLUTIONS)
 @pytest.mark.parametrize(("name", "args"), TRL_REWARDS, ids=lambda value: str(value)[:40])
-def test_every_reward_of_trl_gives_its_own_value_through_the_rubric(
-    name: str, args: dict[str, Any], solution: str
-) -> None:
+def test_every_reward_of_trl_keeps_its_value_in_a_rubric(name: str, args: dict[str, Any], solution: str) -> None:
     import trl.rewards
 
     rollouts = [

@@ -1,4 +1,4 @@
-"""docs/verifiers.md is true: its commands run, its recipes and snippets load, its tables name what there is."""
+"""docs/verifiers.md is correct: its commands run, its recipes and snippets load, its tables are complete."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def commands(language: str) -> list[list[str]]:
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the first table whose header begins with `heading`."""
+    """Return the cells of the first table whose header begins with `heading`."""
     lines = TEXT[TEXT.index(f"| {heading} |") :].split("\n\n", 1)[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -116,15 +116,15 @@ def test_the_reward_with_a_judge_of_its_own_runs() -> None:
 
 def test_the_table_of_judge_fields_is_complete_and_right() -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(JudgeConfig)}
-    said: dict[str, str] = {}
+    documented: dict[str, str] = {}
     for names, values, _ in table("field"):
         in_row = re.findall(r"`([^`]+)`", names)
         values = values.split(", ") if ", " in values else [values] * len(in_row)
-        said |= dict(zip(in_row, values, strict=True))
-    required = {name: said.pop(name) for name in ("base_url", "model")}
-    assert required == {"base_url": "required", "model": "required"} and said.pop("extra_body") == "{}"
+        documented |= dict(zip(in_row, values, strict=True))
+    required = {name: documented.pop(name) for name in ("base_url", "model")}
+    assert required == {"base_url": "required", "model": "required"} and documented.pop("extra_body") == "{}"
     known = {None: "none", True: "true", 0.0: "0", 120.0: "120"}
-    assert said == {
+    assert documented == {
         name: known.get(default, str(default))
         for name, default in defaults.items()
         if name not in required and name != "extra_body"
@@ -141,7 +141,7 @@ def test_the_table_of_citation_options_is_right() -> None:
         assert default == {None: "none", True: "true", False: "false"}.get(value, str(value)), name
 
 
-def test_the_tables_of_measures_and_normalizers_name_what_there_is() -> None:
+def test_the_tables_of_measures_and_normalizers_are_complete() -> None:
     assert named(table("`normalizer`")) == list(NORMALIZERS)
     assert named(table("mode")) == ["compare", "grade", "light", "metric"]
     assert named(table("`measure` | answer")) == [

@@ -1,7 +1,7 @@
-"""Rewards of groups -> advantages. Pure functions; rewards of rollouts that could not be scored are NaN.
+"""Rewards of groups -> advantages. Pure functions; rewards of rollouts without a score are NaN.
 
-`rewards[p, g]` is the reward of rollout g of task p. NaN entries take no part in any mean or deviation, and their
-advantage is 0, so they carry no gradient.
+`rewards[p, g]` is the reward of rollout g of task p. NaN entries are left out of every mean and deviation, and their
+advantage is 0, so they have no gradient.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def group_advantages(
     mean: Over = "group",
     batch_std_of: Literal["raw", "centred"] = "raw",
 ) -> Float[Tensor, "P G"]:
-    """Reward relative to a mean, in units of a standard deviation: A = (r - mean r) / (std r + 1e-4).
+    """Compute rewards relative to a mean, in units of a standard deviation: A = (r - mean r) / (std r + 1e-4).
 
-    Standard deviations are unbiased (n - 1). With `mean` "group", a group with fewer than two scores or whose scores
-    are all equal gets 0 everywhere. A deviation of fewer than two scores, or of equal ones, divides nothing.
+    Standard deviations are unbiased (n - 1). With `mean` "group", a group with fewer than two scores, or with equal
+    scores, gets 0 everywhere. A deviation over fewer than two scores, or over equal ones, is not divided by.
 
     Args:
         rewards: NaN where a rollout has no score.
-        scale: whose deviation divides; "none" leaves the division out.
-        mean: whose mean is subtracted; "none" subtracts nothing.
-        batch_std_of: the batch's deviation is that of the rewards, or of the rewards less the mean (then differences
-            between tasks do not count).
+        scale: divide by the deviation over this; "none" does not divide.
+        mean: subtract the mean over this; "none" subtracts nothing.
+        batch_std_of: take the batch's deviation over the rewards, or over the rewards less the mean (which leaves out
+            differences between tasks).
 
     References:
         Shao et al. 2024, arXiv:2402.03300, section 4.1.2 (GRPO: group, group); Liu et al. 2025, arXiv:2503.20783
@@ -68,24 +68,25 @@ def _mean(values: Float[Tensor, "P G"], over: Over) -> Tensor:
 
 
 def _deviation(values: Float[Tensor, "P G"], over: Over) -> Tensor:
-    """Unbiased standard deviation of the scored values; exactly 0 where they are all equal."""
+    """Compute the unbiased standard deviation of the scored values; exactly 0 where they are all equal."""
     if over == "batch":
         values = values.reshape(1, -1)
     scored = ~torch.isnan(values)
     centred = torch.where(scored, values - _mean(values, "group"), 0.0)
     variance = centred.square().sum(dim=1, keepdim=True) / (scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    # Rounding can leave a tiny deviation of equal values, and dividing by it would make noise of them.
     return torch.where(flat_groups(values)[:, None], 0.0, variance.sqrt())
 
 
 def flat_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
-    """True for groups whose scores are all equal (or absent): they say nothing about which rollout was better."""
+    """True for groups whose scores are all equal (or absent): they do not show which rollout was better."""
     lowest = torch.where(torch.isnan(rewards), torch.inf, rewards).amin(dim=1)
     highest = torch.where(torch.isnan(rewards), -torch.inf, rewards).amax(dim=1)
     return highest <= lowest
 
 
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A_i = r_i - mean of the other scores of the group = n / (n - 1) (r_i - mean r). 0 where there is no other.
+    """A_i = r_i - mean of the group's other scores = n / (n - 1) (r_i - mean r). 0 where there are no others.
 
     References:
         Ahmadian et al. 2024, arXiv:2402.14740, equation 8 (RLOO).
@@ -95,7 +96,7 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 
 def length_weighted(rewards: Float[Tensor, "P G"], lengths: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A_i = r_i - sum_j |y_j| r_j / sum_j |y_j|: the baseline of least gradient variance when every token counts alike.
+    """A_i = r_i - sum_j |y_j| r_j / sum_j |y_j|: the baseline of least gradient variance for equal tokens.
 
     References:
         Hao et al. 2025, arXiv:2505.23585 (OPO).
@@ -118,17 +119,17 @@ def greedy_baseline(rewards: Float[Tensor, "P G"], greedy: Float[Tensor, " P"]) 
 
 
 def pass_at_k_advantages(correct: Float[Tensor, "P G"], k: int) -> Float[Tensor, "P G"]:
-    """Advantage of a rollout for the reward "at least one of k is right", averaged over all k-subsets that contain it.
+    """Average a rollout's advantage for the reward "at least one of k is right" over all k-subsets that contain it.
 
     With N rollouts, W of them wrong:
         R = 1 - C(W, k) / C(N, k),  s = sqrt(R (1 - R))
         A_right = (1 - R) / (s + 1e-6)
         A_wrong = (1 - R - C(W - 1, k - 1) / C(N - 1, k - 1)) / (s + 1e-6)
-    They add up to 0 over a group. Easy prompts (W < k) get 0.
+    The advantages of a group sum to 0. Easy prompts (W < k) get 0.
 
     Args:
         correct: 1 right, 0 wrong, NaN without a score.
-        k: groups with fewer scores use as many as they have.
+        k: size of the subsets; a group with fewer scores uses all of them.
 
     References:
         Chen et al. 2025, arXiv:2508.10751, section 2.4 (analytic form).
@@ -142,7 +143,7 @@ def pass_at_k_advantages(correct: Float[Tensor, "P G"], k: int) -> Float[Tensor,
 
 
 def _pass_at_k_pair(count: int, wrong: int, k: int) -> tuple[float, float]:
-    """(advantage of a right, of a wrong rollout) in a group of `count`."""
+    """Return the advantages of a right and of a wrong rollout in a group of `count`."""
     k = min(k, count)
     if k == 0:
         return 0.0, 0.0
@@ -153,9 +154,9 @@ def _pass_at_k_pair(count: int, wrong: int, k: int) -> tuple[float, float]:
 
 
 def multi_reward_advantages(parts: Float[Tensor, "R P G"], weights: Float[Tensor, " R"]) -> Float[Tensor, "P G"]:
-    """Standardise each reward within its group, add up with weights, standardise the sum over the batch (GDPO).
+    """Standardize each reward within its group, add them with weights, standardize the sum over the batch (GDPO).
 
-    A rollout's sum is over the rewards that scored it. Where no group has signal everything is 0.
+    A rollout's sum is over the rewards that scored it. Where no group has signal, all advantages are 0.
 
     References:
         Liu et al. 2026, arXiv:2601.05242; TRL's `normalize_then_sum`.
@@ -170,15 +171,15 @@ def multi_reward_advantages(parts: Float[Tensor, "R P G"], weights: Float[Tensor
 def optimal_token_advantages(
     rewards: Float[Tensor, " G"], logprobs: list[Float[Tensor, " T"]], collisions: list[Float[Tensor, " T"]]
 ) -> list[Float[Tensor, " T"]]:
-    """One baseline per token position of a group: the one of least variance of the gradient so far.
+    """Subtract one baseline per token position of a group: the one with the least variance of the gradient so far.
 
         w_t = 1 - 2 pi(y_t) + sum_v pi(v)^2    (squared norm of the gradient of log pi(y_t) with respect to the logits)
         W_t = w_1 + ... + w_t,   B_t = sum_i r_i W_{i,t} / sum_i W_{i,t},   A_{i,t} = r_i - B_t
 
     Args:
-        rewards: of the group's scored rollouts; no NaN.
-        logprobs: of each rollout's tokens under the policy that took the batch.
-        collisions: sum_v pi(v)^2 there.
+        rewards: rewards of the group's scored rollouts, without NaN.
+        logprobs: log-probabilities of each rollout's tokens under the policy that took the batch.
+        collisions: sum_v pi(v)^2 at the same places.
 
     References:
         verl, `optimal_token_baseline`.
@@ -191,7 +192,7 @@ def optimal_token_advantages(
 
 
 def returns_to_go(token_rewards: Float[Tensor, " T"], gamma: float = 1.0) -> Float[Tensor, " T"]:
-    """Sum of this token's reward and all later ones of its sequence: G_t = r_t + gamma G_{t+1}."""
+    """Sum each token's reward and all later ones of its sequence: G_t = r_t + gamma G_{t+1}."""
     if gamma == 1.0:
         return token_rewards.flip(0).cumsum(dim=0).flip(0)
     found, later = token_rewards.clone(), 0.0
@@ -201,19 +202,21 @@ def returns_to_go(token_rewards: Float[Tensor, " T"], gamma: float = 1.0) -> Flo
 
 
 def whiten(values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """(x - mean) / sqrt(var + 1e-8) over all tokens of a batch, with the unbiased variance (PPO's convention)."""
+    """Compute (x - mean) / sqrt(var + 1e-8) over all tokens of a batch, with the unbiased variance, as PPO does."""
     if len(values) < 2:
         return torch.zeros_like(values)
     return (values - values.mean()) * torch.rsqrt(values.var() + 1e-8)
 
 
 def overlong_penalty(lengths: Float[Tensor, "P G"], *, limit: int, buffer: float) -> Float[Tensor, "P G"]:
-    """Soft punishment of long completions, added to the reward: 0 up to limit - buffer, then falling linearly to -1.
+    """Compute the soft penalty of long completions, to add to the reward.
+
+    It is 0 up to limit - buffer tokens and falls linearly to -1 at limit.
 
     Args:
         lengths: completion tokens.
-        limit: the length at which the penalty is -1.
-        buffer: tokens over which it falls.
+        limit: length at which the penalty reaches -1.
+        buffer: tokens over which it falls from 0 to -1.
 
     References:
         Yu et al. 2025, arXiv:2503.14476, equation 13 (DAPO).

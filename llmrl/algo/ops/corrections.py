@@ -1,8 +1,8 @@
-"""The sampler is not quite the policy: how far apart they are, and weights that correct the loss for it.
+"""The mismatch between sampler and policy: how large it is, and weights that correct the loss for it.
 
-kappa_t = pi_old(y_t) / mu(y_t), the trainer's probability of a token when the batch was taken over the sampler's. It
-is off 1 where the engine computes otherwise than the trainer (types, kernels), and where rollouts are stale. Pure
-functions over the M trained tokens of a micro-batch; any algorithm may call `of_batch`.
+kappa_t = pi_old(y_t) / mu(y_t) is the trainer's probability of a token when the batch was taken, divided by the
+sampler's. It differs from 1 where the engine computes differently from the trainer (types, kernels) and where rollouts
+are stale. Pure functions over the M trained tokens of a micro-batch; any algorithm may call `of_batch`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, MicroBatch
 
 WEIGHTS, SQUARES = "kl/mismatch/weights", "kl/mismatch/squares"
-"""Sums that `finish_metrics` turns into the effective sample size."""
+"""Sums from which `finish_metrics` computes the effective sample size."""
 
 
 def log_kappa(old_logprobs: Float[Tensor, " M"], rollout_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """old_logprobs - rollout_logprobs, without gradient; 0 (no correction) where the sampler gave no number."""
+    """old_logprobs - rollout_logprobs, without gradient; 0 (no correction) where the sampler reported none."""
     return torch.nan_to_num(old_logprobs.detach() - rollout_logprobs, nan=0.0)
 
 
@@ -39,7 +39,7 @@ def correction_weights(
     clip_min: float,
     clip_max: float,
 ) -> tuple[Float[Tensor, " M"], Bool[Tensor, " M"]]:
-    """What each token's loss is multiplied by, and which tokens the bounds changed. No gradient.
+    """Return the factor of each token's loss, and which tokens the bounds changed. No gradient.
 
     - "token_truncate" (TIS): clip(kappa_t, clip_min, clip_max).
     - "token_mask" (token MIS; with bounds 0.5 and 5 IcePop): kappa_t, and 0 outside [clip_min, clip_max].
@@ -99,11 +99,11 @@ def of_batch(
 def mismatch_metrics(
     logprobs: Float[Tensor, " M"], rollout_logprobs: Float[Tensor, " M"], num_tokens: int
 ) -> dict[str, Tensor]:
-    """How far the trainer's log-probabilities are from the sampler's, as shares of `num_tokens` computed tokens.
+    """Measure how far the trainer's log-probabilities are from the sampler's, as shares of `num_tokens` tokens.
 
-    kl/mismatch: mean k3 = kappa - 1 - log kappa (nats; the tokens were drawn by the sampler, so its mean is
+    kl/mismatch: mean k3 = kappa - 1 - log kappa (nats; the sampler drew the tokens, so its mean is
     KL(sampler || trainer)); kl/mismatch/gap and /max: mean and largest |log kappa|; kl/mismatch/ratio/max: largest
-    kappa. `finish_metrics` makes kl/mismatch/ess of the rest.
+    kappa. `finish_metrics` computes kl/mismatch/ess from the rest.
     """
     log_ratio = log_kappa(logprobs, rollout_logprobs)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -119,8 +119,10 @@ def mismatch_metrics(
 
 
 def finish_metrics(report: dict[str, float]) -> dict[str, float]:
-    """The sums over all micro-batches and processes -> kl/mismatch/ess = (sum kappa)^2 / (M sum kappa^2), from 0 to 1:
-    the share of the tokens that would carry as much information, had the policy drawn them itself.
+    """Replace the sums over all micro-batches and processes by kl/mismatch/ess = (sum kappa)^2 / (M sum kappa^2).
+
+    This effective sample size, from 0 to 1, is the share of tokens that would carry as much information if the policy
+    had drawn them.
     """
     report = dict(report)
     weights, squares = report.pop(WEIGHTS, 0.0), report.pop(SQUARES, 0.0)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +- this before exp, so that one token cannot overflow a batch."""
+"""Log-ratios are clamped to plus or minus this before exp, so that one token cannot overflow a batch."""
 
 
 def k1(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -47,16 +47,16 @@ def k3(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Floa
 
 
 def absolute(logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """|d|: pulls with the same force however far the policy is (verl's `abs`)."""
+    """|d|: its gradient is equally strong at any distance (verl's `abs`)."""
     return k1(logprobs, ref_logprobs).abs()
 
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
-"""Those that look at the drawn token. The divergence of whole distributions is in `model/logprob_head.py`."""
+"""Estimators from the drawn token. The divergence of whole distributions is in `model/logprob_head.py`."""
 
 
 def adapted_beta(beta: float, measured: float, *, target: float, horizon: int, num_rollouts: int) -> float:
-    """The KL coefficient after a step: beta * (1 + clip(KL / target - 1, -0.2, 0.2) * num_rollouts / horizon).
+    """Return the KL coefficient after a step: beta * (1 + clip(KL / target - 1, -0.2, 0.2) * num_rollouts / horizon).
 
     References:
         Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
@@ -68,5 +68,5 @@ def adapted_beta(beta: float, measured: float, *, target: float, horizon: int, n
 def penalty(
     kind: Literal["k1", "k2", "k3", "abs"], logprobs: Float[Tensor, " M"], ref_logprobs: Float[Tensor, " M"]
 ) -> Float[Tensor, " M"]:
-    """The estimator that `kl_estimator` names."""
+    """Compute the estimator that `kind` names."""
     return ESTIMATORS[kind](logprobs, ref_logprobs)

@@ -1,8 +1,8 @@
-"""Token losses of policy-gradient methods. Pure functions over the M trained tokens of a micro-batch, no reduction.
+"""Token losses of policy-gradient methods. Pure functions over the M trained tokens of a micro-batch, not reduced.
 
-`log_ratio` is logprobs - old_logprobs; `sequence_ids` says which of S sequences a token belongs to and
-`sequence_lengths` how many trained tokens each has. Losses of whole sequences come back once per token, so that the
-mean over a sequence's tokens is the sequence's loss.
+`log_ratio` is logprobs - old_logprobs; `sequence_ids` is the sequence (of S) that a token belongs to and
+`sequence_lengths` the number of trained tokens of each. Losses of whole sequences are returned once per token: the mean
+over a sequence's tokens is the sequence's loss.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MIN_WEIGHT = 1e-8
 
 
 def token_ratio(logprobs: Float[Tensor, " M"], old_logprobs: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """exp(logprobs - old_logprobs), how much likelier the policy has made each token since the batch was taken."""
+    """exp(logprobs - old_logprobs): how much more likely each token has become since the batch was taken."""
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_sum(
     values: Float[Tensor, " M"], sequence_ids: Int[Tensor, " M"], sequence_lengths: Int[Tensor, " S"]
 ) -> Float[Tensor, " M"]:
-    """Each token's sequence's sum of `values`."""
+    """Sum `values` over each sequence, and return the sum at each of its tokens."""
     sums = values.new_zeros(len(sequence_lengths)).index_add(0, sequence_ids, values)
     return sums[sequence_ids]
 
@@ -42,7 +42,7 @@ def sequence_sum(
 def sequence_mean(
     values: Float[Tensor, " M"], sequence_ids: Int[Tensor, " M"], sequence_lengths: Int[Tensor, " S"]
 ) -> Float[Tensor, " M"]:
-    """Each token's sequence's mean of `values`."""
+    """Average `values` over each sequence, and return the mean at each of its tokens."""
     return sequence_sum(values, sequence_ids, sequence_lengths) / sequence_lengths.to(values.dtype)[sequence_ids]
 
 
@@ -53,7 +53,7 @@ def importance_ratio(
     sequence_lengths: Int[Tensor, " S"],
     level: Level,
 ) -> Float[Tensor, " M"]:
-    """Probability ratio of policy and old policy.
+    """Compute the probability ratio of the policy to the old policy.
 
     - "token": exp(d_t) with d = logprobs - old_logprobs.
     - "sequence": s = exp(mean_t d_t), the same for all tokens of a sequence; its gradient spreads over all of them.
@@ -83,15 +83,15 @@ def clipped_surrogate(
     delta: float | None = None,
     dual_clip: float | None = None,
 ) -> Float[Tensor, " M"]:
-    """The clipped policy-gradient loss of each token, with separate bounds:
+    """Compute the clipped policy-gradient loss of each token, with separate bounds:
 
         loss = -min(min(ratio, delta) * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
 
     and for A < 0 at most -dual_clip * A.
 
-    Its gradient is zero where the clipped branch is the smaller one: the token has moved far enough in the direction
-    its advantage asks for. A larger `epsilon_high` leaves rare tokens room to grow. `delta` and `dual_clip` bound what
-    a token with negative advantage and exploding ratio can do; either takes its gradient away there.
+    Its gradient is zero where the clipped branch is the smaller one: the token has moved far enough in the direction of
+    its advantage. A larger `epsilon_high` leaves rare tokens room to grow. `delta` and `dual_clip` bound the loss of a
+    token with a negative advantage and an exploding ratio; beyond either bound its gradient is zero.
 
     Example:
         >>> clipped_surrogate(torch.tensor([1.0, 1.5]), torch.ones(2), epsilon=0.2, epsilon_high=0.28)
@@ -117,7 +117,7 @@ def clip_masks(
     epsilon: float,
     epsilon_high: float,
 ) -> tuple[Bool[Tensor, " M"], Bool[Tensor, " M"]]:
-    """Where the clipped surrogate has no gradient: (at the lower bound, at the upper bound)."""
+    """Return where the clipped surrogate has no gradient: (at the lower bound, at the upper bound)."""
     return (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
 
 
@@ -155,7 +155,7 @@ def gmpo_loss(
     *,
     epsilon: float,
 ) -> Float[Tensor, " M"]:
-    """Loss of a sequence = -A * exp(mean_t clip(d_t)): the geometric mean of token ratios, each clipped in log space.
+    """Loss of a sequence = -A * exp(mean_t clip(d_t)): the geometric mean of token ratios, clipped in log space.
 
     A token's log-ratio d is clipped at +epsilon where A > 0 and at -epsilon where A < 0 (the pessimistic side only).
 

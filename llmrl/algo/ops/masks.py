@@ -1,4 +1,4 @@
-"""Which tokens and sequences take part in the policy loss. Pure functions; the same answer on every process."""
+"""Which tokens and sequences take part in the policy loss. Pure functions with the same result on every process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COVARIANCE_RANGE = (1.0, 5.0)
-"""Clip-Cov draws the tokens it holds back from those whose covariance lies in here."""
+"""Clip-Cov selects among tokens whose covariance lies between these."""
 
 
 def high_entropy_mask(entropies: Float[Tensor, " M"], fraction: float) -> Bool[Tensor, " M"]:
@@ -24,7 +24,7 @@ def high_entropy_mask(entropies: Float[Tensor, " M"], fraction: float) -> Bool[T
     """
     if not len(entropies):
         return torch.zeros(0, dtype=torch.bool)
-    # torch.quantile refuses more than 2**24 values; interpolate between order statistics as it does.
+    # torch.quantile refuses more than 2**24 values. This interpolates between order statistics in the same way.
     ordered = entropies.sort().values
     place = (1 - fraction) * (len(ordered) - 1)
     below = int(place)
@@ -33,7 +33,7 @@ def high_entropy_mask(entropies: Float[Tensor, " M"], fraction: float) -> Bool[T
 
 
 def token_covariance(logprobs: Float[Tensor, " M"], advantages: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """(A_t - mean A) (logprob_t - mean logprob) over the tokens of a batch: its mean drives the fall of the entropy.
+    """(A_t - mean A) (logprob_t - mean logprob) over the tokens of a batch. Its mean drives the fall of the entropy.
 
     References:
         Cui et al. 2025, arXiv:2505.22617, equation 10.
@@ -44,7 +44,7 @@ def token_covariance(logprobs: Float[Tensor, " M"], advantages: Float[Tensor, " 
 def clip_cov_selection(
     covariance: Float[Tensor, " M"], fraction: float, generator: torch.Generator
 ) -> Bool[Tensor, " M"]:
-    """Tokens that Clip-Cov takes the gradient from: max(1, fraction * M) drawn among those with covariance in (1, 5).
+    """Select the tokens whose gradient Clip-Cov removes: max(1, fraction * M) drawn from those in `COVARIANCE_RANGE`.
 
     References:
         Cui et al. 2025, arXiv:2505.22617, equation 11.
@@ -59,7 +59,7 @@ def clip_cov_selection(
 
 
 def kl_cov_selection(covariance: Float[Tensor, " M"], fraction: float) -> Bool[Tensor, " M"]:
-    """Tokens that KL-Cov penalises: the max(1, fraction * M) with the highest covariance.
+    """Select the tokens that KL-Cov penalizes: the max(1, fraction * M) with the highest covariance.
 
     References:
         Cui et al. 2025, arXiv:2505.22617, equation 12.
@@ -81,7 +81,7 @@ def off_policy_keep(
 ) -> Bool[Tensor, " M"]:
     """False for tokens of sequences to drop: A < 0 and mean_t(rollout_logprobs - logprobs) > threshold.
 
-    A wrong sequence that the policy has long left teaches it nothing and moves it far.
+    A bad sequence that the policy has already moved far away from teaches it nothing and can disturb it.
 
     References:
         DeepSeek-AI 2025, arXiv:2512.02556, section 3.1 (off-policy sequence masking).

@@ -1,11 +1,11 @@
 """Losses of preference pairs, and of single completions with a label: pure functions, one value per pair.
 
-What they are made of: the log-ratio x = log pi(y) - log pi_ref(y) of a completion (summed over its tokens), its score
-f(x) (x itself unless another f-divergence is chosen), and delta = f(x_chosen) - f(x_rejected). S is log sigmoid, e is
-`label_smoothing`. The loss of a batch is the mean over its pairs. Reference-free losses take the mean log-probability
-of a completion's tokens in place of x.
+Symbols: the log-ratio x = log pi(y) - log pi_ref(y) of a completion (summed over its tokens), its score f(x) (x itself
+unless another f-divergence is chosen), and delta = f(x_chosen) - f(x_rejected). S is log sigmoid, e is
+`label_smoothing`. The loss of a batch is the mean over its pairs. Losses without a reference take the mean
+log-probability of a completion's tokens in place of x.
 
-Rafailov et al. 2023, arXiv:2305.18290 (DPO), is the root of all of them.
+All of them derive from Rafailov et al. 2023, arXiv:2305.18290 (DPO).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 MAX_EXPONENT = 80.0
-"""exp of more than this leaves float32."""
+"""Larger exponents are clamped: exp of more than 88 overflows float32."""
 
 
 def f_score(
     log_ratio: Float[Tensor, " K"], divergence: FDivergence = "reverse_kl", *, alpha: float = 0.5
 ) -> Float[Tensor, " K"]:
-    """f'(pi / pi_ref) of the divergence that ties the policy to the reference; x itself for the reverse KL.
+    """Compute f'(pi / pi_ref) of the divergence that ties the policy to the reference; x itself for the reverse KL.
 
         forward_kl        1 - exp(-x)
         js_divergence     log 2 + S(x)
@@ -49,7 +49,7 @@ def f_score(
 
 
 def sigmoid_loss(delta: Float[Tensor, " K"], *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, " K"]:
-    """-(1 - e) S(beta delta) - e S(-beta delta): DPO; with e > 0 cDPO, for labels that are wrong with probability e.
+    """-(1 - e) S(beta delta) - e S(-beta delta): DPO; with e > 0 cDPO, for labels wrong with probability e.
 
     Sources: arXiv:2305.18290, equation 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
@@ -68,7 +68,7 @@ def hinge_loss(delta: Float[Tensor, " K"], *, beta: float) -> Float[Tensor, " K"
 def ipo_loss(delta_per_token: Float[Tensor, " K"], *, beta: float) -> Float[Tensor, " K"]:
     """(delta - 1 / (2 beta))^2 with every score divided by its completion's length; beta is the paper's tau.
 
-    Source: Azar et al. 2023, arXiv:2310.12036, equation 17; the length is the authors' later advice.
+    Source: Azar et al. 2023, arXiv:2310.12036, equation 17; the authors later recommended the division by length.
     """
     return (delta_per_token - 1 / (2 * beta)) ** 2
 
@@ -102,17 +102,17 @@ def discopop_loss(delta: Float[Tensor, " K"], *, beta: float, tau: float = 0.05)
 
 
 def aot_loss(delta: Float[Tensor, " K"], *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, " K"]:
-    """The sigmoid loss of differences between sorted values: one sample's distribution should dominate the other's.
+    """Compute the sigmoid loss of differences between sorted values: one distribution should dominate the other.
 
     `aot` compares the sorted log pi(chosen) - log pi(rejected) with the reference's, `aot_unpaired` the sorted
-    log-ratios of chosen completions with those of rejected ones. `matched` finds the other end of each difference.
+    log-ratios of chosen completions with those of rejected ones. `matched` finds the value that each is compared with.
     Source: Melnyk et al. 2024, arXiv:2406.05882.
     """
     return sigmoid_loss(delta, beta=beta, label_smoothing=label_smoothing)
 
 
 def matched(values: Float[Tensor, " K"], others: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """For each value the one of `others` that has the same rank.
+    """Return for each value the one of `others` that has the same rank.
 
     Example:
         >>> matched(torch.tensor([5.0, 1.0]), torch.tensor([20.0, 30.0])).tolist()
@@ -192,7 +192,8 @@ def odds_ratio_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"]) 
 
 
 def _log_odds(logprob: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Log p - log(1 - p); a probability that rounds to 1 counts as a little less."""
+    """Log p - log(1 - p)."""
+    # A probability that rounds to 1 has infinite odds: it counts as a little less.
     below = logprob.clamp(max=-1e-7)
     return logprob - torch.log(-torch.expm1(below))
 
@@ -206,10 +207,10 @@ def kto_loss(
     """1 - sigmoid(beta (x - kl)) for desirable completions, 1 - sigmoid(beta (kl - x)) for undesirable ones.
 
     Args:
-        log_ratio: of each completion.
+        log_ratio: x of each completion.
         desirable: its label.
-        beta: aversion to risk and to leaving the reference.
-        kl: the reference point, `kto_reference_point` (nats); no gradient.
+        beta: aversion to risk; higher values keep the policy closer to the reference.
+        kl: reference point in nats, from `kto_reference_point`; no gradient.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, equation 8.
     """
@@ -218,7 +219,7 @@ def kto_loss(
 
 
 def kto_reference_point(mismatched_log_ratios: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-    """max(0, mean log-ratio of completions put behind other prompts): KTO's cheap estimate of KL(pi || pi_ref).
+    """max(0, mean log-ratio of completions put behind other prompts): KTO's inexpensive estimate of KL(pi || pi_ref).
 
     Source: arXiv:2402.01306, section 4.2.
     """
@@ -240,12 +241,12 @@ def apo_zero_unpaired_loss(
 
 
 def wpo_weight(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """How likely the policy itself would have written both completions: exp(a_c) exp(a_r), without gradient.
+    """Compute how likely the policy would have written both completions: exp(a_c) exp(a_r), without gradient.
 
     Args:
-        chosen: mean over tokens of log pi(token) - log sum_v pi(v)^2 (the value it has on average for tokens that the
-            policy draws itself, so that a sharp and a flat distribution weigh alike).
-        rejected: the same.
+        chosen: a_c, the mean over tokens of log pi(token) - log sum_v pi(v)^2. The sum is the average of pi(token) over
+            tokens that the policy draws, so sharp and flat distributions get equal weights.
+        rejected: a_r, the same for the rejected completion.
 
     Source: Zhou et al. 2024, arXiv:2406.11827, equation 2 with sampled alignment.
     """

@@ -1,7 +1,7 @@
 """Token losses -> one number, with denominators that are global over ranks and micro-batches.
 
-Each function returns this micro-batch's share of the batch loss: the shares of all micro-batches on all ranks add up to
-the loss, whatever the split. Groups without signal stay in the denominators although they are not computed.
+Each function returns this micro-batch's share of the batch loss: the shares of all micro-batches on all ranks sum to
+the loss, however the batch is split. Groups without signal are not computed but stay in the denominators.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "sequence_sum", "prompt_mean"]
 GROUP_TOKENS = "group_tokens"
-"""Extra stream that prompt_mean needs: trained tokens of the token's whole group."""
+"""Extra stream for prompt_mean: the number of trained tokens in the token's group."""
 
 
 def aggregate(token_losses: Float[Tensor, " M"], batch: MicroBatch, counts: Counts, loss_type: LossType) -> Tensor:
-    """Weighted sum of token losses.
+    """Sum token losses with weights.
 
-    - "dapo": mean over all trained tokens of the batch, sum / num_tokens. Long sequences weigh more.
-    - "grpo": mean over sequences of each sequence's mean over tokens. A token of a long sequence weighs less.
+    - "dapo": mean over all trained tokens of the batch, sum / num_tokens. Long sequences count more.
+    - "grpo": mean over sequences of each sequence's mean over tokens. A token of a long sequence counts less.
     - "dr_grpo": sum / (num_sequences * max_completion_length). No length bias; the scale is a constant.
     - "sequence_sum": sum / num_sequences: mean over sequences of each sequence's sum.
     - "prompt_mean": mean over prompts of the mean over all tokens of the prompt's group.
 
     Args:
         token_losses: loss of each trained token of this micro-batch.
-        batch: says which sequence each token belongs to, and how long that sequence is.
+        batch: holds the sequence of each token and the length of each sequence.
         counts: the global denominators.
         loss_type: see above.
 

@@ -1,9 +1,9 @@
-"""Values: what a critic's estimates make of rewards. Pure functions; advantages, targets, losses and diagnostics.
+"""A critic's values: advantages, targets, losses and diagnostics, as pure functions.
 
-Rectangles are [N, T]: one row per rollout, one column per token that the policy sampled, zeros behind a row's end.
+Rectangles are [N, T]: one row per rollout, one column per token that the policy sampled, zeros after a row's end.
 Tokens of the environment (observations, tool results) have no column: the state after a turn's last token is the one
-before the next turn's first token, with everything that was observed in between in its context. So bootstrapping and
-discounting go from policy token to policy token.
+before the next turn's first token, with everything observed in between in its context. So bootstrapping and discounting
+step from policy token to policy token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pad(rows: Sequence[Float[Tensor, " L"]]) -> Float[Tensor, "N T"]:
-    """Ragged rows -> a rectangle in float64 with zeros behind each row's end."""
+    """Pad ragged rows to a rectangle in float64, with zeros after each row's end."""
     return torch.nn.utils.rnn.pad_sequence([row.double() for row in rows], batch_first=True)
 
 
@@ -31,18 +31,18 @@ def gae(
     gamma: float,
     lam: float | Float[Tensor, " N"],
 ) -> Float[Tensor, "N T"]:
-    """Generalised advantage estimates of every token.
+    """Compute the generalized advantage estimate of every token.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}
 
-    The value behind a row's last token is 0: an episode ends there, also where a limit cut it off. A + V is the
-    lambda-return, the critic's target; with lambda 1 it is the (discounted) sum of the rewards still to come.
+    The value after a row's last token is 0: the episode ends there, also where a limit truncated it. A + V is the
+    lambda-return, the critic's target; with lambda 1 it is the (discounted) sum of the remaining rewards.
 
     Args:
-        rewards: r_t, paid for token t; zeros behind a row's end.
-        values: V_t, of the state before token t; zeros behind a row's end.
-        gamma: discount of a step.
-        lam: lambda, one for all rows or one each.
+        rewards: r_t, the reward of token t; zeros after a row's end.
+        values: V_t, of the state before token t; zeros after a row's end.
+        gamma: discount per step.
+        lam: lambda, one for all rows or one per row.
 
     References:
         Schulman et al. 2015, arXiv:1506.02438, equation 16.
@@ -58,7 +58,7 @@ def gae(
 
 
 def length_adaptive_lambda(lengths: Int[Tensor, " N"], alpha: float) -> Float[Tensor, " N"]:
-    """Lambda of a rollout of l tokens: max(0, 1 - 1 / (alpha l)), so that sum_t lambda^t is about alpha l.
+    """Compute lambda for a rollout of l tokens: max(0, 1 - 1 / (alpha l)), for which sum_t lambda^t is about alpha l.
 
     References:
         Yue et al. 2025, arXiv:2504.05118, equation 7 (VAPO; alpha 0.05).
@@ -73,11 +73,11 @@ def value_loss(
     *,
     clip: float,
 ) -> tuple[Float[Tensor, " M"], Bool[Tensor, " M"]]:
-    """Squared error of each token's value, and where clipping took its gradient away.
+    """Compute the squared error of each token's value, and where clipping removed its gradient.
 
         loss = max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2
 
-    Once a value has moved by more than `clip` towards its target, it has no gradient. `clip` 0 leaves the plain error.
+    Once a value has moved by more than `clip` towards its target, it has no gradient. With `clip` 0 nothing is clipped.
 
     References:
         Schulman et al. 2017, OpenAI baselines `ppo2`; Yue et al. 2025, arXiv:2504.05118 (VAPO).
@@ -90,9 +90,9 @@ def value_loss(
 
 
 def explained_variance(values: Float[Tensor, " M"], returns: Float[Tensor, " M"]) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows no more than the mean.
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than the mean.
 
-    NaN where the returns are all equal: there is nothing to explain.
+    NaN where all returns are equal: there is no variance to explain.
     """
     total = returns.double().var(correction=0).item() if len(returns) else 0.0
     if total == 0:

@@ -86,7 +86,7 @@ class PreferenceOptions:
         return found
 
     def cautions(self) -> list[str]:
-        """Return what may well be meant, but rarely is."""
+        """Return settings that are allowed but rarely intended: one line each."""
         return []
 
 
@@ -99,7 +99,7 @@ class PairOptions(PreferenceOptions):
     divergence: Divergence = ReverseKl()
     """What ties the policy to the reference. Others than reverse_kl need a loss of the difference of two scores."""
     ld_alpha: Share | None = None
-    """LD-DPO: weight of the tokens beyond the shorter completion's length. None: all tokens count alike."""
+    """LD-DPO: weight of the tokens beyond the shorter completion's length. Default: all tokens count equally."""
     use_weighting: bool = False
     """WPO: weight each pair by how likely the policy itself would have written it."""
 

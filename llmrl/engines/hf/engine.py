@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 SELF_CHECK_PARAMETERS = 50_000_000
-"""Up to this size the fast decoder is compared with transformers when an engine is built."""
+"""Up to this size, a new engine compares its fast decoder with transformers."""
 
 
 class Decoder(Protocol):
-    """What the engine needs of a decoder; rows are numbered 0..N-1 without gaps, new ones at the end."""
+    """What the engine needs of a decoder. Rows are numbered 0..N-1 without gaps, new ones at the end."""
 
     shapes: dict[str, tuple[int, ...]]
 
@@ -49,30 +49,30 @@ class Decoder(Protocol):
 class HFEngine:
     """An `Engine` over a transformers model of this process, with its own copy of the weights.
 
-    Up to `max_num_seqs` rows decode together; a finished row's place goes to the next waiting request, in the order of
-    submission. Work happens in one asyncio task that runs while there are requests and yields to the event loop between
-    steps. The same submissions in the same order give the same bits.
+    Up to `max_num_seqs` rows decode together; the slot of a finished row goes to the next waiting request, in the order
+    of submission. Work happens in one asyncio task that runs while there are requests and yields to the event loop
+    between steps. The same submissions in the same order give the same bits.
 
     Weights that arrive while requests run are used from the next step on: those requests keep the keys and values
-    computed so far, and their `policy_version` spans both. Requests admitted later see the new weights alone.
+    computed so far, and their `policy_version` spans both. Requests admitted later see only the new weights.
 
     Args:
-        config: of the model.
+        config: transformers' configuration of the model.
         weights: the first weights, served as version 0.
         max_num_seqs: rows decoded together.
-        dtype: the weights are held and used in.
-        device: to run on.
-        attn_implementation: of the generic decoder.
+        dtype: type in which the weights are held and used.
+        device: where the engine runs.
+        attn_implementation: attention kernel of the generic decoder.
         decoder: `fast` is this project's decoder for the Llama family; `generic` runs transformers' own model; `auto`
-            takes the fast one where every feature of the configuration is known to it, otherwise the generic one.
-            Either is first compared with a plain forward pass of transformers on a short sequence; the fast one only
-            below 50 million parameters, because its comparison needs a second model.
-        max_model_len: longest prompt + completion that will be asked for; default the model's limit. It allows the fast
-            decoder where a sliding window is longer than this.
+            takes the fast one if it supports every feature of the configuration, otherwise the generic one. Either is
+            first compared with a plain forward pass of transformers on a short sequence; the fast one only up to 50
+            million parameters, because its comparison needs a second model.
+        max_model_len: longest prompt + completion in tokens; default the model's limit. A sliding window that is longer
+            than this does not rule out the fast decoder.
 
     Raises:
-        UserError: `decoder="fast"` for a configuration that it does not know.
-        RunFailed: `weights` do not fit the configuration.
+        UserError: `decoder="fast"` for a configuration that it does not support.
+        RunFailed: `weights` do not fit the configuration, or the decoder fails its comparison with transformers.
     """
 
     takes_adapters = False
@@ -126,7 +126,7 @@ class HFEngine:
         return await future
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
+        """Return log-probabilities (temperature 1) of each token after the first; see `Engine.logprobs`."""
         self._check_open()
         for sequence in sequences:
             check_tokens(sequence, self.vocab_size)
@@ -136,7 +136,7 @@ class HFEngine:
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
         """Serve the weights of `source` from now on, as policy `version`.
 
-        `source` is gone through twice: names and shapes are checked before any weight changes.
+        `source` is iterated twice: names and shapes are checked before any weight changes.
 
         Raises:
             RunFailed: names are missing, unexpected or wrongly shaped; the old weights are still served.
@@ -146,11 +146,11 @@ class HFEngine:
         self.version = version
 
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
-        """Refuse: this engine is given merged weights."""
-        raise RunFailed("the hf engine takes merged weights: use load_weights")
+        """Raise RunFailed: this engine takes merged weights."""
+        raise RunFailed("the hf engine takes merged weights: call load_weights")
 
     async def sleep(self) -> None:
-        """Nothing to give back: its weights are few beside the learner's."""
+        """Do nothing: this engine's weights are small next to what the learner holds."""
 
     async def close(self) -> None:
         """Release the model. Requests that still wait fail with RunFailed. Safe to call twice."""
@@ -182,10 +182,10 @@ class HFEngine:
     # --- the step loop --------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        """Step until nothing is left to do; what goes wrong reaches every caller."""
+        """Step until no request is left. An error is passed on to every caller."""
         try:
             waiting = -1
-            while waiting != len(self._waiting):  # callers that are ready now submit before the first batch is made
+            while waiting != len(self._waiting):  # let callers that are ready submit before the first batch is formed
                 waiting = len(self._waiting)
                 await asyncio.sleep(0)
             while self._waiting or self._rows:
@@ -198,7 +198,7 @@ class HFEngine:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Drop all requests and tell their callers."""
+        """Drop all requests and raise `error` in their callers."""
         requests = [*self._rows, *self._waiting]
         self._rows, self._waiting = [], deque()
         if self._decoder is not None:
@@ -209,7 +209,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Admit what fits, then one token for every row."""
+        """Admit as many requests as fit, then draw one token for every row."""
         self._drop_cancelled()
         while self._waiting and len(self._rows) < self.max_num_seqs:
             self._admit()
@@ -238,7 +238,7 @@ class HFEngine:
         self._settings = self._settings_of_rows()
 
     def _accept(self, logits: Float[Tensor, "n V"], *, first: int) -> None:
-        """Sample the next token of rows first, first + 1, ... and hand over those that are finished."""
+        """Sample the next token of rows first, first + 1, ... and return the finished ones to their callers."""
         rows = slice(first, len(self._rows))
         sampled = sample_tokens(logits, self._state.next_uniforms(rows), self._settings)
         states = self._state.record(rows, *sampled)
@@ -263,7 +263,7 @@ class HFEngine:
         self._remove(finished)
 
     def _remove(self, finished: list[int]) -> None:
-        """Free rows; rows from the end take the numbers that became free, so that none is missing."""
+        """Free rows. The last rows move to the freed numbers, so that numbers stay without gaps."""
         remaining = len(self._rows) - len(finished)
         gone = set(finished)
         target = [row for row in finished if row < remaining]
@@ -284,7 +284,7 @@ class HFEngine:
     def _build_decoder(self, config: PretrainedConfig, dtype: torch.dtype, decoder: str) -> Decoder:
         reason = unsupported_reason(config, self.max_model_len)
         if decoder == "fast" and reason is not None:
-            raise UserError(f'the fast decoder does not know this model: {reason}. Use decoder="auto" or "generic"')
+            raise UserError(f'the fast decoder does not support this model: {reason}. Use decoder="auto" or "generic"')
         if decoder == "generic" or reason is not None:
             return self._build_generic(config, dtype)
         return FastDecoder(config, dtype=dtype, device=self.device)
@@ -294,16 +294,16 @@ class HFEngine:
 
     @torch.inference_mode()
     def _load(self, source: WeightSource) -> None:
-        """Replace all weights, or none."""
+        """Replace all weights, or none if names or shapes do not match."""
         _check_names_and_shapes({name: tuple(t.shape) for name, t in source()}, self._decoder.shapes)
         loaded = set()
         try:
             _copy_into(self._decoder, source(), loaded)
         finally:
             if loaded != set(self._decoder.shapes):
-                self._broken = "loading weights stopped half-way, so the engine holds parts of two policies"
+                self._broken = "loading weights stopped halfway, so the engine holds parts of two policies"
         if self._broken is not None:
-            raise RunFailed(f"{self._broken}: the source gave other parameters the second time it was gone through")
+            raise RunFailed(f"{self._broken}: the source gave other parameters the second time it was iterated")
         self._decoder.drop_prefixes()
 
     @torch.inference_mode()
@@ -311,7 +311,7 @@ class HFEngine:
         """Compare prompts, steps and whole sequences with a plain forward pass of transformers' model."""
         if self.max_model_len is not None and self.max_model_len < 4:
             return
-        reference = cast("GenericDecoder", self._decoder)  # the other kind gets another one below
+        reference = cast("GenericDecoder", self._decoder)  # replaced below if it is a fast decoder
         if isinstance(self._decoder, FastDecoder):
             if sum(torch.Size(shape).numel() for shape in self._decoder.shapes.values()) > SELF_CHECK_PARAMETERS:
                 return
@@ -345,7 +345,7 @@ def _check_names_and_shapes(given: dict[str, tuple[int, ...]], wanted: dict[str,
 
 
 def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loaded: set[str]) -> None:
-    """Load parameters into a decoder, noting each name in `loaded`."""
+    """Load parameters into a decoder and add each name to `loaded`."""
     for name, tensor in parameters:
         decoder.load(name, tensor.detach())
         loaded.add(name)
@@ -353,12 +353,12 @@ def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loade
 
 
 def _largest_gap(decoder: Decoder, reference: GenericDecoder, vocab_size: int, max_length: int) -> float:
-    """Largest difference of log-probabilities over two random sequences, read whole and token by token."""
+    """Return the largest gap of log-probabilities over two random sequences, read whole and token by token."""
     length = min(12, max_length)
     sequences = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).tolist()
     wanted = torch.tensor([reference.plain_logprobs(sequence) for sequence in sequences])
     gap = float((torch.tensor(decoder.logprobs(sequences)) - wanted).abs().max())
-    prompts = [length // 2, length // 2 - 1]  # of unequal length, so that masks are tried too
+    prompts = [length // 2, length // 2 - 1]  # of unequal length, to test masks as well
     logits = decoder.admit([tuple(sequence[:cut]) for sequence, cut in zip(sequences, prompts, strict=True)])
     for offset in range(length - prompts[0]):
         logprobs = logits.float().log_softmax(-1).cpu()

@@ -1,7 +1,7 @@
-"""A decoder of our own for the Llama family of architectures: static key-value memory, prompts shared by their group.
+"""This project's decoder for the Llama family of architectures: static key-value memory, prompts shared by their group.
 
 Prompts in (`admit`), one token per row in (`step`), logits of each row's next token out. Rows are numbered 0..N-1
-without gaps. A stored prompt is a lane; the rows of a lane attend to it and, in the same softmax, to their own tokens.
+without gaps. A stored prompt is called a lane; its rows attend to it and, in the same softmax, to their own tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LANE_ROWS = 16
-"""Rows that share one stored prompt. A larger group stores it again: the (lane, place) rectangle that attention works
-on is as wide as its fullest lane, so one huge group would leave it mostly empty."""
+"""Most rows that share one stored prompt. A larger group stores the prompt again: the (lane, place) rectangle of the
+attention is as wide as its fullest lane, so one huge group would leave it mostly empty."""
 IDLE_LANES = 0.25
-"""Share of lanes that may be computed along for nothing: moving a lane costs more than a few steps with it."""
+"""Share of lanes that may be computed although no row reads them: moving a lane costs more than a few steps with it."""
 PREFILL_TOKENS = 8192
-"""Padded tokens of one prefill pass; bounds its activations."""
+"""Largest number of padded tokens in one prefill pass; bounds its activations."""
 LOGITS_ELEMENTS = 1 << 24
-"""Logits that `logprobs` holds at once: 64 MiB of float32."""
+"""Number of logits that `logprobs` holds at once: 64 MiB of float32."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values) -> what the heads read, flattened to one vector per token."""
+"""(layer, queries, keys, values) -> outputs of all heads, flattened to one vector per token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,17 +43,19 @@ class _Lane:
     prompt: tuple[int, ...]
     index: int
     rows: int = 0
-    """Running rows that read it."""
+    """Number of running rows that read it."""
 
 
 class FastDecoder:
     """Continuous batching over `FusedWeights`; see the module's docstring.
 
-    Rows write their newest key and value into one common column of the suffix memory, so that a step is a few dense
-    products. A row that joined later masks the columns before its first.
+    All rows write their newest key and value into the same column of the suffix memory, so that a step is a few dense
+    products. A row that joined later masks the columns before its first one.
 
     Args:
-        config: for which `hf_weights.unsupported_reason` is None.
+        config: one for which `unsupported_reason` (in `weights.py`) is None.
+        dtype: type in which weights, keys and values are held.
+        device: where the decoder runs.
     """
 
     def __init__(self, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -64,7 +66,7 @@ class FastDecoder:
         self.activation = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}[
             config.hidden_act
         ]
-        # Rounded to the weights' type, as the reference implementation does.
+        # Rounded to the type of the weights, as in the reference implementation.
         scale = torch.tensor(self.weights.hidden**0.5, dtype=dtype).item()
         self.embed_scale = scale if config.model_type == "gemma" else 1.0
         powers = torch.arange(0, self.weights.head_dim, 2, dtype=torch.float32) / self.weights.head_dim
@@ -74,7 +76,7 @@ class FastDecoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all rows and prompts and release their memory."""
+        """Drop all rows and prompts and release their memory."""
         w = self.weights
         shape = (len(w.layers), w.kv_heads, w.head_dim)
         self.suffix = KeyValueMemory(*shape, dtype=self.dtype, device=self.device)
@@ -91,13 +93,13 @@ class FastDecoder:
         self.arranged = False
 
     def drop_prefixes(self) -> None:
-        """Let no later row use the prompts stored so far; running rows keep theirs."""
+        """Keep later rows from using the prompts stored so far. Running rows keep theirs."""
         self.open_lane.clear()
 
     # --- rows come and go -----------------------------------------------------------------------------------------
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]:
-        """Append one row per prompt; the logits of each row's first token. Equal prompts are computed once."""
+        """Append one row per prompt; return the logits of each row's first token. Equal prompts are computed once."""
         lanes = self._find_lanes(prompts)
         first, count = len(self.row_lane), len(prompts)
         if first == 0:
@@ -115,7 +117,7 @@ class FastDecoder:
         return logits.index_select(0, self._index([distinct[lane.index] for lane in lanes]))
 
     def remove(self, finished: list[int], target: list[int], source: list[int]) -> None:
-        """Forget the rows `finished`; row source[i] takes the number target[i], the rest keep theirs."""
+        """Drop the rows `finished`; row source[i] is renumbered to target[i], the others keep their numbers."""
         for row in finished:
             self.row_lane[row].rows -= 1
         if target:
@@ -130,7 +132,7 @@ class FastDecoder:
         self.arranged = False
 
     def _find_lanes(self, prompts: Sequence[tuple[int, ...]]) -> list[_Lane]:
-        """The lane of each prompt; lanes that do not exist yet are computed, or copied where theirs is full."""
+        """Return the lane of each prompt. A missing lane is computed, or copied if the prompt's lane is full."""
         chosen, fresh, copies = [], [], []
         for prompt in prompts:
             lane = self.open_lane.get(prompt)
@@ -167,7 +169,7 @@ class FastDecoder:
         self.lane_hidden[target], self.lane_length[target] = self.lane_hidden[source], self.lane_length[source]
 
     def _drop_idle_lanes(self) -> None:
-        """Forget lanes that no row reads, moving the last one into each gap."""
+        """Drop lanes that no row reads, and move the last lane into each gap."""
         for lane in [lane for lane in reversed(self.lanes) if lane.rows == 0]:
             if self.open_lane.get(lane.prompt) is lane:
                 del self.open_lane[lane.prompt]
@@ -183,7 +185,7 @@ class FastDecoder:
         self.suffix_bias, self.positions = grown(self.suffix_bias, 0, size), grown(self.positions, 0, size)
 
     def _reserve_column(self) -> None:
-        """Make room for one more column: move the part still in use to the front, or double the memory."""
+        """Make room for one more column: move the columns still in use to the front, or double the memory."""
         size = self.suffix.num_columns
         if self.column < size:
             return
@@ -214,7 +216,7 @@ class FastDecoder:
         return self._logits(hidden)
 
     def _arrange(self) -> None:
-        """Work out, after rows came or went, where each row stands in the (lane, key-value head, place) rectangle."""
+        """Work out where each row is in the (lane, key-value head, place) rectangle, after rows came or went."""
         if sum(lane.rows == 0 for lane in self.lanes) > IDLE_LANES * len(self.lanes):
             self._drop_idle_lanes()
         kv_heads, num_lanes, num_rows = self.weights.kv_heads, len(self.lanes), len(self.row_lane)
@@ -224,7 +226,8 @@ class FastDecoder:
         order = np.argsort(lane, kind="stable")
         place = np.empty(num_rows, dtype=np.int64)
         place[order] = np.arange(num_rows) - np.repeat(np.cumsum(per_lane) - per_lane, per_lane)
-        row_at = np.zeros((num_lanes, 1, width), dtype=np.int64)  # an empty place repeats row 0; nobody reads it
+        # An empty place repeats row 0; its result is not read.
+        row_at = np.zeros((num_lanes, 1, width), dtype=np.int64)
         row_at[lane, 0, place] = np.arange(num_rows)
         heads = np.arange(kv_heads)
         self.to_place = self._index((row_at * kv_heads + heads[:, None]).ravel())
@@ -244,7 +247,7 @@ class FastDecoder:
     def _attend_step(
         self, layer: int, q: Float[Tensor, "N H D"], k: Float[Tensor, "N K D"], v: Float[Tensor, "N K D"]
     ) -> Float[Tensor, "N H*D"]:
-        """Each row's query over its lane's prompt and its own suffix, in one softmax."""
+        """Attend from each row's query to its lane's prompt and its own suffix, in one softmax."""
         kv_heads, dim = self.weights.kv_heads, self.weights.head_dim
         num_rows, num_lanes, width = q.shape[0], len(self.lanes), self.width
         repeat = q.shape[1] // kv_heads
@@ -257,7 +260,7 @@ class FastDecoder:
         own = torch.bmm(q, suffix_k)
         if self.ragged:
             own.view(num_rows, kv_heads * repeat, -1).add_(self.suffix_bias[:num_rows, None, used])
-        # Rows -> places, so that all rows of a lane meet its prompt in one product.
+        # Rows -> places, so that one product covers all rows of a lane and its prompt.
         own = own.view(num_rows * kv_heads, -1).index_select(0, self.to_place)
         q = q.view(num_rows * kv_heads, -1).index_select(0, self.to_place)
         shared = torch.bmm(q.view(num_lanes * kv_heads, width * repeat, dim), prefix_k)
@@ -275,7 +278,7 @@ class FastDecoder:
     # --- whole sequences ------------------------------------------------------------------------------------------
 
     def _prefill(self, lanes: list[_Lane]) -> None:
-        """Compute and store prompts, shorter ones padded on the right, where causal attention never looks."""
+        """Compute and store prompts. Shorter ones are padded on the right, which causal attention never sees."""
         hidden = self._causal([lane.prompt for lane in lanes], store=slice(lanes[0].index, lanes[-1].index + 1))
         lengths = torch.tensor([len(lane.prompt) for lane in lanes], device=self.device)
         ids = self._index([lane.index for lane in lanes])
@@ -283,7 +286,7 @@ class FastDecoder:
         self.lane_hidden[ids] = hidden[torch.arange(len(lanes), device=self.device), lengths - 1]
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities at temperature 1; entry t of a row is log p(sequence[t + 1] | sequence[: t + 1])."""
+        """Return log-probabilities at temperature 1. Entry t of a row is log p(sequence[t + 1] | sequence[: t + 1])."""
         results: list[list[float]] = [[] for _ in sequences]
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         step = max(1, LOGITS_ELEMENTS // self.weights.head.shape[0])
@@ -298,7 +301,7 @@ class FastDecoder:
         return results
 
     def _causal(self, sequences: Sequence[Sequence[int]], store: slice | None = None) -> Float[Tensor, "B T C"]:
-        """Final hidden states of whole sequences; keys and values are kept in the lanes `store`."""
+        """Return the final hidden states of whole sequences, and store keys and values in the lanes `store`."""
         longest = max(map(len, sequences))
         tokens = np.zeros((len(sequences), longest), dtype=np.int64)
         for row, sequence in enumerate(sequences):
@@ -308,7 +311,7 @@ class FastDecoder:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             if store is not None:
                 self.prefix.write(layer, store, slice(0, longest), k, v)
-            # Repeated here and not by the kernel: not every fused kernel can.
+            # Repeated here, because not every fused kernel can repeat them.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
             return out.transpose(1, 2).flatten(2)
@@ -317,7 +320,7 @@ class FastDecoder:
         return self._forward(self._index(tokens), rotations, attend)
 
     def _forward(self, tokens: Int[Tensor, ...], rotations: Tensor, attend: Attend) -> Float[Tensor, "... C"]:
-        """The transformer up to its last norm. `rotations` must broadcast to [..., heads, D/2]."""
+        """Run the transformer up to its last norm. `rotations` must broadcast to [..., heads, D/2]."""
         w = self.weights
         x = F.embedding(tokens, w.embed)
         if self.embed_scale != 1.0:
@@ -337,13 +340,13 @@ class FastDecoder:
     def _split(
         self, qkv: Float[Tensor, "... H+2K D"], layer: LayerWeights, rotations: Complex64[Tensor, "... 1 D/2"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (scaled by 1/sqrt(D)) and keys, and values."""
+        """Return rotated queries (scaled by 1/sqrt(D)) and keys, and values."""
         w = self.weights
         qk, v = qkv.split([w.heads + w.kv_heads, w.kv_heads], -2)
         qk = qk.float()
         if layer.qk_gain is not None:
             qk = F.rms_norm(qk, (w.head_dim,), None, self.epsilon) * layer.qk_gain
-        # Rotary pairs are neighbours in our weights, so a rotation is one complex product.
+        # Rotary pairs are adjacent in `FusedWeights`, so a rotation is one complex product.
         torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rotations)
         q, k = qk.split([w.heads, w.kv_heads], -2)
         if w.query_scale != 1.0:
@@ -351,7 +354,7 @@ class FastDecoder:
         return q.to(self.dtype), k.to(self.dtype), v
 
     def _norm(self, x: Float[Tensor, "T C"], gain: Float32[Tensor, " C"]) -> Float[Tensor, "T C"]:
-        """Scale by 1 / rms(x) and the gain; where the weights are folded, by 1 / sqrt(|x|^2 + C epsilon) alone."""
+        """Scale by 1 / rms(x) and the gain; if the weights are folded, only by 1 / sqrt(|x|^2 + C epsilon)."""
         if not self.weights.folded:
             return F.rms_norm(x.float(), (x.shape[-1],), gain, self.epsilon).to(self.dtype)
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.norm_floor)

@@ -1,6 +1,6 @@
-"""A decoder for every causal language model of transformers, over the model's own forward pass and cache.
+"""A decoder for every causal language model of transformers, with the model's own forward pass and cache.
 
-Same interface as the fast decoder: prompts in (`admit`), one token per row in (`step`), logits of the next token out.
+It has the interface of the fast decoder: prompts in (`admit`), one token per row in (`step`), next-token logits out.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PREFILL_TOKENS = 8192
-"""Padded tokens of one prefill pass; bounds its activations."""
+"""Largest number of padded tokens in one prefill pass; bounds its activations."""
 LOGPROB_TOKENS = 256
-"""Positions whose logits `logprobs` holds at once."""
+"""Number of positions whose logits `logprobs` holds at once."""
 
 
 @dataclass(slots=True, eq=False)
 class _Cohort:
-    """Rows that go through the model together. Their tokens end at the same column; shorter rows begin later."""
+    """Rows that go through the model together. All end at the same column, so shorter rows begin later."""
 
     rows: list[int]
     cache: DynamicCache
     mask: Int[Tensor, "n S"]
     """1 where the column holds a token of the row; padding is on the left."""
     positions: Int[Tensor, " n"]
-    """Of the next token."""
+    """Position of the next token."""
 
 
 class GenericDecoder:
     """Continuous batching over a transformers model; see the module's docstring.
 
-    Rows of different lengths share a batch by padding on the left, with explicit masks and positions, where the cache
-    is made of plain or sliding-window attention layers and the model takes positions. For anything else (recurrent
-    layers, say) only prompts of equal length that arrive together share a batch, and nothing is ever padded.
+    Rows of different lengths share a batch by padding on the left, with explicit masks and positions, if the cache
+    consists of plain or sliding-window attention layers and the model takes positions. For anything else (such as
+    recurrent layers), only prompts of equal length that arrive together share a batch, and nothing is ever padded.
     """
 
     def __init__(
         self, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str, attn_implementation: str
     ) -> None:
         try:
-            with torch.random.fork_rng(devices=[]):  # the caller's randomness must not move
+            with torch.random.fork_rng(devices=[]):  # building the model must not draw from the caller's random numbers
                 self.model = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), dtype=dtype, attn_implementation=attn_implementation
                 )
@@ -79,22 +79,22 @@ class GenericDecoder:
         self.reset()
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Copy one parameter (or persistent buffer) to its place."""
+        """Copy one parameter (or persistent buffer) into the model."""
         self._tensors[name].copy_(tensor)
 
     def finish_load(self) -> None:
-        """Nothing is derived from the weights."""
+        """Do nothing: this decoder derives nothing from the weights."""
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Drop all rows."""
         self.cohorts: list[_Cohort] = []
         self.num_rows = 0
 
     def drop_prefixes(self) -> None:
-        """Prompts are shared only by requests admitted together; none outlives that."""
+        """Do nothing: only requests admitted together share a prompt, and it is not kept."""
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "n V"]:
-        """Append one row per prompt; the logits of each row's first token. Equal prompts are computed once."""
+        """Append one row per prompt; return the logits of each row's first token. Equal prompts are computed once."""
         distinct = list(dict.fromkeys(prompts))
         first, parts, rows = self.num_rows, [], []
         self.num_rows += len(prompts)
@@ -125,7 +125,7 @@ class GenericDecoder:
         return torch.empty_like(joined).index_copy_(0, torch.cat(rows), joined)
 
     def remove(self, finished: list[int], target: list[int], source: list[int]) -> None:
-        """Forget the rows `finished`; row source[i] takes the number target[i], the rest keep theirs."""
+        """Drop the rows `finished`; row source[i] is renumbered to target[i], the others keep their numbers."""
         gone, renamed = set(finished), dict(zip(source, target, strict=True))
         for cohort in self.cohorts:
             keep = [i for i, row in enumerate(cohort.rows) if row not in gone]
@@ -141,18 +141,18 @@ class GenericDecoder:
         self.num_rows -= len(finished)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities at temperature 1; entry t of a row is log p(sequence[t + 1] | sequence[: t + 1])."""
+        """Return log-probabilities at temperature 1. Entry t of a row is log p(sequence[t + 1] | sequence[: t + 1])."""
         return [self._sequence_logprobs(torch.tensor([list(s)], device=self.device)) for s in sequences]
 
     def plain_logprobs(self, sequence: Sequence[int]) -> list[float]:
-        """The same for one sequence by a single forward pass without a cache: the reference of the self-check."""
+        """Return the same for one sequence, by one forward pass without a cache. The self-check compares with this."""
         tokens = torch.tensor([list(sequence)], device=self.device)
         logprobs = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, tokens[0, 1:].unsqueeze(1)).squeeze(1).tolist()
 
     def _sequence_logprobs(self, tokens: Int[Tensor, "1 T"]) -> list[float]:
-        # The part of the head outside the model's body is not ours to know (Gemma 2 caps its logits), so the body runs
-        # in parts too. A recurrent cache may not be extended by several tokens: there the sequence goes in whole.
+        # What a model does between its body and its logits differs (Gemma 2 caps them), so parts of the sequence run
+        # through the whole model. A recurrent cache may not be extended by several tokens: it gets the whole sequence.
         step = LOGPROB_TOKENS if self.can_pad else tokens.shape[1]
         cohort = _Cohort([0], self._new_cache(), torch.ones_like(tokens[:, :0]), tokens.new_zeros(1))
         result: list[float] = []
@@ -166,7 +166,7 @@ class GenericDecoder:
         return result
 
     def _batches(self, prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Split distinct prompts into passes: neighbours in length, or of equal length where padding is not exact."""
+        """Split distinct prompts into passes of similar length, or of equal length if padding would not be exact."""
         batches: list[list[tuple[int, ...]]] = []
         for prompt in sorted(prompts, key=len):
             last = batches[-1] if batches else []
@@ -199,7 +199,7 @@ class GenericDecoder:
         return DynamicCache(config=self.model.config)
 
     def _merge(self) -> None:
-        """Join all cohorts into one, where that is exact."""
+        """Join all cohorts into one, if padding is exact."""
         if not self.can_pad or len(self.cohorts) < 2:
             return
         width = max(cohort.mask.shape[1] for cohort in self.cohorts)
@@ -217,14 +217,14 @@ class GenericDecoder:
 
 
 def _select(cohort: _Cohort, index: Int[Tensor, " n"]) -> None:
-    """Keep (or repeat) the batch entries `index`; `rows` is the caller's."""
+    """Keep (or repeat) the batch entries `index`; the caller updates `rows`."""
     cohort.cache.reorder_cache(index)  # pyright: ignore[reportArgumentType]  # annotated as a torch.LongTensor
     cohort.mask = cohort.mask.index_select(0, index)
     cohort.positions = cohort.positions.index_select(0, index)
 
 
 def _realign(cohort: _Cohort, width: int) -> None:
-    """Pad or cut on the left so that the cohort is `width` columns wide; only columns of padding may be cut."""
+    """Pad or cut the cohort on the left to `width` columns. Only columns of padding may be cut."""
     shift = width - cohort.mask.shape[1]
     if shift == 0:
         return
@@ -238,12 +238,12 @@ def _realign(cohort: _Cohort, width: int) -> None:
 
 
 def _key_value_layers(cohort: _Cohort) -> list[Any]:
-    """Its cache, layer by layer. Only caches of keys and values can be padded, so no other kind comes here."""
+    """Return the layers of its cache. Only caches of keys and values can be padded, so no other kind gets here."""
     return list(cohort.cache.layers)
 
 
 def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The last `size` entries along `dim`, zeros before them where there are fewer."""
+    """Return the last `size` entries along `dim`, with zeros before them if there are fewer."""
     have = tensor.shape[dim]
     if have >= size:
         return tensor.narrow(dim, have - size, size)
@@ -253,7 +253,7 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _distinct_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once: a tied one under its first name, the input embedding's."""
+    """Return parameters and persistent buffers by name, tied ones once, under the input embedding's name."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

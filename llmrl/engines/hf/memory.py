@@ -1,4 +1,4 @@
-"""Keys and values of all layers, in two tensors that grow in steps: of the fast decoder's prompts, and of its rows."""
+"""Keys and values of all layers, in two tensors that grow. The fast decoder has one for prompts, one for rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class KeyValueMemory:
-    """Entries (a prompt, or a row) of so many columns (tokens) in each of L layers with K heads of width D.
+    """E entries (prompts, or rows) of T columns (tokens), in each of L layers with K heads of width D.
 
-    Keys lie transposed, which makes queries x keys up to twice as fast on a CPU. Unused places hold finite numbers: a
-    masked value counts 0 times, which a NaN would survive.
+    Keys are stored transposed, which makes queries x keys up to twice as fast on a CPU. Unused places hold finite
+    numbers: a masked value is multiplied by 0, which would not remove a NaN.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class KeyValueMemory:
         return self.keys.shape[4]
 
     def reserve(self, entries: int, columns: int) -> None:
-        """Make room for at least so many entries and columns."""
+        """Make room for at least `entries` entries of `columns` columns."""
         entries, columns = max(entries, self.keys.shape[1]), max(columns, self.num_columns)
         self.keys = grown(grown(self.keys, 1, entries), 4, columns)
         self.values = grown(grown(self.values, 1, entries), 3, columns)
@@ -40,7 +40,7 @@ class KeyValueMemory:
     def read(
         self, layer: int, entries: int, columns: slice
     ) -> tuple[Float[Tensor, "E*K D W"], Float[Tensor, "E*K W D"]]:
-        """Keys and values of the first `entries` entries, one matrix per entry and head."""
+        """Return keys and values of the first `entries` entries, one matrix per entry and head."""
         keys, values = self.keys[layer, :entries].flatten(0, 1), self.values[layer, :entries].flatten(0, 1)
         return keys[:, :, columns], values[:, columns]
 
@@ -56,7 +56,7 @@ class KeyValueMemory:
 
 
 def grown(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor, or where dimension `dim` is shorter than `size` a copy extended by zeros."""
+    """Return the tensor, or a copy extended with zeros if its dimension `dim` is shorter than `size`."""
     if tensor.shape[dim] >= size:
         return tensor
     shape = list(tensor.shape)

@@ -1,4 +1,4 @@
-"""What the `hf` engine knows of each running row, in tensors: its limits, its random stream, and its tokens so far.
+"""The `hf` engine's record of its running rows, in tensors: limits, random streams, and tokens so far.
 
 Sampled tokens go in once per step for all rows; plain lists come out once per finished row.
 """
@@ -18,7 +18,7 @@ from llmrl.engines.sampling import uniform_stream
 from llmrl.types import Completion, Sampling
 
 RUNNING, LENGTH, STOP, BAD_LOGITS = 0, 1, 2, 3
-"""What became of a row in a step."""
+"""State of a row after a step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,11 +30,11 @@ class Request:
     session: str
     future: asyncio.Future[Completion]
     oldest_version: int = 0
-    """Weights that its first token was drawn from."""
+    """Version of the weights that its first token was drawn from."""
 
 
 class RowState:
-    """Tensors with one entry (or one line) per row; rows beyond the running ones hold leftovers."""
+    """Tensors with R rows (T tokens, S stop tokens each). Rows beyond the running ones hold stale values."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = device
@@ -46,15 +46,16 @@ class RowState:
         self.logprobs: Float32[Tensor, "R T"] = empty(torch.float32, 2)
         self.uniforms: Float64[Tensor, "R T"] = empty(torch.float64, 2)
         self.stops: Int[Tensor, "R S"] = empty(torch.int64, 2)
-        """Token ids that end the row, -1 where it has fewer."""
+        """Token ids that end the row, padded with -1."""
         self.count: Int[Tensor, " R"] = empty(torch.int64, 1)
-        """Tokens so far."""
+        """Number of tokens so far."""
         self.limit: Int[Tensor, " R"] = empty(torch.int64, 1)
+        """Number of tokens at which the row ends."""
         self.last: Int[Tensor, " R"] = empty(torch.int64, 1)
         """The newest token."""
 
     def append(self, first: int, samplings: Sequence[Sampling]) -> None:
-        """Start rows first, first + 1, ... ."""
+        """Start one row per entry of `samplings`, numbered first, first + 1, ..."""
         rows, length = slice(first, first + len(samplings)), max(s.max_tokens for s in samplings)
         self._reserve(rows.stop, length, max(len(s.stop_token_ids) for s in samplings))
         self.count[rows] = 0
@@ -68,13 +69,13 @@ class RowState:
         self.uniforms[rows, :length] = torch.from_numpy(uniforms).to(self.device)
 
     def next_uniforms(self, rows: slice) -> Float64[Tensor, " n"]:
-        """The random number of each row's next token."""
+        """Return the random number for each row's next token."""
         return self.uniforms[rows].gather(1, self.count[rows].unsqueeze(1)).squeeze(1)
 
     def record(
         self, rows: slice, tokens: Int[Tensor, " n"], logprobs: Float32[Tensor, " n"], usable: Bool[Tensor, " n"]
     ) -> list[int]:
-        """Append one token to each of `rows`; RUNNING, LENGTH, STOP or BAD_LOGITS for each."""
+        """Append one token to each of `rows`, and return RUNNING, LENGTH, STOP or BAD_LOGITS for each."""
         count = self.count[rows].unsqueeze(1)
         self.tokens[rows].scatter_(1, count, tokens.unsqueeze(1))
         self.logprobs[rows].scatter_(1, count, logprobs.unsqueeze(1))
@@ -86,7 +87,7 @@ class RowState:
         return state.tolist()
 
     def results(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
-        """Token ids and log-probabilities of some rows."""
+        """Return token ids and log-probabilities of some rows."""
         index = torch.tensor(rows, device=self.device)
         counts = self.count[index].tolist()
         longest = max(counts)
@@ -94,13 +95,13 @@ class RowState:
         return [(tokens[i][:count], logprobs[i][:count]) for i, count in enumerate(counts)]
 
     def move(self, target: list[int], source: list[int]) -> None:
-        """Row source[i] takes the number target[i]."""
+        """Renumber row source[i] to target[i]."""
         into, out_of = (torch.tensor(rows, device=self.device) for rows in (target, source))
         for stored in (self.tokens, self.logprobs, self.uniforms, self.stops, self.count, self.limit, self.last):
             stored[into] = stored[out_of]
 
     def _reserve(self, rows: int, length: int, stops: int) -> None:
-        """Make room for so many rows, tokens per row, and stop tokens per row."""
+        """Make room for `rows` rows with `length` tokens and `stops` stop tokens each."""
         rows = max(rows, self.count.shape[0])
         for name, width in (("tokens", length), ("logprobs", length), ("uniforms", length), ("stops", stops)):
             old = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Which architectures the fast decoder knows, and their weights as it wants them: fused, folded, rotary pairs adjacent.
+"""Architectures the fast decoder supports, and their weights in its form: fused, folded, rotary pairs adjacent.
 
 In: a transformers configuration, and tensors under their Hugging Face names. Out: `FusedWeights`.
 """
@@ -20,11 +20,12 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 def unsupported_reason(config: PretrainedConfig, max_model_len: int | None) -> str | None:
-    """Why the fast decoder cannot be used for `config`, or None when every feature of it is known to be computed right.
+    """Return why the fast decoder does not support `config`, or None if it computes every feature of it correctly.
 
     Args:
-        config: of the model.
-        max_model_len: longest sequence that will be asked for; a sliding window as long as that never hides a token.
+        config: transformers' configuration of the model.
+        max_model_len: longest sequence that the engine will see; a sliding window at least this long never hides a
+            token.
     """
     if config.model_type not in FAMILIES or not type(config).__module__.startswith("transformers.models."):
         return f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
@@ -38,8 +39,8 @@ def unsupported_reason(config: PretrainedConfig, max_model_len: int | None) -> s
             return f"{name} is set"
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types - {"full_attention", "sliding_attention"}:
-        return f"layer_types {sorted(layer_types)} hold a type that is not known"
-    # Mistral slides in every layer and has no layer_types; the others slide only where layer_types says so.
+        return f"layer_types {sorted(layer_types)} contain an unsupported type"
+    # Mistral uses its sliding window in every layer and has no layer_types; the others use it where layer_types says.
     slides = "sliding_attention" in layer_types or config.model_type == "mistral"
     window = getattr(config, "sliding_window", None) if slides else None
     if window is not None and (max_model_len is None or window < max_model_len):
@@ -50,22 +51,23 @@ def unsupported_reason(config: PretrainedConfig, max_model_len: int | None) -> s
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One transformer block. H query heads, K key-value heads of width D; hidden C, intermediate I."""
+    """One transformer block. H query heads, K key-value heads of width D; hidden size C, intermediate size I."""
 
     input_gain: Float[Tensor, " C"]
     qkv: Float[Tensor, "(H+2K)*D C"]
     qkv_bias: Float[Tensor, " (H+2K)*D"] | None
     q_gain: Float[Tensor, " D"] | None
-    """Of the norm over each query head (Qwen3); float32."""
+    """Gain of the norm over each query head (Qwen3); float32."""
     k_gain: Float[Tensor, " D"] | None
+    """Gain of the norm over each key head (Qwen3); float32."""
     qk_gain: Float[Tensor, "H+K D"] | None
-    """The two above, one row per head, 1/sqrt(D) included for the queries; float32."""
+    """The two gains above, one row per head, with 1/sqrt(D) included for the queries; float32."""
     o: Float[Tensor, "C H*D"]
     post_gain: Float[Tensor, " C"]
     gate_up: Float[Tensor, "2*I C"]
@@ -74,21 +76,21 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class _Target:
-    """Where a named tensor goes: a view in its Hugging Face shape."""
+    """Where a named tensor is stored: a view in its Hugging Face shape."""
 
     view: Tensor
     rotary_heads: int = 0
-    """Rows are reordered per head so that the two members of a rotary pair are neighbours."""
+    """If not 0, rows are reordered in each of this many heads so that the members of a rotary pair are adjacent."""
     offset: float = 0.0
-    """Added to the tensor: Gemma stores norm gains less 1."""
+    """Added to the tensor, because Gemma stores norm gains minus 1."""
 
 
 class FusedWeights:
-    """The parameters of one model of `FAMILIES`, held once, replaced in place.
+    """The parameters of one model of `FAMILIES`, held once and replaced in place.
 
-    In float32 the norm gains and 1/sqrt(D) are folded into the matrices that follow them, exact to rounding; so is
+    In float32 the norm gains and 1/sqrt(D) are folded into the matrices that follow them, exact to rounding. So is
     sqrt(C), which lets the decoder divide by the length of a hidden vector where the model divides by its root mean
-    square. In narrower types they stay apart (`folded` False): a folded product would be rounded a second time.
+    square. In narrower types nothing is folded (`folded` is False), because the product would be rounded a second time.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -102,9 +104,9 @@ class FusedWeights:
         self.has_qk_norm = config.model_type == "qwen3"
         self.gain_offset = 1.0 if config.model_type == "gemma" else 0.0
         self.scale = self.head_dim**-0.5
-        """What scores must be multiplied by; folded into the queries wherever that is exact."""
+        """Factor of the attention scores; folded into the queries wherever that is exact."""
         self.query_scale = 1.0 if self.folded or self.has_qk_norm else self.scale
-        """What is left of it for the decoder to apply."""
+        """The part of this factor that the decoder still has to apply."""
 
         self.embed = self._empty(config.vocab_size, self.hidden)
         self.final_gain = self._empty(self.hidden, dtype=torch.float32)
@@ -115,7 +117,7 @@ class FusedWeights:
         """Every Hugging Face name that must be loaded, and its shape."""
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Copy one parameter to its place. Call `finish` once all of `shapes` are in."""
+        """Copy one parameter to its place. Call `finish` after all of `shapes` are loaded."""
         target = self._targets[name]
         if target.rotary_heads:
             pairs = tensor.reshape(target.rotary_heads, 2, -1, *tensor.shape[1:])
@@ -125,13 +127,13 @@ class FusedWeights:
             target.view.add_(target.offset)
 
     def finish(self) -> None:
-        """Fold gains and the score scale in, after a complete load."""
+        """Fold gains and the score factor into the matrices, after a complete load."""
         queries = self.heads * self.head_dim
         if self.folded:
             self.final_gain *= self.hidden**0.5
         for layer in self.layers:
             if layer.qk_gain is not None:
-                assert layer.q_gain is not None and layer.k_gain is not None, "the three come together"
+                assert layer.q_gain is not None and layer.k_gain is not None, "the three gains are set together"
                 layer.qk_gain[: self.heads] = layer.q_gain * self.scale
                 layer.qk_gain[self.heads :] = layer.k_gain
             if not self.folded:

@@ -277,7 +277,7 @@ class VllmEngine:
             await self._llm.finish_weight_update(str(version))
         except Exception as error:
             if REFUSED not in str(error):  # vLLM may hold half of the weights, and the next step would kill it
-                self._closed = f"loading the weights of version {version} failed half-way"
+                self._closed = f"loading the weights of version {version} failed halfway"
             raise RunFailed(f"vLLM did not take the weights of version {version}: {_cause(error)}") from error
         finally:
             if self._closed is None:
@@ -295,7 +295,7 @@ class VllmEngine:
             run(self._llm.update_weight_version(str(version)))
             run(self._llm.resume_generation())
         except Exception as error:
-            self._closed = f"loading the weights of version {version} failed half-way"
+            self._closed = f"loading the weights of version {version} failed halfway"
             raise RunFailed(f"vLLM did not take the weights of version {version}: {error}") from error
 
     async def _load_adapter(self, folder: str, version: int, old: list[int]) -> None:

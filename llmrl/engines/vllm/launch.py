@@ -125,7 +125,7 @@ def start_servers(
     """Start the servers of a training run on its machine. They need a while before they answer.
 
     Raises:
-        UserError: a model that lies in no folder and on no hub, or that vLLM cannot serve here; or GPUs or ports are
+        UserError: the model is neither in a folder nor on the hub, vLLM cannot serve it here, or GPUs or ports are
             missing.
     """
     if not Path(model.path).is_dir() and (":" in model.path or "(" in model.path):
@@ -201,19 +201,18 @@ def deal_gpus(server: VllmServerConfig, gpus_per_server: int, *, while_training:
     """
     import torch
 
-    each = gpus_per_server
     gpus = [str(gpu) for gpu in server.gpus]
     if not gpus and not while_training:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = [gpu for gpu in visible.split(",") if gpu] or [str(i) for i in range(torch.cuda.device_count())]
-    wanted = each * server.num_replicas
+    wanted = gpus_per_server * server.num_replicas
     if len(gpus) < wanted:
         raise UserError(
-            f"{server.num_replicas} vLLM server(s) of {each} GPU(s) each need {wanted} GPUs, there are {len(gpus)}: "
-            "name more in rollout.server.gpus, or start fewer or smaller servers"
+            f"{server.num_replicas} vLLM server(s) of {gpus_per_server} GPU(s) each need {wanted} GPUs, there are "
+            f"{len(gpus)}: name more in rollout.server.gpus, or start fewer or smaller servers"
             + (" (they may not take the GPUs you train on; run the trainer on the others)" if while_training else "")
         )
-    return [",".join(gpus[i * each : (i + 1) * each]) for i in range(server.num_replicas)]
+    return [",".join(gpus[first : first + gpus_per_server]) for first in range(0, wanted, gpus_per_server)]
 
 
 def free_ports(count: int, *, first: int, host: str = "127.0.0.1") -> list[int]:

@@ -196,7 +196,7 @@ class VllmServerEngine:
         return completion
 
     async def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Return log-probabilities on which all replicas agree; see `Engine.logprobs`.
+        """Return the log-probabilities on which all replicas agree; see `Engine.logprobs`.
 
         Raises:
             RunFailed: the replicas do not agree; the message names the replica that serves something else.

@@ -1,6 +1,6 @@
-"""Short-answer scoring: a text and its gold answers in, exact match, F1, substring and two papers' lattices out.
+"""Short-answer scoring: a text and its gold answers in; exact match, F1, substring and two papers' rewards out.
 
-Everything here is linear in the length of the text and accepts any string, lone surrogates and NUL included.
+Everything here is linear in the length of the text and accepts any string, including lone surrogates and NUL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmrl.types import Message
 from llmrl.verify.checks.text import without_thinking
 
 GOLD_SEPARATOR = "<|answer_split|>"
-"""DeepResearcher rows join several gold answers with it."""
+"""Joins several gold answers in DeepResearcher rows."""
 _PUNCTUATION_TO_NOTHING = dict.fromkeys(map(ord, string.punctuation))
 _PUNCTUATION_TO_SPACE = dict.fromkeys(map(ord, string.punctuation), " ")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -33,41 +33,42 @@ _NEXT_TAGS = {
 }
 
 
-# --- normalisers ------------------------------------------------------------------------------------------------------
+# --- normalizers ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """One named way to compare answers."""
+    """A way to compare answers."""
 
     normalize: Callable[[str], str]
-    """Text to the form that is compared; its tokens are separated by single spaces."""
+    """Maps a text to the form that is compared; its tokens are separated by single spaces."""
     multiset: bool
-    """F1 counts repeated tokens (SQuAD) or collapses them (DeepResearcher)."""
+    """Whether F1 counts repeated tokens (SQuAD) or collapses them (DeepResearcher)."""
 
 
 def squad_em(text: str) -> str:
-    """SQuAD's and Search-R1's: lower case, ASCII punctuation deleted, a/an/the dropped, spaces squeezed."""
+    """Normalize as SQuAD and Search-R1: lower case, delete ASCII punctuation, drop a/an/the, squeeze spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION_TO_NOTHING)).split())
 
 
 def deepresearcher_f1(text: str) -> str:
-    """DeepResearcher's (arXiv 2504.03160): lower case, ASCII punctuation becomes a space, articles stay."""
+    """Normalize as DeepResearcher (arXiv 2504.03160): lower case, ASCII punctuation to spaces, articles stay."""
     return " ".join(text.lower().translate(_PUNCTUATION_TO_SPACE).split())
 
 
 def multilingual(text: str) -> str:
-    """squad_em for every script: NFKC and case folding, any Unicode punctuation deleted, and in scripts written
-    without spaces each character a token, so that F1 means something there.
+    """Normalize any script as `squad_em` does English: NFKC, case folding, no Unicode punctuation or articles.
+
+    In scripts written without spaces each character becomes a token, because F1 needs tokens.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_ARTICLES.sub(" ", folded.translate(_MULTILINGUAL)).split())
 
 
 class _MultilingualTable(dict[int, str]):
-    """Code point -> what replaces it, worked out on first use: "" for punctuation, " c " where words are not spaced."""
+    """Code point -> replacement, computed on first use: "" for punctuation, " c " in scripts without spaces."""
 
-    # Thai to Lao, Burmese, Khmer, kana to bopomofo, Han with its extensions.
+    # Thai to Lao, Burmese, Khmer; kana to bopomofo, Han with its extensions.
     UNSPACED = (
         *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),
         *((0x3040, 0x312F), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
@@ -94,15 +95,15 @@ NORMALIZERS: dict[str, Normalizer] = {
 
 
 def get_normalizer(name: str) -> Normalizer:
-    """The normaliser of that name; UserError names those there are."""
+    """Return the normalizer of a name; UserError lists the known names."""
     if name not in NORMALIZERS:
         raise UserError(f"normalizer {name!r} is unknown: use one of {', '.join(NORMALIZERS)}")
     return NORMALIZERS[name]
 
 
 def _compared_form(text: str, normalizer: Normalizer) -> str:
-    # An answer made only of articles or punctuation ("The", "?") would normalise to nothing and then equal every
-    # other such answer, so it is compared as it was written.
+    # An answer made only of articles or punctuation ("The", "?") would normalize to nothing and then equal every other
+    # such answer, so compare it as it is written.
     return normalizer.normalize(text) or " ".join(text.casefold().split())
 
 
@@ -110,16 +111,16 @@ def _compared_form(text: str, normalizer: Normalizer) -> str:
 
 
 def exact_match(prediction: str, golds: Iterable[str], normalizer: str = "squad_em") -> float:
-    """1.0 when the normalised prediction equals a normalised gold answer, else 0.0."""
+    """Return 1.0 if the normalized prediction equals a normalized gold answer, else 0.0."""
     chosen = get_normalizer(normalizer)
     predicted = _compared_form(prediction, chosen)
     return float(bool(predicted) and any(predicted == _compared_form(gold, chosen) for gold in golds))
 
 
 def substring_match(prediction: str, golds: Iterable[str], normalizer: str = "squad_em") -> float:
-    """1.0 when a normalised gold answer occurs in the normalised prediction (Search-R1's substring EM), else 0.0.
+    """Return 1.0 if a normalized gold answer occurs in the normalized prediction (Search-R1's substring EM), else 0.0.
 
-    A prediction that lists many answers gains by it: use it to measure, or on short answers.
+    Listing many answers raises it, so use it to measure or for short answers, not to train.
     """
     chosen = get_normalizer(normalizer)
     predicted = _compared_form(prediction, chosen)
@@ -128,7 +129,7 @@ def substring_match(prediction: str, golds: Iterable[str], normalizer: str = "sq
 
 
 def f1(prediction: str, golds: Iterable[str], normalizer: str = "squad_em") -> float:
-    """Largest token F1 of the prediction over the gold answers: 2PR / (P + R); 0 when nothing is shared.
+    """Return the largest token F1 of the prediction over the gold answers: 2PR / (P + R), 0 without shared tokens.
 
     `squad_em` and `multilingual` count repeated tokens (Rajpurkar et al. 2016), `deepresearcher_f1` compares sets.
     """
@@ -151,15 +152,15 @@ def _f1_of_counts(predicted: Counter[str], gold: Counter[str]) -> float:
 
 
 def completion_text(completion: str | list[Message]) -> str:
-    """A completion as text: itself, or the content of its last assistant message ("" when there is none)."""
+    """Return a completion's text: itself, or the content of its last assistant message ("" if there is none)."""
     if isinstance(completion, str):
         return completion
-    spoken = [message for message in completion if message.get("role") == "assistant"]
-    return str(spoken[-1].get("content") or "") if spoken else ""
+    replies = [message for message in completion if message.get("role") == "assistant"]
+    return str(replies[-1].get("content") or "") if replies else ""
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:
-    """Content of the last closed <tag>...</tag>, stripped; None when there is none.
+    """Return the content of the last closed <tag>...</tag>, stripped; None if there is none.
 
     `<answer>a</answer> ... <answer>b</answer>` gives "b"; an opening tag that is never closed is ignored.
     """
@@ -172,7 +173,7 @@ def extract_tag(text: str, tag: str = "answer") -> str | None:
 
 
 def gold_answers(value: Any) -> list[str]:
-    """The gold answers in whatever form question-answering rows hold them, in order, without repetitions or blanks.
+    """Return the gold answers of a question-answering row, in order, without repetitions or blanks.
 
     Takes a string (parts joined by `<|answer_split|>` are separated), a number, a list or array of those (NQ's
     `answer` and `golden_answers`), SQuAD's {"text": [...]}, TriviaQA's {"value", "aliases"} and Search-R1's
@@ -184,7 +185,7 @@ def gold_answers(value: Any) -> list[str]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    if hasattr(value, "tolist"):  # an array: parquet rows hold lists so
+    if hasattr(value, "tolist"):  # parquet rows hold lists as arrays
         value = value.tolist()
     if isinstance(value, dict):
         value = [value[key] for key in ("ground_truth", "target", "text", "value", "aliases") if key in value]
@@ -199,13 +200,13 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def deepresearcher_reward(text: str, golds: Iterable[str]) -> float:
-    """Format and F1 as DeepResearcher rewards them (arXiv 2504.03160, section 3): -1, or F1 in [0, 1].
+    """Return DeepResearcher's reward for format and F1 (arXiv 2504.03160, section 3): -1, or F1 in [0, 1].
 
-    -1 when the think, answer or tool_call tags do not pair up (as many closings as openings, and one after the last
-    opening) or there is no answer; else the best set F1 of the FIRST answer, all in lower case.
+    It is -1 if the think, answer or tool_call tags do not pair up (as many closings as openings, and one after the last
+    opening) or there is no answer outside the thinking; else the best set F1 of the FIRST such answer, in lower case.
 
     Args:
-        text: the policy's own text, all turns. Observations belong outside: tags inside web text would count.
+        text: the policy's own text of all turns, without observations, because tags inside web text would count.
         golds: gold answers; the best match counts.
     """
     lowered = text.lower()
@@ -222,10 +223,11 @@ def deepresearcher_reward(text: str, golds: Iterable[str]) -> float:
 
 
 def search_r1_format(text: str) -> bool:
-    """Whether a transcript follows Search-R1's grammar (arXiv 2505.15117).
+    """Return whether a transcript follows Search-R1's grammar (arXiv 2505.15117):
 
-    start -> think -> (search -> information -> think)* -> answer -> end, every tag closed before the next opens,
-    nothing but white space between them.
+        start -> think -> (search -> information -> think)* -> answer -> end
+
+    Every tag must be closed before the next one opens, with only white space between them.
     """
     previous, inside, position = "start", None, 0
     for match in _TAG.finditer(text):
@@ -252,21 +254,23 @@ def search_r1_reward(
     normalizer: str = "squad_em",
     well_formed: bool | None = None,
 ) -> float:
-    """Search-R1's lattice of exact match, format and retrieval (arXiv 2505.15117).
+    """Return Search-R1's reward for exact match, format and retrieval (arXiv 2505.15117).
 
     | last <answer> | transcript well-formed                                  | not                            |
     | correct       | 1                                                       | 1 - structure_format_score     |
     | wrong         | structure_format_score (+ retrieval_score, see below)   | final_format_score             |
     | missing       | the same                                                | 0                              |
 
+    The answer is read outside the thinking.
+
     Args:
         text: the transcript, with the environment's <information> blocks and without the prompt.
         golds: gold answers; the best match counts.
         structure_format_score: see the table; 0.2 in the paper's scripts.
-        retrieval_score: added when some <information> block contains a gold answer.
+        retrieval_score: added if some <information> block contains a gold answer.
         final_format_score: see the table; 0.1 in the paper's scripts.
         normalizer: how answers are compared.
-        well_formed: known from elsewhere; default, what `search_r1_format` says of the text.
+        well_formed: overrides the result of `search_r1_format`.
     """
     if well_formed is None:
         well_formed = search_r1_format(text)
@@ -282,5 +286,5 @@ def search_r1_reward(
 
 
 def _information_blocks(text: str) -> list[str]:
-    # Only called on a well-formed transcript, where each opening tag has its closing one.
+    # Only called on a well-formed transcript, in which every opening tag has a closing one.
     return [part.partition("</information>")[0] for part in text.split("<information>")[1:]]

@@ -1,7 +1,7 @@
 """Mathematical answers: extraction from a completion, and equivalence on top of math-verify.
 
-A completion and a gold answer go in; what was extracted and whether it equals the gold come out. Extraction is linear
-in the length of the text, and math-verify only ever sees the short extracted answer.
+A completion and a gold answer in; the extracted answer and whether it equals the gold answer out. Extraction is linear
+in the length of the text, and math-verify only sees the short extracted answer.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 from llmrl.verify.checks.text import without_thinking
 
 MAX_ANSWER_LENGTH = 1000
-"""Characters; a longer "answer" is not an answer."""
+"""Characters; anything longer does not count as an answer."""
 TAIL_LENGTH = 10_000
-"""Where there is no box, the answer is looked for in this many last characters."""
+"""Without a box, the answer is searched in this many characters at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extraction:
-    """The answer a completion gives."""
+    """The answer that was found in a completion."""
 
     answer: str | None
-    """None where the completion gives none."""
+    """None if the completion gives no answer."""
     num_boxes: int
-    """How many \\boxed{} (or \\fbox{}) the completion holds, outside its thinking."""
+    """Number of \\boxed{} or \\fbox{} in the completion, outside the thinking."""
 
 
 # --- extraction -------------------------------------------------------------------------------------------------------
@@ -40,12 +40,12 @@ class Extraction:
 def extract_answer(completion: str, *, require_box: bool = False) -> Extraction:
     """Find the answer of a completion: its last box; without a box, `#### x`, then `answer is x`, then the last number.
 
-    Only the last box counts, and an unreadable last box (empty, never closed) counts as no answer: no earlier one
-    stands in for it, so several boxes never buy several guesses.
+    Only the last box counts. If it is unreadable (empty, never closed) there is no answer, and no earlier box replaces
+    it, so several boxes never buy several guesses.
 
     Args:
-        completion: any text; thinking (`<think>...</think>`) is left out first.
-        require_box: give no answer where there is no box.
+        completion: any text; its thinking is removed first.
+        require_box: return no answer if there is no box.
     """
     text = without_thinking(completion)
     num_boxes = text.count("\\boxed") + text.count("\\fbox")
@@ -56,7 +56,7 @@ def extract_answer(completion: str, *, require_box: bool = False) -> Extraction:
 
 
 def last_box(text: str) -> str | None:
-    r"""What is inside the last \boxed{...}, \boxed x or \fbox{...}; None where it is empty, unclosed or too long."""
+    r"""Return what the last \boxed{...}, \boxed x or \fbox{...} holds; None if it is empty, unclosed or too long."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
@@ -101,7 +101,7 @@ def _first_line(text: str) -> str | None:
 
 
 def _first_sentence(text: str) -> str | None:
-    """Up to a full stop that ends a sentence; math in dollars is taken out of them."""
+    """Return the text up to the end of its first sentence, or the mathematics in dollars or brackets it begins with."""
     line = _first_line(text)
     if line is None:
         return None
@@ -118,14 +118,14 @@ def _first_sentence(text: str) -> str | None:
 
 
 def gold_answers(answer: Any) -> list[str]:
-    r"""The forms of a reference answer that are accepted.
+    r"""Return the accepted forms of a reference answer.
 
     Args:
         answer: a plain answer (text or number), a GSM8K solution that ends in `#### x`, a MATH solution with a
             \boxed{...}, or a list of accepted forms.
 
     Returns:
-        Short answers; empty where none can be read.
+        Short answers; empty if none can be read.
     """
     if isinstance(answer, (list, tuple)):
         return [form for entry in answer for form in gold_answers(entry)]
@@ -148,7 +148,7 @@ def gold_answers(answer: Any) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def is_readable(gold: str) -> bool:
-    """Whether a gold answer can be compared with: a number, words, or something math-verify can parse."""
+    """Return whether answers can be compared with this gold: a number, words, or anything math-verify can parse."""
     normal = normalize(gold)
     if _as_fraction(normal) is not None or re.fullmatch(r"[^\W\d_][\w\s.,'()-]*", words(normal)):
         return True
@@ -159,15 +159,15 @@ def is_readable(gold: str) -> bool:
 
 
 def equals_gold(prediction: str | None, golds: Iterable[str], *, allow_unevaluated: bool = False) -> bool | None:
-    r"""Whether a prediction is equivalent to one of several accepted answers; None where none of those can be read.
+    r"""Return whether a prediction is equivalent to one of several accepted answers; None if none of these can be read.
 
-    Must be called where a hang can be killed: some expressions take for ever to simplify.
+    Call it in a process that can be killed, because some expressions take forever to simplify.
 
     Args:
-        prediction: what `extract_answer` found.
-        golds: what `gold_answers` gives.
-        allow_unevaluated: where the gold is a number, accept a sum or a product that comes to it (17 \cdot 24 for
-            408). Otherwise that is wrong, since it may be no more than the question itself.
+        prediction: from `extract_answer`.
+        golds: from `gold_answers`.
+        allow_unevaluated: accept a sum or product that evaluates to a numeric gold (17 \cdot 24 for 408). Otherwise it
+            is wrong, because it may only restate the question.
     """
     golds = list(golds)
     if prediction is not None and any(_same(normalize(prediction), normalize(gold)) for gold in golds):
@@ -181,7 +181,7 @@ def equals_gold(prediction: str | None, golds: Iterable[str], *, allow_unevaluat
 
 
 def _same(ours: str, theirs: str) -> bool:
-    """Equal strings, words or plain numbers."""
+    """Return whether two answers are equal as strings, words or plain numbers."""
     if not ours or ours == theirs:
         return bool(ours)
     a, b = words(ours), words(theirs)
@@ -192,11 +192,11 @@ def _same(ours: str, theirs: str) -> bool:
 
 
 def _equivalent(ours: str, theirs: str, allow_unevaluated: bool) -> bool:
-    """For answers that are not the same: numbers are decided here, as math-verify would; the rest is math-verify's."""
+    """Compare answers that are not the same: decide numbers here, as math-verify would; leave the rest to it."""
     if not ours or len(ours) > MAX_ANSWER_LENGTH:
         return False
     a, b = _as_fraction(ours), _as_fraction(theirs)
-    if b is not None and a is not None and abs(a - b) > Fraction(2, 10**6):  # it rounds decimals to 6 digits
+    if b is not None and a is not None and abs(a - b) > Fraction(2, 10**6):  # it rounds to 6 digits
         return False
     if b is not None and a is None and not allow_unevaluated and _is_unevaluated(ours):
         return False
@@ -211,7 +211,7 @@ _OPERATION = re.compile(
 
 
 def _is_unevaluated(answer: str) -> bool:
-    r"""Whether what stands last in a chain of equations is still to be worked out: 17 \cdot 24, \binom{5}{2}, 5!."""
+    r"""Return whether the last side of an equation still contains an operation: 17 \cdot 24, \binom{5}{2}, 5!."""
     depths = accumulate((c == "{") - (c == "}") for c in answer)
     equals = [i for i, (c, depth) in enumerate(zip(answer, depths, strict=True)) if c == "=" and depth == 0]
     last = answer[equals[-1] + 1 :] if equals else answer
@@ -223,9 +223,9 @@ _UNICODE = str.maketrans(
     | {"\u00b7": "\\cdot ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2229": "\\cap "}
     | dict.fromkeys("\u00a3\u20ac\u00a5")
 )
-"""Mathematics typed as characters, and currencies, which are left out."""
+"""Unicode characters as LaTeX; currency signs are removed."""
 _JUXTAPOSED = re.compile(r"\d\s+\d")
-"""Two numbers side by side: math-verify would add them up."""
+"""Two numbers side by side, which math-verify would add up."""
 _SPACING = re.compile(r"\\[!,;:> ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|~")
 _GROUPED = re.compile(r"(?<=\d)(?:\{,\}|\s*\\[!,;: ]\s*|,\s*\\!\s*|\s)(?=\d{3}(?!\d))")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -244,7 +244,7 @@ _MIXED = re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$")
 
 @functools.lru_cache(maxsize=4096)
 def normalize(answer: str) -> str:
-    """One spelling for what is written in many: spacing, thousands separators, currency, degrees, units, wrappers."""
+    """Unify the spelling of an answer: spacing, thousands separators, currency, degrees, units, wrappers."""
     text = answer.strip().strip("$").strip()
     text = text.translate(_UNICODE).replace("\\%", "%").replace("\\$", "").replace("$", "")
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
@@ -262,13 +262,13 @@ def normalize(answer: str) -> str:
 
 
 def words(answer: str) -> str:
-    r"""The answer as plain words, without \text{} and spaces around; '' where it holds mathematics."""
+    r"""Return the answer as plain words, without \text{} and outer spaces; '' if it contains mathematics."""
     plain = " ".join(_TEXT.sub(r"\1", answer).split()).strip("() ")
     return "" if re.search(r"[\\{}^=<>+*]", plain) else plain
 
 
 def _as_fraction(text: str) -> Fraction | None:
-    """A plain number, fraction or mixed number as an exact value; None for anything else."""
+    """Return a plain number, fraction or mixed number as an exact value; None for anything else."""
     text = re.sub(r"(?:\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\s*\\text\s*\{[^{}\d]*\})$", "", text)
     if match := re.fullmatch(r"([-+]?)(\d+)?\\frac(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", text):
         sign, whole, *parts = match.groups()
@@ -283,9 +283,9 @@ def _as_fraction(text: str) -> Fraction | None:
 
 
 MAX_POWER = 10**7
-"""Product of the numbers that stand as exponents in one answer."""
+"""Largest product of the exponents in one answer."""
 MAX_NESTING = 40
-"""Brackets inside brackets; the LaTeX parser's time grows steeply with them."""
+"""Deepest nesting of brackets; the LaTeX parser's time grows steeply with it."""
 _WILD = re.compile(
     r"\^\s*\{?\s*[-+]?\d{5,}|(?:\d{5,}|\^\s*\{?\s*\d+)[\s})\]]*!|!\s*!|\^\s*\d+\s*\^"  # 9^{99999}, 99999!, 9!!, 9^9^9
     r"|\^\s*\{[^{}]*\^\s*\{[^{}]*\^"  # e^{e^{e^9}}
@@ -296,7 +296,7 @@ _WILD = re.compile(
 
 
 def is_tame(answer: str) -> bool:
-    """False for what takes too long to evaluate or to parse, which nobody gives as an answer but to stop a verifier."""
+    """Return False for an answer that takes too long to parse or evaluate, as only attacks on a verifier do."""
     if _WILD.search(answer):
         return False
     if max(accumulate((c in "([{") - (c in ")]}") for c in answer), default=0) > MAX_NESTING:
@@ -321,7 +321,7 @@ def _closing(text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
-    """math-verify's parse of one short answer, without its signal-based time limit."""
+    """Parse one short answer with math-verify, without its signal-based time limit."""
     from math_verify import LatexExtractionConfig, parse
 
     _silence()
@@ -331,7 +331,7 @@ def _parse(answer: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _verify(gold: str, prediction: str) -> bool:
-    """math-verify's verdict on two short answers; the answers of a group repeat themselves, so verdicts are kept."""
+    """Compare two short answers with math-verify. Results are cached, because the answers of a group repeat."""
     from math_verify import verify
 
     _silence()
@@ -342,11 +342,11 @@ def _verify(gold: str, prediction: str) -> bool:
 
 
 def _surely_differ(gold: Any, prediction: Any) -> bool:
-    """Whether two expressions have different values where their symbols are replaced by numbers.
+    """Return whether two expressions have clearly different values after numbers replace their symbols.
 
-    math-verify would simplify their difference before it says no, and that is most of what it costs. False stands for
-    "ask it": values closer than its rounding, percentages and lone symbols (words, often), for which it has rules of
-    its own, and whatever has no finite value.
+    This saves most of math-verify's time, because it simplifies the difference before it answers no. False means "ask
+    math-verify": the values are closer than its rounding, not finite, or follow special rules there (percentages, and
+    lone symbols, which are often words).
     """
     from sympy import Expr, Rational, Symbol, UnevaluatedExpr
 
@@ -364,6 +364,6 @@ def _surely_differ(gold: Any, prediction: Any) -> bool:
 
 @functools.cache
 def _silence() -> None:
-    """math-verify warns that its time limit is off; ours is the pool's."""
+    """Silence math-verify's warning that its time limit is off; the worker pool has one of its own."""
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)

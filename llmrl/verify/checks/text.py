@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from rapidfuzz import fuzz
 
 LITERALS = {"<NUM_LIT>": "0", "<STR_LIT>": "", "<CHAR_LIT>": ""}
-"""What CodeXGLUE writes for literals it has left out, and what its metrics read there."""
+"""CodeXGLUE's placeholders for literals that it left out, and the text that its metrics read instead."""
 KEPT_LITERAL = re.compile(r"<(?:NUM|STR|CHAR)_LIT:([^>]*)>")
-"""A literal it has kept, because it is frequent."""
+"""A frequent literal, which CodeXGLUE keeps inside the placeholder."""
 BLEU_ORDER = 4
 
 
@@ -46,28 +46,28 @@ def without_thinking(text: str) -> str:
 
 
 def without_placeholders(code: str) -> str:
-    """The code with CodeXGLUE's placeholders of literals replaced: `<STR_LIT:utf-8>` by `utf-8`, `<NUM_LIT>` by `0`."""
+    """Replace CodeXGLUE's placeholders of literals: `<STR_LIT:utf-8>` by `utf-8`, `<NUM_LIT>` by `0`."""
     for name, text in LITERALS.items():
         code = code.replace(name, text)
     return KEPT_LITERAL.sub(r"\1", code)
 
 
 def edit_similarity(prediction: str, reference: str) -> float:
-    """Likeness of two pieces of code, from 0 to 1 (equal): 1 - d / (m + n).
+    """Return the similarity of two pieces of code, from 0 to 1 (equal): 1 - d / (m + n).
 
-    d is the least number of inserted and deleted characters that makes one the other, m and n are their lengths. It is
-    CodeXGLUE's edit similarity (`fuzz.ratio`, 0 to 100 there), without its rounding to whole per cent.
+    d is the smallest number of inserted and deleted characters that turns one into the other; m and n are their
+    lengths. This is CodeXGLUE's edit similarity (`fuzz.ratio`, 0 to 100 there) without rounding to whole percents.
     """
     return fuzz.ratio(without_placeholders(prediction.strip()), without_placeholders(reference.strip())) / 100
 
 
 def code_exact_match(prediction: str, reference: str) -> float:
-    """1.0 when both have the same words between white space, else 0.0 (CodeXGLUE, line completion)."""
+    """Return 1.0 if both have the same words between white space, else 0.0 (CodeXGLUE, line completion)."""
     return float(without_placeholders(prediction).split() == without_placeholders(reference).split())
 
 
 def sentence_bleu(prediction: Sequence[int], reference: Sequence[int]) -> float:
-    """BLEU-4 of token ids, from 0 to 1; for n above 1, 1 is added to the n-grams that match and to all n-grams.
+    """Compute BLEU-4 of token ids, from 0 to 1, adding 1 to the matches and to the total of n-grams for n above 1.
 
     References:
         Papineni et al. 2002 (BLEU); Lin and Och 2004, "ORANGE" (the smoothing).

@@ -1,7 +1,7 @@
-"""Citations and their evidence: an answer and the conversation in; the pages it cites and that its tools returned out.
+"""Citations and their evidence: an answer and its conversation in; the pages that it cites and its tools returned out.
 
-Only what a tool said is evidence. A link that no tool output contained, and a citation whose quotation is not on the
-cited page, count for nothing. Follows CaRR (arXiv 2601.06021); everything is linear in the length of the text.
+Only tool outputs are evidence. A link that no tool output contains, and a citation whose quotation is not on the cited
+page, count for nothing. Follows CaRR (arXiv 2601.06021). Everything is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.verdict import clean_text
 
 MAX_CITATIONS = 1000
-"""An answer with more is not read further: it bounds the work that one answer can cause."""
+"""Further citations of an answer are not read, which bounds the work that one answer can cause."""
 MAX_QUOTES = 100
-"""Beside one citation; with more, the citation counts for nothing."""
+"""Per citation; a citation with more quotations counts for nothing."""
 MIN_QUOTE_TOKENS = 5
 """Shorter passages in quotation marks are names and titles, not quotations of the page."""
 
-# [[4](https://host/page)] or [4](https://host/page), : the link must be followed by "]" or ",".
+# [[4](https://host/page)] or [4](https://host/page), -- the link must be followed by "]" or ",".
 _CITATION_OPENS = re.compile(r"\[[0-9]{1,9}\]\((?:view-source:)?(?=https?://)")
 _CITATION_CLOSES = re.compile(r"\)[\],]|\s")
-# An opening mark inside ends the search for the closing one, so that a run of opening marks costs linear time.
+# A quotation may not contain an opening mark, so a run of opening marks costs linear time.
 _QUOTE = re.compile(
     '"([^"\n]*)"|\u201c([^\u201c\u201d\n]*)\u201d|\u00ab([^\u00ab\u00bb\n]*)\u00bb|\u300c([^\u300c\u300d\n]*)\u300d'
 )
 _ELLIPSIS = re.compile(r"\[?(?:\.\.\.|\u2026)\]?")
 _SEARCH_RESULT = re.compile(r"^\[([0-9]{1,9})\] Title:", re.MULTILINE)
-# "read" only where a word begins: threads and spreadsheets retrieve nothing.
+# "read" matches only at the beginning of a word: tools named thread or spreadsheet retrieve nothing.
 _RETRIEVAL_TOOL = re.compile(r"search|retriev|open|find|brows|visit|fetch|(?<![a-z])read|crawl|scrap", re.IGNORECASE)
 _URL_PREFIXES = ("view-source:", "https://r.jina.ai/", "http://r.jina.ai/")
 
@@ -43,15 +43,16 @@ class Citation:
     """One inline citation."""
 
     url: str
-    """As `clean_url` gives it."""
+    """Normalized by `clean_url`."""
     start: int
-    """Where it begins in the text."""
+    """Offset of its first character in the text."""
     end: int
+    """Offset after its last character."""
 
 
 @dataclass(slots=True)
 class Page:
-    """What the tools returned about one address."""
+    """Everything the tools returned about one address."""
 
     url: str
     title: str = ""
@@ -62,7 +63,7 @@ class Page:
 
 @dataclass(slots=True)
 class Evidence:
-    """The cited pages that were seen, and what happened to the other citations."""
+    """The cited pages that count as evidence, and why the other citations do not."""
 
     pages: list[Page] = field(default_factory=list)
     """In citation order."""
@@ -71,32 +72,29 @@ class Evidence:
     unseen: list[str] = field(default_factory=list)
     """Cited addresses that no tool returned."""
     misquoted: list[str] = field(default_factory=list)
-    """Cited addresses left out because a quotation beside them is not on the page."""
+    """Cited addresses left out because a quotation next to them is not on the page."""
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
 def final_response(history: list[Message]) -> str | None:
-    """Text of the last message, without thinking and without the References section; None when it is no answer.
-
-    None when the last message is not the assistant's or has no content left.
-    """
+    """Return the judged text of the last message, or None if it is not the assistant's or no text is left."""
     if not history or history[-1].get("role") != "assistant":
         return None
     return judged_text(str(history[-1].get("content") or "")) or None
 
 
 def judged_text(text: str) -> str:
-    """The part of an answer that is judged: without its thinking, before the last "## References", stripped.
+    """Return the part of an answer that is judged: without thinking, before the last "## References", stripped.
 
-    NUL and lone surrogates become U+FFFD, so that the text can be sent anywhere.
+    NUL and lone surrogates become U+FFFD, because judges' servers may reject them.
     """
     return clean_text(without_thinking(text).rsplit("## References", 1)[0]).strip()
 
 
 def clean_url(url: str) -> str:
-    """The address without reader prefixes (view-source:, r.jina.ai), fragment and trailing slash."""
+    """Remove reader prefixes (view-source:, r.jina.ai), the fragment and trailing slashes from an address."""
     url = url.strip()
     while url.startswith(_URL_PREFIXES):
         url = url.removeprefix(next(prefix for prefix in _URL_PREFIXES if url.startswith(prefix)))
@@ -104,12 +102,13 @@ def clean_url(url: str) -> str:
 
 
 def extract_citations(text: str) -> list[Citation]:
-    """The inline citations of a text: `[[4](https://host/page)]`, several as `[[0](https://a), [5](https://b)]`.
+    """Find the inline citations of a text: `[[4](https://host/page)]`, several as `[[0](https://a), [5](https://b)]`.
 
-    The link ends at the first ")" that "]" or "," follows, so addresses may hold parentheses but no white space; a
-    bare `[4](https://host)` is no citation.
+    The link ends at the first ")" followed by "]" or ",", so addresses may contain parentheses but not white space. A
+    bare `[4](https://host)` is not a citation.
     """
     found: list[Citation] = []
+    # Openings and closings advance together, so the scan is linear however many openings are never closed.
     closings = _CITATION_CLOSES.finditer(text)
     closing = next(closings, None)
     for opening in _CITATION_OPENS.finditer(text):
@@ -129,16 +128,16 @@ def extract_citations(text: str) -> list[Citation]:
 
 
 def collect_pages(history: list[Message]) -> dict[str, Page]:
-    """Every page that the tools of a conversation returned, by address (`clean_url`).
+    """Collect every page that the tools of a conversation returned, by address (`clean_url`).
 
     Tool outputs are messages of role tool (OpenAI's form, or CaRR's list of {tool_call_id, output}) and
-    <tool_response> blocks of user messages. Understood are:
+    <tool_response> blocks of user messages. These forms are read:
     - search results: blocks of `[i] Title:`, `[i] URL Source:`, `[i] Description:`, optionally `[i] Date:`;
     - an opened page: `Title:`, `URL Source:`, `Published Time:`, then `Markdown Content:`;
-    - find results: `[Match i]` blocks, which belong to the page opened last;
-    - JSON with objects that have a `url` (or `link`): all other text in the object is the page's.
-    Anything else is no evidence: not what the policy wrote itself, and not the output of a tool whose name does not say
-    that it retrieves (search, open, find, browse, visit, fetch, read ...), since code can print a forged page.
+    - find results: `[Match i]` blocks, which belong to the last opened page;
+    - JSON with objects that have a `url` (or `link`): all other text in the object belongs to the page.
+    Nothing else is evidence: neither text that the policy wrote itself, nor the output of a tool whose name does not
+    indicate retrieval (search, open, find, browse, visit, fetch, read ...), because code can print a forged page.
     """
     pages: dict[str, Page] = {}
     current: Page | None = None
@@ -152,20 +151,20 @@ def collect_pages(history: list[Message]) -> dict[str, Page]:
             known.title = known.title or page.title
             known.published = known.published or page.published
             known.texts += page.texts
-            if not output.startswith("["):  # a page, not a list of results
+            if not output.startswith("["):  # an opened page rather than a list of results
                 current = known
     return pages
 
 
 def _retrieved(history: list[Message]) -> Iterator[str]:
-    """The outputs of retrieval tools, stripped, in order."""
+    """Yield the outputs of retrieval tools, stripped, in order."""
     for name, output in _tool_outputs(history):
         if not name or _RETRIEVAL_TOOL.search(name):
             yield output.strip()
 
 
 def _tool_outputs(history: list[Message]) -> Iterator[tuple[str, str]]:
-    """(name of the tool, "" where it cannot be known; output), in order."""
+    """Yield (name of the tool or "" if unknown, output), in order."""
     names: dict[str, str] = {}
     last_names: list[str] = []
     for message in history:
@@ -181,7 +180,8 @@ def _tool_outputs(history: list[Message]) -> Iterator[tuple[str, str]]:
         elif message.get("role") == "user" and isinstance(content, str):
             blocks = content.split("<tool_response>")[1:]
             if len(blocks) != len(last_names):
-                # An output that contains the marks itself: nobody can say any more which tool a block is from.
+                # Some output contains the tags itself, so it is unknown which tool a block is from. If any of the
+                # tools does not retrieve, assume the worst: all blocks are its output.
                 foreign = (name for name in last_names if name and not _RETRIEVAL_TOOL.search(name))
                 last_names = [next(foreign, "")] * len(blocks)
             for name, block in zip(last_names, blocks, strict=True):
@@ -189,10 +189,10 @@ def _tool_outputs(history: list[Message]) -> Iterator[tuple[str, str]]:
 
 
 def _calls(message: Message) -> list[tuple[str, str]]:
-    """(identifier, name of the tool) of each call in an assistant message, "" where unknown."""
+    """Return (identifier, name of the tool) of each call in an assistant message; "" if unknown."""
     calls = list(message.get("tool_calls") or [])
     if not calls:
-        # A call that is only thought about is not executed, so it would name the output of another one.
+        # A call inside the thinking is not executed; counting it would assign outputs to the wrong tools.
         for block in without_thinking(str(message.get("content") or "")).split("<tool_call>")[1:]:
             try:
                 calls.append(json.loads(block.partition("</tool_call>")[0]))
@@ -244,7 +244,7 @@ def _json_pages(output: str) -> list[Page]:
     except (ValueError, RecursionError):
         return []
     pages: list[Page] = []
-    # (value, page its text belongs to); a stack, since web data may be nested deeper than Python recurses.
+    # Pairs of (value, page that its text belongs to). A stack, because web data may nest deeper than Python recurses.
     pending: list[tuple[Any, Page | None]] = [(value, None)]
     while pending:
         item, page = pending.pop()
@@ -272,18 +272,17 @@ def _non_blank(text: str) -> list[str]:
 def gather_evidence(
     response: str, history: list[Message], *, max_pages: int = 20, check_quotes: bool = True
 ) -> Evidence:
-    """The pages a response cites and its tools returned, in citation order, at most `max_pages`.
+    """Collect the pages that a response cites and its tools returned, in citation order, at most `max_pages`.
 
-    A text that several pages share is kept on the first of them.
+    A text shared by several pages is kept only on the first of them.
 
     Args:
-        response: what `judged_text` gives.
-        history: the conversation, tool outputs included.
-        max_pages: further cited pages are left out.
-        check_quotes: leave out citations beside a quotation that none of the pages cited there contains. A quotation
+        response: the answer, from `judged_text`.
+        history: the conversation, including tool outputs.
+        max_pages: leave out further cited pages.
+        check_quotes: leave out citations next to a quotation that none of the pages cited there contains. A quotation
             is a passage in quotation marks, of at least MIN_QUOTE_TOKENS words besides articles, between the previous
-            citation (or the start of the line) and this one; case, punctuation and left-out parts ("...") do not
-            matter.
+            citation (or the start of the line) and this one; case, punctuation and omissions ("...") do not matter.
     """
     seen = collect_pages(history)
     evidence = Evidence()
@@ -313,7 +312,7 @@ def gather_evidence(
 
 
 def _citation_groups(text: str, citations: list[Citation]) -> list[tuple[str, list[str]]]:
-    """(text that precedes, addresses) of citations that stand side by side."""
+    """Group adjacent citations: (the text before them, their addresses)."""
     groups: list[tuple[str, list[str]]] = []
     end = 0
     for citation in citations:
@@ -336,5 +335,5 @@ def _quoted_fragments(passage: str) -> list[str]:
 
 
 def _searchable(page: Page) -> str:
-    # The separator is no token, so that no quotation runs over from one text into the next.
-    return "".join(f" {multilingual(text)} |" for text in [page.title, *page.texts])
+    # Normalized text has no line breaks, so no quotation can match across two texts.
+    return "\n".join(f" {multilingual(text)} " for text in [page.title, *page.texts])

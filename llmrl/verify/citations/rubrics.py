@@ -1,7 +1,7 @@
 """Citation-aware rubrics: a deep-research conversation and its single-hop rubrics in, outcome and rubric reward out.
 
-CaRR (arXiv 2601.06021): a rubric counts when its hidden entities are named in the answer, the cited pages support
-it, and a chain of supported rubrics connects it to the final answer. `llmrl.algo.ops.mixing` mixes both rewards.
+CaRR (arXiv 2601.06021): a rubric counts if the answer names its hidden entities, the cited pages support it, and a
+chain of supported rubrics connects it to the final answer. `llmrl.algo.ops.mixing` mixes the two rewards.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ ANSWER_ENTITY = "E0"
 
 @dataclass(frozen=True, kw_only=True)
 class RubricOptions:
-    """The switches of the rubric check; the defaults are the paper's method."""
+    """Which parts of the rubric check are on. The defaults are the paper's method, plus `check_quotes`."""
 
     check_entities: bool = True
-    """Only rubrics whose entities are all named are checked. Off: all are, with unnamed placeholders as they stand."""
+    """Check only rubrics whose entities are all named. Off: check all, with unnamed placeholders left in."""
     check_connectivity: bool = True
-    """Only rubrics that supported ones connect to the answer count. Off: every supported one counts."""
+    """Count only rubrics that supported rubrics connect to the answer. Off: count every supported one."""
     check_quotes: bool = True
-    """A citation beside a quotation that is not on the cited page counts for nothing (not in the paper)."""
+    """Ignore a citation next to a quotation that is not on the cited page (not in the paper)."""
     max_pages: int = 20
-    """Cited pages that are shown to the judge."""
+    """Number of cited pages shown to the judge."""
 
 
 @dataclass(kw_only=True)
 class RubricRecord:
-    """What became of one rubric."""
+    """The result for one rubric."""
 
     raw_rubric: str
     filled_rubric: str
@@ -51,7 +51,7 @@ class RubricRecord:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Both rewards of one conversation; None where the judge abstained."""
+    """Both rewards of one conversation, each None if the judge abstained."""
 
     outcome: float | None = 0.0
     rubric: float | None = 0.0
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def connected_rubrics(rubrics: Sequence[str], supported: Sequence[bool]) -> list[int]:
-    """Indices of the supported rubrics that a chain of supported rubrics, sharing entities, links to <E0>.
+    """Return the indices of the supported rubrics that a chain of supported rubrics with shared entities links to <E0>.
 
     Breadth-first search on the bipartite graph of entities and supported rubrics (CaRR, arXiv 2601.06021). A rubric
     without placeholders is never reached.
@@ -85,7 +85,7 @@ def connected_rubrics(rubrics: Sequence[str], supported: Sequence[bool]) -> list
 
 
 def fill_rubric(rubric: str, values: dict[str, str | None]) -> RubricRecord:
-    """A rubric with the placeholders of identified entities replaced by their names."""
+    """Replace the placeholders of identified entities in a rubric by their names."""
     own = {entity: values.get(entity) for entity in entities_of(rubric)}
     filled = PLACEHOLDER.sub(lambda match: own[match.group(1)] or match.group(), rubric)
     identified = all(value is not None for value in own.values())
@@ -103,17 +103,18 @@ async def score_rubrics(
     rubrics: Sequence[str],
     options: RubricOptions | None = None,
 ) -> Evaluation:
-    """The rubric reward: connected supported rubrics over all rubrics, in [0, 1] (CaRR, section 3).
+    """Compute the rubric reward: connected supported rubrics over all rubrics, in [0, 1] (CaRR, section 3).
 
-    Nothing cited, nothing found in the history, no entity named, no rubrics: 0. An abstaining judge: None.
+    It is 0 if nothing is cited, no cited page is in the history, no entity is named or there are no rubrics, and None
+    if the judge abstains.
 
     Args:
-        judge: answers two questions at most.
-        question: what was asked.
-        response: the judged part of the answer (`citations.judged_text`).
-        history: the conversation with its tool outputs, where the evidence comes from.
+        judge: is asked at most two questions.
+        question: the question that the conversation answers.
+        response: the judged part of the answer (`pages.judged_text`).
+        history: the conversation with its tool outputs, the source of the evidence.
         rubrics: single-hop facts with placeholders.
-        options: the switches; default, the paper's method.
+        options: which checks are on.
     """
     options = options or RubricOptions()
     if not rubrics:
@@ -165,22 +166,22 @@ async def evaluate(
     rubric_only_if_correct: bool = False,
     options: RubricOptions | None = None,
 ) -> Evaluation:
-    """Outcome and rubric reward of one finished conversation.
+    """Compute outcome and rubric reward of one conversation.
 
-    A conversation that is unfinished, or does not end with an answer of the assistant, gets (0, 0) and asks nothing;
-    what is not needed is 0 and not asked.
+    A conversation that is unfinished, or does not end with an answer of the assistant, gets 0 for both and the judge is
+    not asked. A reward that is not needed is 0 and not asked for.
 
     Args:
-        judge: answers three questions at most.
+        judge: is asked at most three questions.
         history: the conversation; its last message is the answer.
-        question: what was asked.
-        known_answers: gold answers; any of them is right.
+        question: the question that the conversation answers.
+        known_answers: gold answers; any of them is correct.
         rubrics: single-hop facts with placeholders.
         unfinished: the rollout was cut off.
         need_outcome: ask about the answer.
         need_rubric: ask about the rubrics.
-        options: the switches; default, the paper's method.
-        rubric_only_if_correct: save the rubric questions where the outcome is 0 (its rubric reward is then 0).
+        rubric_only_if_correct: skip the rubric questions if the outcome is 0; the rubric reward is then 0.
+        options: which checks are on.
     """
     response = None if unfinished else final_response(history)
     if response is None:
@@ -208,5 +209,5 @@ async def evaluate(
 
 
 def record_dicts(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """The per-rubric records by index, as plain data."""
+    """Return the records of the rubrics as plain data, by index."""
     return {str(i): asdict(record) for i, record in enumerate(evaluation.records)}

@@ -1,6 +1,6 @@
-"""The questions that citation rubrics put to a judge: a case in; entity names or support flags out.
+"""The questions that citation rubrics ask a judge: a case in; entity names or support flags out.
 
-None is an abstention, never a 0. Whether the final answer is right is asked by `judge_correct`.
+None is an abstention, never a 0. `judge_correct` asks whether the final answer is correct.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llmrl.verify.judge.correct import KNOWN_SEPARATOR, stated
 from llmrl.verify.judge.verdict import AnyJudge, Canary, OfflineJudge, Question
 
 MAX_ENTITY_CHARS = 300
-"""What is longer names nothing: it would be the policy arguing with the judge."""
+"""A longer name counts as none: it is the policy arguing with the judge."""
 PLACEHOLDER = re.compile(r"<(E[0-9]+)>")
 
 
 def entities_of(rubric: str) -> list[str]:
-    """Placeholders <E0>, <E1> ... of a rubric, without repetition, in order of appearance."""
+    """Return the placeholders <E0>, <E1> ... of a rubric, without repetition, in order of appearance."""
     return list(dict.fromkeys(PLACEHOLDER.findall(rubric)))
 
 
@@ -88,7 +88,7 @@ SUPPORT = Question(
 async def identify_entities(
     judge: AnyJudge, question: str, response: str, rubrics: Sequence[str]
 ) -> dict[str, str | None] | None:
-    """Which name the response states for each placeholder (None: it names none); None: the judge abstained."""
+    """Ask which name, if any, the response states for each placeholder; return None if the judge abstained."""
     entities = sorted({entity for rubric in rubrics for entity in entities_of(rubric)}, key=lambda e: int(e[1:]))
     if not entities:
         return {}
@@ -102,7 +102,7 @@ async def identify_entities(
 
 
 async def judge_support(judge: AnyJudge, pages: Sequence[Page], statements: Sequence[str]) -> list[bool] | None:
-    """Whether the pages support each statement; None: the judge abstained."""
+    """Ask whether the pages support each statement; return None if the judge abstained."""
     texts = {f"S{i}": statement for i, statement in enumerate(statements, 1)}
     case = {f"page_{i}": _page_text(page) for i, page in enumerate(pages, 1)} | texts
     verdict = await judge.ask(replace(SUPPORT, fields={**SUPPORT.fields, **dict.fromkeys(texts, bool)}), case)
@@ -118,10 +118,10 @@ def _page_text(page: Page) -> str:
 
 
 class LexicalJudge(OfflineJudge):
-    """A judge without a model: it compares words. Deterministic and free; for tests, demonstrations and made-up worlds.
+    """A judge without a model that compares words. Deterministic and free; for tests, demonstrations, synthetic data.
 
-    The answer is correct when the "## Exact Answer" section equals a known answer; an entity is named when its known
-    name occurs in the response; a statement is supported when one page has all its words of three letters and more.
+    The answer is correct if the "## Exact Answer" section equals a known answer; an entity is named if its known name
+    occurs in the response; a statement is supported if one page has all its words of three or more letters.
 
     Args:
         entities: the name behind each placeholder, such as {"E0": "Paris"}.
@@ -156,15 +156,15 @@ class LexicalJudge(OfflineJudge):
 
 
 def load_judge(spec: Any, entities: dict[str, str] | None = None) -> AnyJudge:
-    """The judge that a `judge` argument names: `lexical`, or whatever `get_judge` takes.
+    """Return the judge that a reward's `judge` argument names.
 
     Args:
-        spec: the argument.
-        entities: for `lexical`.
+        spec: `lexical`, or anything that `get_judge` takes.
+        entities: the names behind the placeholders, for `lexical`.
     """
     if spec == "lexical":
         return LexicalJudge(entities)
-    # Where no model is asked, the packages that talk to one need not be installed.
+    # Imported here so that `lexical` works without the packages that talk to a model.
     from llmrl.verify.judge.judge import get_judge
 
     return get_judge(spec)

@@ -1,7 +1,7 @@
-"""Unit tests as a verdict: a program (untrusted text) and the tests of its row in, one result per test out.
+"""Unit tests: a program (untrusted text) and the tests of its row go in, one result per test comes out.
 
-The tests run here, in the trusted process. The program runs in the sandbox. Arguments go in and plain values come out;
-expected values, test code and verdicts never enter the box.
+The tests run here, in the trusted process; the program runs in the sandbox. Arguments enter the box and plain values
+leave it; expected values, test code and verdicts never enter it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests
 Outcome = Literal["all", "fraction", "bcoder"]
 Verdict = Literal["passed", "wrong", "error", "timeout", "compile_error", "not_run"]
 FLOAT_TOLERANCE = 1e-6
-"""Relative and absolute; where an expected or a given number is written with a fraction or an exponent."""
+"""Relative and absolute tolerance for numbers that are written with a point or an exponent, and for floats."""
 MAX_SOURCE_CHARACTERS = 1_000_000
 _MAX_RESTARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TestResult:
-    """What came of one test. `detail` comes from the program (its exception), never from the expected value."""
+    """The result of one test."""
 
     verdict: Verdict
     detail: str = ""
+    """The program's exception, for people; never anything about the expected value."""
 
 
 class UnusableRow(Exception):
-    """The row's own tests cannot be run: no verdict about the program."""
+    """The row's own tests cannot be run, so the program cannot be judged."""
 
 
 def run_tests(
@@ -51,19 +52,19 @@ def run_tests(
 
     Args:
         program: source code.
-        row: tests, from `read_row`.
+        row: the tests, from `read_row`.
         box: where the program runs.
-        limits: of one run: all assertions of a row together, or one input.
-        stop_early: the tests after a failed one are `not_run`.
-        total_seconds: real time of all runs together; the run in which it ends is a time-out.
+        limits: limits of one run: all assertions of a row together, or one input.
+        stop_early: do not run the tests after a failed one; they get `not_run`.
+        total_seconds: limit on the real time of all runs together; the run in which it ends gets `timeout`.
 
     Returns:
-        One result per test, in order. A program that ends its own process or uses up its time fails the test in which
-        it does; after a time-out the rest is not run.
+        One result per test, in order. A program that ends its own process or exceeds its time fails the test in which
+        it does; after a timeout the remaining tests are not run.
 
     Raises:
         UnusableRow: the tests are broken.
-        SandboxUnavailable: no box can be had.
+        SandboxUnavailable: no box can be started or reached.
     """
     tests = row.tests
     if tests is None:
@@ -74,7 +75,7 @@ def run_tests(
     if len(program) > MAX_SOURCE_CHARACTERS:
         return [TestResult(verdict="compile_error", detail=f"more than {MAX_SOURCE_CHARACTERS} characters")] * total
     clock = _Clock(limits, time.monotonic() + total_seconds)
-    for _ in range(2):  # a box that dies may have been killed by somebody else once
+    for _ in range(2):  # the first death of a box may have another cause than the program
         with contextlib.suppress(BoxDied):
             if isinstance(tests, StdinTests):
                 results = _run_stdin(program, tests, box, clock, stop_early)
@@ -86,18 +87,18 @@ def run_tests(
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """The limits of each run, cut to what is left of the time for all runs."""
+    """The limits of each run, reduced to the remaining time for all runs."""
 
     limits: Limits
     deadline: float
 
     def next_limits(self) -> Limits | None:
-        """Of the next run; None when the time is used up."""
+        """Return the limits of the next run, or None if no time is left."""
         left = self.deadline - time.monotonic()
         return replace(self.limits, wall_seconds=min(self.limits.wall_seconds, left)) if left > 0 else None
 
 
-_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit of all runs together")
+_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit for all runs together")
 
 
 # --- programs that read standard input --------------------------------------------------------------------------------
@@ -126,11 +127,11 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether two outputs agree: line by line, white space at line ends and blank lines at the end do not count.
+    """Return whether two outputs agree line by line, ignoring white space at line ends and blank lines at the end.
 
-    Lines that differ are compared token by token. Two tokens agree when they are equal, or when both are decimal
-    numbers, at least one is written with a point or an exponent, and they differ by at most FLOAT_TOLERANCE,
-    relative or absolute.
+    Lines that differ are compared token by token. Two tokens agree if they are equal, or if both are decimal numbers,
+    at least one is written with a point or an exponent, and they differ by at most FLOAT_TOLERANCE, relative or
+    absolute.
     """
     given, wanted = (text.rstrip().split("\n") for text in (printed, expected))
     if len(given) != len(wanted):
@@ -184,7 +185,7 @@ def _verdict(ended: ProgramEnded) -> Verdict:
 
 
 def _one_check(check: Callable[[int], bool], index: int, session: Session) -> TestResult:
-    """Run one test; whatever the test code catches, a program that ended has failed it."""
+    """Run one test. If the program ended, it has failed, even if the test code caught the exception."""
     result = TestResult(verdict="wrong")
     try:
         if check(index):
@@ -215,15 +216,15 @@ def _call_check(session: Session, tests: CallTests) -> Callable[[int], bool]:
 
 
 def same_value(given: Any, expected: Any) -> bool:
-    """Whether a returned value is the expected one.
+    """Return whether a returned value is the expected one.
 
-    JSON has no tuples, so tuples count as lists; True is not 1; a float may differ by FLOAT_TOLERANCE, relative or
-    absolute; everything else must be equal and of the same type.
+    Tuples count as lists, because JSON has no tuples. True is not 1. A float may differ by FLOAT_TOLERANCE, relative or
+    absolute. All other values must be equal and of the same type.
     """
     if isinstance(given, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(given) == len(expected) and all(map(same_value, given, expected))
     if isinstance(given, dict) and isinstance(expected, dict):
-        # Rows are JSON, so their keys are text.
+        # Expected values come from JSON, whose keys are text.
         texts = {str(key): value for key, value in given.items()}
         return texts.keys() == expected.keys() and all(same_value(texts[key], expected[key]) for key in expected)
     if type(given) is float or type(expected) is float:
@@ -236,12 +237,12 @@ def _close(given: Any, expected: Any) -> bool:
         return False
     try:
         return math.isclose(given, expected, rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer larger than any float
         return False
 
 
 def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]:
-    """The namespace of the test code, with the program's names as handles, and what runs one check in it."""
+    """Return a function that runs one check, in a namespace that holds the program's names as handles."""
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": _test_builtins()}
     if tests.helpers:
         exec(_compiled(tests.helpers), namespace)
@@ -264,7 +265,11 @@ def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]
 
 
 def _run_setup(tests: AssertTests, namespace: dict[str, Any], session: Session) -> Exception | None:
-    """Run the setup; an exception is the program's doing where the setup uses the program, else the row is broken."""
+    """Run the setup. Return an exception that the program can have caused.
+
+    Raises:
+        UnusableRow: the setup itself is broken.
+    """
     for name in _module_names(tests):
         namespace.setdefault(name, importlib.import_module(name))
     try:
@@ -302,10 +307,10 @@ def _sources(tests: AssertTests) -> list[ast.AST]:
 
 
 def _program_names(tests: AssertTests) -> set[str]:
-    """Which names of the test code are the program's: those the reference defines, and those that nothing else does.
+    """Return the names in the test code that mean the program's: the reference defines them, or nothing else does.
 
-    A program that redefines `set` or `abs` must not change what the tests mean. Where the tests use built-ins only, the
-    one called under test is the program's.
+    All other names keep their own meaning, so a program that redefines `set` or `abs` cannot change the tests. If the
+    tests use only built-ins, the one they call most is the program's.
     """
     return set(_names_of(tuple(tests.checks), tests.setup, tests.helpers, tests.defined)[0])
 
@@ -337,7 +342,7 @@ def _names_of(
 
 
 def _bound_names(nodes: list[ast.AST]) -> set[str]:
-    """Every name that code itself gives a value to."""
+    """Return every name that the code itself binds."""
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
@@ -348,7 +353,10 @@ def _bound_names(nodes: list[ast.AST]) -> set[str]:
 
 
 def _test_builtins() -> dict[str, Any]:
-    """Built-ins for test code: silent, and with random numbers of their own that are the same at every run."""
+    """Return the built-ins for test code: `print` is silent, and `random` is a seeded copy of its own.
+
+    The copy makes tests reproducible and leaves the random numbers of this process alone.
+    """
     own_random: list[types.ModuleType] = []
 
     def import_module(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -370,13 +378,13 @@ def _test_builtins() -> dict[str, Any]:
 
 
 def reward_of(results: list[TestResult], outcome: Outcome) -> float:
-    """One number for the results of a program's tests.
+    """Return one number for the results of a program's tests.
 
     Args:
-        results: at least one.
+        results: at least one result.
         outcome: `all`: 1 if every test passed, else 0. `fraction`: share of passed tests. `bcoder` (B-Coder, arXiv
-            2310.03173, section 3.1): +1 all passed, -0.3 some wrong, -0.6 a run-time error or time-out, -1 does not
-            compile.
+            2310.03173, section 3.1): +1 if all passed, -0.3 if some are wrong, -0.6 for a run-time error or timeout,
+            -1 if the program does not compile.
     """
     verdicts = [result.verdict for result in results]
     if outcome == "fraction":

@@ -1,6 +1,6 @@
-"""Rows of code data sets -> tests, and answers of a model -> the program to test.
+"""Reading code data sets and answers: a row becomes tests, a model's answer becomes the program to test.
 
-Rows are recognised by their own column names: HumanEval (test, entry_point), MBPP (test_list), APPS (input_output),
+Rows are recognized by their own column names: HumanEval (test, entry_point), MBPP (test_list), APPS (input_output),
 LiveCodeBench (public_test_cases, private_test_cases). Tests and references are trusted; the answer is only text here.
 """
 
@@ -26,31 +26,31 @@ class AssertTests:
     """Test code that runs outside the box and calls into it."""
 
     checks: list[str]
-    """Sources, one test each; an exception fails it."""
+    """Source code of each test; an exception fails it."""
     setup: str = ""
-    """Runs before the checks, in their namespace; may use the program's names."""
+    """Code that runs before the checks, in their namespace; it may use the program's names."""
     helpers: str = ""
-    """Trusted definitions that the checks use (functions of a HumanEval prompt)."""
+    """Trusted definitions for the checks (functions of a HumanEval prompt)."""
     entry_point: str | None = None
-    """The checks know this function as `candidate`."""
+    """Name of the function that the checks call `candidate`."""
     defined: frozenset[str] = frozenset()
-    """Top-level names of the reference solution: these, even where they are built-ins, are the program's."""
+    """Top-level names of the reference solution. They mean the program's, even if they are built-ins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallTests:
-    """A function, lists of arguments, and what it must return."""
+    """A function, lists of arguments, and the values that it must return."""
 
     function: str
     inputs: list[list[Any]]
     outputs: list[Any]
     maybe_wrapped: bool = False
-    """APPS: an output that is a list of one may also stand for what is in it; the rows do not say which."""
+    """APPS: a list with one output may also mean that output itself; the rows do not tell which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StdinTests:
-    """A whole program: what it reads and what it must print."""
+    """The texts that a whole program reads, and those that it must print."""
 
     inputs: list[str]
     outputs: list[str]
@@ -61,24 +61,24 @@ Tests = AssertTests | CallTests | StdinTests
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The tests of a row and what is needed to find the program in an answer."""
+    """The tests of a row, and the facts needed to find the program in an answer."""
 
     tests: Tests | None
-    """None: the row has no test that can be used."""
+    """None if the row has no usable test."""
     prompt: str = ""
-    """Code that a bare function body continues (HumanEval)."""
+    """Code that an answer may continue with a bare function body (HumanEval)."""
     names: list[str] = field(default_factory=list)
-    """What the program must define."""
+    """Names that the tests call; the program defines at least one of them."""
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def read_row(row: Mapping[str, Any]) -> Row:
-    """The tests of a row of HumanEval, MBPP, APPS or LiveCodeBench.
+    """Read the tests of a row of HumanEval, MBPP, APPS or LiveCodeBench.
 
     Raises:
-        UserError: none of these data sets' columns is there, or one is not in its format.
+        UserError: the row has none of these data sets' columns, or one that is not in its format.
     """
     present = {name: value for name, value in row.items() if value is not None}
     if "test" in present and "entry_point" in present:
@@ -91,8 +91,8 @@ def read_row(row: Mapping[str, Any]) -> Row:
         return _livecodebench(present)
     found = ", ".join(sorted(present)) or "none"
     raise UserError(
-        "unit_tests: the row has no tests it knows. Expected the columns test and entry_point (HumanEval), test_list"
-        f" (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {found}."
+        "unit_tests: the row has no tests in a known format. Expected the columns test and entry_point (HumanEval), "
+        f"test_list (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {found}."
     )
 
 
@@ -156,7 +156,7 @@ def _livecodebench(row: Mapping[str, Any]) -> Row:
 
 
 def _cases(value: Any, column: str) -> list[dict[str, Any]]:
-    """Test cases as a list; private ones may be JSON in a compressed pickle, of which only the text is read."""
+    """Return test cases as a list. Private ones may be JSON in a compressed pickle, from which only text is loaded."""
     if not value:
         return []
     if isinstance(value, str) and not value.lstrip().startswith("["):
@@ -168,7 +168,7 @@ def _cases(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 class _TextUnpickler(pickle.Unpickler):
-    """Loads text and refuses every object that would need code."""
+    """Loads text and refuses all objects, because unpickling an object can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a test case")
@@ -209,7 +209,7 @@ def _top_level_names(source: str) -> set[str]:
 
 
 def _called_names(source: str) -> set[str]:
-    """Names called in a test that are no built-ins; the built-in ones where there are no others."""
+    """Return the names called in a test that are not built-ins, or the built-in ones if there are no others."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -229,19 +229,19 @@ _PYTHON = {"python", "py", "python3", "python2"}
 
 
 def extract_program(answer: str, row: Row) -> str:
-    """The program in a chat answer or a bare completion.
+    """Extract the program from a chat answer or a bare completion.
 
-    Thinking is dropped. Of several fenced blocks the last one that defines what the tests call is taken, else the last
-    Python block, else the last block; blocks are never glued together, because answers repeat themselves and end with
-    examples of use. Without a fence the whole text is the program. Where the row has a code prompt, a function
-    definition gets the prompt's imports and helpers in front, and a bare body continues the prompt.
+    Thinking is dropped. Of several fenced blocks, the program is the last one that defines what the tests call, else
+    the last Python block, else the last block. Blocks are never joined, because answers repeat themselves and end with
+    examples of use. Without a fence the whole text is the program. If the row has a code prompt, its imports and
+    helpers go in front of a function definition, and a bare body continues the prompt.
 
     Args:
         answer: text of the completion.
         row: from `read_row`.
 
     Returns:
-        Source code, "" when there is none.
+        Source code; "" if there is none.
     """
     text = without_thinking(answer)
     code = _choose(_FENCE.findall(text + "\n"), row.names) if "```" in text or "~~~" in text else text
@@ -257,14 +257,14 @@ def extract_program(answer: str, row: Row) -> str:
 
 
 _APPS_HARNESS = "\nstdin = sys.stdin\nstdout = sys.stdout\ndef code():\n"
-"""How APPS's grader begins what it makes of a program that reads standard input; it then calls `code()`."""
+"""How a program that reads standard input begins in the form that APPS's grader gives it, before it calls `code()`."""
 
 
 def with_apps_call(program: str) -> str:
-    """A program in the form in which APPS's grader runs it, with the call that the grader makes; others as they are.
+    """Add the call of `code()` to a program in the form that APPS's grader gives it; return others unchanged.
 
-    That grader puts imports in front of a program and its lines into a function `code`. CodeRL's data keep some
-    programs in this form (`baseline_solutions`); run as they stand they would define a function and end.
+    The grader puts imports in front of a program and moves its lines into a function `code`. CodeRL's data store some
+    programs in this form (`baseline_solutions`). Without the call they would define a function and end.
     """
     return f"{program.rstrip()}\n\ncode()\n" if _APPS_HARNESS in program else program
 
@@ -291,7 +291,7 @@ def _defines(code: str, name: str) -> bool:
 
 
 def _as_body(code: str) -> str:
-    """A function body at one level of indentation; chat models lose the first line's, or all of it."""
+    """Return a function body at one level of indentation; chat models omit that of the first line, or all of it."""
     lines = code.strip("\n").split("\n")
     rest = [line for line in lines[1:] if line.strip()]
     if lines[0][:1] in (" ", "\t"):

@@ -1,6 +1,6 @@
-"""Reward models: conversations in, one number each out; from a sequence classifier on a device of its own, or a server.
+"""Reward models: conversations go in, one number each comes out, from a sequence classifier here or from a server.
 
-A server is asked in the words of vLLM's `/classify` (`vllm serve MODEL --runner pooling`):
+The server's protocol is that of vLLM's `/classify` (`vllm serve MODEL --runner pooling`):
 
     POST URL    {"model": NAME, "messages": [...], "use_activation": false}
     reply       {"data": [{"probs": [SCORE]}]}
@@ -24,19 +24,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 Conversation = list[Message]
 CHARACTERS_PER_TOKEN = 100
-"""Text beyond max_length times this is not even tokenised."""
+"""Text beyond this many characters for each of `max_length` tokens is dropped before it is tokenized."""
 
 
 def load_classifier(path: str, *, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """A sequence classifier with one output, ready to score, and its tokenizer.
+    """Load a sequence classifier with one output and its tokenizer.
 
     Args:
         path: hub id or folder.
-        device: such as `cuda:1`; by default the current accelerator, or the CPU.
-        dtype: of the weights.
+        device: such as `cuda:1`; by default the current accelerator, or the CPU if there is none.
+        dtype: data type of the weights.
+
+    Returns:
+        The model, ready to score, and the tokenizer.
 
     Raises:
-        UserError: there is no such model, or it has more than one output.
+        UserError: the model cannot be loaded, or it does not have exactly one output.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -56,7 +59,10 @@ def load_classifier(path: str, *, device: str | None, dtype: str) -> tuple[Any, 
 
 
 def batches_by_length(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Places of sequences of like length, the longest first, so many at a time as fit `max_tokens` (with padding)."""
+    """Yield the indices of sequences of similar length, longest first, as many at a time as fit `max_tokens`.
+
+    Padding counts. A single sequence that is longer than `max_tokens` is a batch of its own.
+    """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     while order:
         count = max(1, max_tokens // max(1, len(sequences[order[0]])))
@@ -65,18 +71,18 @@ def batches_by_length(sequences: Sequence[Sequence[int]], max_tokens: int) -> It
 
 
 def pad_right(sequences: Sequence[list[int]], pad: int, *, device: Any = "cpu") -> Int[Tensor, "B T"]:
-    """Token ids as one rectangle; `pad` fills the rows up."""
+    """Return token ids as one rectangle, with `pad` at the end of shorter rows."""
     import torch
 
     width = max(map(len, sequences))
     return torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences], device=device)
 
 
-class Together(Generic[T, R]):
-    """A function of many items that callers share: what is asked for while it computes waits, and is asked together.
+class SharedBatches(Generic[T, R]):
+    """Lets concurrent callers share the batches of a function: items that arrive while it computes form the next batch.
 
     Args:
-        compute: items in, as many results out; called on a thread.
+        compute: takes items and returns a result for each; called in a thread.
     """
 
     def __init__(self, compute: Callable[[list[T]], Sequence[R]]) -> None:
@@ -85,7 +91,7 @@ class Together(Generic[T, R]):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, items: list[T]) -> list[R]:
-        """Their results, in order."""
+        """Return the results of `items`, in order."""
         future: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
         self._waiting.append((items, future))
         if self._worker is None or self._worker.done():
@@ -112,28 +118,28 @@ class Together(Generic[T, R]):
 class RewardModel:
     """A sequence classifier with one output, as `trl.RewardTrainer` trains and saves it.
 
-    Conversations that are asked for while a batch is computed wait and form the next one, so groups of rollouts that
-    finish at about the same time share a forward pass.
+    Concurrent calls share batches: conversations that arrive while a batch is computed form the next one, so groups of
+    rollouts that finish at about the same time share a forward pass.
 
     Args:
         path: hub id or folder.
-        device: such as `cuda:1`; by default the current accelerator, or the CPU.
-        dtype: of the weights.
-        max_length: tokens of a conversation; longer ones are cut off at the end.
-        max_tokens: tokens (padding included) of one forward pass.
+        device: such as `cuda:1`; by default the current accelerator, or the CPU if there is none.
+        dtype: data type of the weights.
+        max_length: most tokens of a conversation; longer ones are cut off at the end.
+        max_tokens: most tokens of one forward pass, including padding.
 
     Raises:
-        UserError: there is no such model, or it has more than one output.
+        UserError: the model cannot be loaded, or it does not have exactly one output.
     """
 
     def __init__(self, path: str, *, device: str | None, dtype: str, max_length: int, max_tokens: int) -> None:
         self.model, self.tokenizer = load_classifier(path, device=device, dtype=dtype)
         self.device = self.model.device
         self.max_length, self.max_tokens = max_length, max_tokens
-        self._together = Together(self.scores)
+        self._shared = SharedBatches(self.scores)
 
     def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids: rendered with the chat template; without one, the contents one after the other and eos."""
+        """Return the tokens of a conversation: its chat template, or without one its contents joined, and eos."""
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
             ids = self.tokenizer(self._short(text), add_special_tokens=False)["input_ids"]
@@ -143,11 +149,11 @@ class RewardModel:
         return ids[: self.max_length]
 
     def _short(self, text: str) -> str:
-        # Text of a policy may hold lone surrogates, which no tokenizer takes.
+        # Text from a policy may hold lone surrogates, which tokenizers do not accept.
         return text[: self.max_length * CHARACTERS_PER_TOKEN].encode(errors="replace").decode()
 
     def scores(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The classifier's output for each sequence; sequences of like length share a forward pass."""
+        """Return the classifier's output for each sequence; sequences of similar length share a forward pass."""
         found = [0.0] * len(sequences)
         for batch in batches_by_length(sequences, self.max_tokens):
             for i, score in zip(batch, self._forward([sequences[i] for i in batch]).tolist(), strict=True):
@@ -164,16 +170,19 @@ class RewardModel:
             return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
     async def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Scores of conversations, in batches with whatever else is asked for meanwhile."""
-        return await self._together([self.encode(conversation) for conversation in conversations])
+        """Return the scores of conversations, which share batches with those of concurrent calls."""
+        return await self._shared([self.encode(conversation) for conversation in conversations])
 
 
 class RewardServer:
-    """The same over HTTP: each conversation is one request.
+    """Scores conversations on a server, with one request for each.
 
     Args:
-        base_url: where `/classify` is, such as `http://localhost:8001`.
-        model: the name the server knows it by.
+        base_url: address of the server, such as `http://localhost:8001`; `/classify` is added.
+        model: name of the model on the server.
+        timeout_s: limit of one attempt, in seconds.
+        retries: further attempts after a transport failure.
+        max_concurrency: limit on concurrent requests.
     """
 
     def __init__(self, base_url: str, model: str, *, timeout_s: float, retries: int, max_concurrency: int) -> None:
@@ -181,7 +190,7 @@ class RewardServer:
         self.limits: dict[str, Any] = {"timeout_s": timeout_s, "retries": retries, "max_concurrency": max_concurrency}
 
     async def __call__(self, conversations: Sequence[Conversation]) -> list[float | Exception]:
-        """Scores of conversations; in the place of one that got none, what went wrong."""
+        """Return the score of each conversation, or the exception if it has none."""
         return await asyncio.gather(*(self._one(c) for c in conversations), return_exceptions=True)  # pyright: ignore
 
     async def _one(self, conversation: Conversation) -> float:
@@ -214,14 +223,14 @@ def get_reward_model(
     retries: int = 4,
     max_concurrency: int = 64,
 ) -> Scorer:
-    """The reward model of these options, loaded once per process; with `base_url` the one that a server holds."""
+    """Return the reward model with these options, loaded once per process; with `base_url`, the one on that server."""
     if base_url is not None:
         return RewardServer(base_url, model, timeout_s=timeout_s, retries=retries, max_concurrency=max_concurrency)
     return RewardModel(model, device=device, dtype=dtype, max_length=max_length, max_tokens=max_tokens)
 
 
 async def ask(scorer: Scorer, conversations: Sequence[Conversation]) -> list[Score]:
-    """What a scorer (or any function of conversations) says, as scores; a failure is the error of its conversation."""
+    """Return the results of a scorer (or any function of conversations) as scores; an exception becomes an error."""
     found = scorer(conversations)
     values = await found if asyncio.iscoroutine(found) else found
     return [

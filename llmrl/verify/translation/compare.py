@@ -1,7 +1,7 @@
-"""Rewards for machine translation: a policy's output goes in, its parts (format, thought, comparison, metric) come out.
+"""Rewards for machine translation: a policy's output in; its score by format, thought, comparison and metric out.
 
 ExTrans (arXiv 2505.12996) compares the translation with an exemplar; DeepTrans (arXiv 2504.10187) grades it alone; both
-reward the thought and demand the format. Where the papers leave a constant open, it is a field of TranslationConfig.
+reward the thought and require the format. Constants that the papers do not state are fields of TranslationConfig.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Mode = Literal["compare", "grade", "light", "metric"]
 LEVELS = {"much_worse": -2, "worse": -1, "comparable": 0, "better": 1, "much_better": 2}
 THOUGHTS = {"no_analysis": 0, "slight_analysis": 1, "detailed_analysis": 2}
 COPY_CHARS = 12
+"""Letters per window in the search for copies."""
 COPIED_SHARE = 0.8
-"""Of the shorter text's windows of 12 letters. Human translations full of names reach 0.79."""
+"""Share of copied windows from which a text is a copy. Human translations full of names reach 0.79."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,37 +37,37 @@ class TranslationConfig:
 
     mode: Mode = "compare"
     """compare: against an exemplar (ExTrans). grade: 0-100 by the judge (DeepTrans). light: format and language only,
-    for directions in which no judge is to be trusted. metric: the metric alone."""
+    for directions in which no judge can be trusted. metric: the metric alone."""
     judged_directions: Sequence[str] = ()
-    """Directions such as en-zh in which `mode` holds, all others being light; empty: it holds in all."""
+    """Directions, such as en-zh, in which `mode` applies; all others use mode light. Empty: it applies in all."""
     require_thought: bool = True
     """The output must be `<think> thought </think> translation`. False: whatever is outside the thinking is."""
     check_format: bool = True
     """Ask the judge (compare, grade) whether the translation stands alone, with no explanation attached."""
     levels: Literal[3, 5] = 5
-    """Of the comparison: 5 adds much_better and much_worse. Either way it is worth 1 to 5, 3 being comparable."""
+    """Levels of the comparison; 5 adds much_better and much_worse. Both score 1 to 5, with 3 for comparable."""
     on_contradiction: Literal["tie", "abstain"] = "tie"
-    """What two orders of the same pair are worth when they contradict each other."""
+    """Result when the two orders of the same pair contradict each other."""
     comparison_weight: float = 1.0
     grade_weight: float = 1.0
     thought_weight: float = 1.0
-    """DeepTrans gives 20 (with grades up to 100)."""
+    """DeepTrans uses 20 (with grades up to 100)."""
     metric_weight: float = 1.0
     light_reward: float = 1.0
     metric: str | None = None
     """URL of a metric server (scripts/serve_translation_metric), or chrf, bleu or ter against the row's `reference`."""
     surface: Sequence[str] = ("chrf", "bleu")
-    """sacrebleu metrics shown (not rewarded) where the row has a `reference`. ter costs tens of milliseconds a row."""
+    """sacrebleu metrics to show (not reward) if the row has a `reference`. ter takes tens of milliseconds a row."""
     min_length_ratio: float = 0.1
-    """Characters of the translation over characters of the source."""
+    """Smallest allowed ratio of characters, translation over source."""
     max_length_ratio: float = 8.0
     min_copy_chars: int = 12
-    """An exemplar repeated letter by letter earns nothing if it is at least this long; shorter ones agree by chance."""
+    """A letter-by-letter copy of the exemplar earns 0 from this length on; shorter texts may agree by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A policy's output, taken apart."""
+    """A policy's output, split into its parts."""
 
     thought: str
     translation: str
@@ -74,7 +75,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationRow:
-    """What the translation is judged against."""
+    """The texts and languages that a translation is judged by."""
 
     source: str
     source_language: str
@@ -159,30 +160,30 @@ COMPARE = {
 async def translation_score(
     completion: str, row: TranslationRow, config: TranslationConfig, judge: Any = None
 ) -> Score:
-    """Reward of one translation: 0 if the format is wrong or it is no translation, else the weighted sum of its parts.
+    """Score one translation: 0 if the format is wrong or it is not a translation, else the weighted sum of its parts.
 
         compare   comparison_weight * (1..5) + thought_weight * (0..2) + metric_weight * (0..1)
         grade     grade_weight * (0..100) + thought_weight * (0..2) + metric_weight * (0..1)
         light     light_reward
         metric    metric_weight * (0..1)
 
-    Without a thought (`require_thought` false) or without a metric their terms are left out. If the judge abstains on
-    any of them the whole is an abstention.
+    Leave out the thought's term if `require_thought` is false, and the metric's if no metric is set. If the judge
+    abstains on any term, the score is an abstention.
 
     Args:
         completion: the policy's output.
         row: source, languages, and the texts to compare with.
         config: mode and weights.
-        judge: a judge object or its configuration, for the modes that ask one.
+        judge: a judge object or its configuration, for modes that use one.
 
     Raises:
-        UserError: the mode needs a column, a judge or a metric that is not there.
-        EndpointError: judge or metric server failed.
+        UserError: the mode needs a column, a judge or a metric that is missing.
+        EndpointError: the judge or the metric server failed.
     """
     if config.judged_directions and not _is_judged(row, config):
         config = dataclasses.replace(config, mode="light", metric=None)
     _check(row, config)
-    asking = get_judge(judge) if config.mode in ("compare", "grade") else None
+    chosen_judge = get_judge(judge) if config.mode in ("compare", "grade") else None
     output, fault = _first_fault(completion, row, config)
     info: dict[str, Any] = {"mode": config.mode, "translation": output.translation if output else ""}
     if fault is not None or output is None:
@@ -191,13 +192,13 @@ async def translation_score(
         info["surface"] = surface_metrics(output.translation, row.reference, row.target_language, config.surface)
     if config.mode == "light":
         return Score(reward=config.light_reward, parts={"format": 1.0}, info=info)
-    if asking is not None and config.check_format:
-        kind = await _choice(asking, FORMAT, {"source": row.source, "output": output.translation}, "kind")
+    if chosen_judge is not None and config.check_format:
+        kind = await _choice(chosen_judge, FORMAT, {"source": row.source, "output": output.translation}, "kind")
         if kind is None:
             return Score(reward=None, parts={"format": None}, info={**info, "abstained": ["format"]})
         if kind != "translation_only":
             return Score(reward=0.0, parts={"format": 0.0}, info={**info, "fault": kind})
-    parts: dict[str, float | None] = {"format": 1.0, **await _judged_parts(output, row, config, asking)}
+    parts: dict[str, float | None] = {"format": 1.0, **await _judged_parts(output, row, config, chosen_judge)}
     weights = {
         "comparison": config.comparison_weight,
         "grade": config.grade_weight,
@@ -227,9 +228,9 @@ def parse_output(completion: str, *, require_thought: bool = True) -> Output | N
 
 
 def copied_share(source: str, translation: str) -> float:
-    """How much of the shorter text stands letter by letter in the other: 1 for a copy, also with additions.
+    """Return the share of the shorter text that occurs verbatim in the other: 1 for a copy, even one with additions.
 
-    Counted in windows of 12 letters (case, spaces and punctuation aside). Texts shorter than that are compared whole.
+    Windows of 12 letters are counted, ignoring case, spaces and punctuation. Shorter texts are compared as a whole.
     """
     a, b = _letters(source), _letters(translation)
     if min(len(a), len(b)) < COPY_CHARS:
@@ -270,7 +271,7 @@ def _check(row: TranslationRow, config: TranslationConfig) -> None:
 
 
 def _first_fault(completion: str, row: TranslationRow, config: TranslationConfig) -> tuple[Output | None, str | None]:
-    """The output taken apart, and what is wrong with it by rule (None: nothing). Cheap checks first."""
+    """Split the output; return it with the first fault that a rule finds (None: no fault). Cheap checks come first."""
     output = parse_output(completion, require_thought=config.require_thought)
     if output is None:
         return None, "not in the form <think> thought </think> translation"
@@ -291,24 +292,25 @@ def _first_fault(completion: str, row: TranslationRow, config: TranslationConfig
 async def _judged_parts(
     output: Output, row: TranslationRow, config: TranslationConfig, judge: AnyJudge | None
 ) -> dict[str, float | None]:
-    """Every part that takes asking someone, all asked at once."""
-    asked: dict[str, Any] = {}
+    """Compute the parts that need a judge or a metric, all at the same time."""
+    pending: dict[str, Any] = {}
     if judge is not None:
         if config.mode == "compare":
-            asked["comparison"] = _comparison(judge, output, row, config)
+            pending["comparison"] = _comparison(judge, output, row, config)
         else:
-            asked["grade"] = _grade(judge, output, row)
+            pending["grade"] = _grade(judge, output, row)
         if config.require_thought:
-            asked["thought"] = _thought(judge, output, row)
+            pending["thought"] = _thought(judge, output, row)
     if config.metric is not None:
-        asked["metric"] = metric_value(
+        pending["metric"] = metric_value(
             config.metric, row.source, output.translation, row.reference, row.target_language
         )
-    return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+    return dict(zip(pending, await asyncio.gather(*pending.values()), strict=True))
 
 
 async def _comparison(judge: AnyJudge, output: Output, row: TranslationRow, config: TranslationConfig) -> float | None:
-    """1 (much worse than the exemplar) to 5 (much better), both orders averaged."""
+    """Compare with the exemplar: 1 (much worse) to 5 (much better), averaged over both orders."""
+    # With 3 levels, "better" and "worse" take the extremes, so that the scale is 1 to 5 either way.
     unit = 1 if config.levels == 5 else 2
 
     async def prefer(a: str, b: str) -> float | None:
@@ -353,10 +355,10 @@ def _windows(letters: str) -> set[str]:
 
 
 def config_from(options: dict[str, Any]) -> TranslationConfig:
-    """TranslationConfig from a reward's keyword arguments.
+    """Make a TranslationConfig from a reward's keyword arguments.
 
     Raises:
-        UserError: an unknown option.
+        UserError: an option is unknown.
     """
     known = [f.name for f in dataclasses.fields(TranslationConfig)]
     unknown = sorted(set(options) - set(known))

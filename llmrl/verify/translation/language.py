@@ -1,6 +1,6 @@
-"""Is this text written in that language? By script, and among languages of one script by character statistics.
+"""Check whether a text is written in a language: by script, and among languages of one script by statistics.
 
-Statistics are those of py3langid (extra `translation`); languages that differ in script need no library.
+The character statistics are py3langid's (extra `translation`). A language with a script of its own needs no library.
 """
 
 from __future__ import annotations
@@ -64,38 +64,39 @@ SCRIPT_OF = {language: script for script, languages in LANGUAGES.items() for lan
 TARGET_SCRIPTS = {language: {script} for language, script in SCRIPT_OF.items()} | {"zh": {"Han"}, "ja": {"Kana", "Han"}}
 
 MIN_SHARE = 0.7
-"""Of the letters (ideographs count twice: they carry about two letters' worth), names kept from the source aside."""
+"""Smallest share of letters in the target's scripts. Names kept from the source are ignored; ideographs count twice,
+because one carries about as much as two letters."""
 MIN_LETTERS_FOR_STATISTICS = 20
-"""Shorter texts of the right script are taken as they are: statistics on them are guesses."""
+"""Shorter texts in the right script are accepted, because statistics on them are guesses."""
 MIN_HAN_WITHOUT_KANA = 12
-"""Japanese with more ideographs than this and no kana at all is Chinese."""
+"""A text with more ideographs than this and no kana is Chinese rather than Japanese."""
 
 _WORD = re.compile(r"[^\W\d_]+")
 _COUNTED = {script: re.compile(f"[{ranges}]") for script, ranges in SCRIPTS.items()}
 
 
 def base_language(code: str) -> str:
-    """'zh' for 'zh-CN', 'ZH_Hans' or 'zh'.
+    """Return the language of a code: 'zh' for 'zh-CN', 'ZH_Hans' or 'zh'.
 
     Raises:
-        UserError: a language that this module does not know.
+        UserError: this module does not know the language.
     """
     language = re.split(r"[-_]", code.strip().lower())[0]
     if language not in TARGET_SCRIPTS:
         known = " ".join(sorted(TARGET_SCRIPTS))
-        raise UserError(f"language {code!r} is not known here; give an ISO 639-1 code, one of: {known}")
+        raise UserError(f"language {code!r} is unknown: use an ISO 639-1 code, one of {known}")
     return language
 
 
 def is_language(text: str, target: str, *, source_text: str = "") -> bool:
-    """Whether `text` is written in language `target`.
+    """Return whether `text` is written in language `target`.
 
-    Capitalised words that also stand in `source_text` are names and count for nothing. Text without any letter of the
+    Capitalized words that also occur in `source_text` are names and are ignored. A text without any letter of the
     target's script is never in that language.
 
     Args:
-        text: what to look at.
-        target: ISO 639-1 code, region or script suffix allowed.
+        text: the text to check.
+        target: ISO 639-1 code; a region or script suffix is allowed.
         source_text: the text it was translated from.
 
     Raises:
@@ -123,7 +124,7 @@ def is_language(text: str, target: str, *, source_text: str = "") -> bool:
 
 
 def most_likely(text: str, languages: list[str]) -> str:
-    """The most likely of `languages` (ISO 639-1) for `text`, by character statistics."""
+    """Return the most likely of `languages` (ISO 639-1) for `text`, by character statistics."""
     return next(language for language, _score in _identifier().rank(text) if language in languages)
 
 
@@ -133,6 +134,6 @@ def _identifier() -> Any:
         import py3langid
     except ImportError:
         raise UserError(
-            "telling languages of one script apart needs py3langid: pip install 'llmrl[translation]'"
+            "telling apart languages of one script needs py3langid: pip install 'llmrl[translation]'"
         ) from None
     return py3langid

@@ -1,6 +1,6 @@
-"""Metrics of a translation: source, translation and reference go in; chrF, BLEU, TER or a server's scores come out.
+"""Metrics of a translation: source, translation and reference in; chrF, BLEU, TER or a server's scores out.
 
-chrF, BLEU and TER are sacrebleu's. Neural metrics (COMET-Kiwi) live in an environment of their own, behind
+sacrebleu computes chrF, BLEU and TER. Neural metrics (COMET-Kiwi) run in an environment of their own, behind
 scripts/serve_translation_metric.
 """
 
@@ -25,12 +25,14 @@ MAX_CONCURRENCY = 64
 async def metric_value(
     metric: str, source: str, translation: str, reference: str | None, target_language: str
 ) -> float:
-    """One translation's metric, higher being better: chrF, BLEU (/100) and 1 - TER in 0..1, a server's as it gives it.
+    """Compute the metric of one translation; higher is better.
+
+    chrF / 100, BLEU / 100 and 1 - TER / 100 lie in [0, 1]; a server's score is returned as it is.
 
     Args:
         metric: chrf, bleu, ter, or the URL of a metric server.
         source: the source text.
-        translation: the text to judge.
+        translation: the text to score.
         reference: a human translation; chrf, bleu and ter need it.
         target_language: ISO 639-1 code, for the tokenizer.
     """
@@ -44,7 +46,7 @@ async def metric_value(
 def surface_metrics(
     translation: str, reference: str, target_language: str, metrics: Sequence[str] = LOCAL_METRICS
 ) -> dict[str, Any]:
-    """chrF, BLEU and TER (sacrebleu, 0-100 each; TER lower is better) of one segment, with sacrebleu's signatures."""
+    """Compute sacrebleu's metrics of one segment (0-100; for TER lower is better), with their signatures."""
     found: dict[str, Any] = {}
     for name in metrics:
         metric = _sacrebleu_metric(name, base_language(target_language))
@@ -54,10 +56,10 @@ def surface_metrics(
 
 
 async def metric_scores(url: str, samples: list[dict[str, str | None]]) -> list[float]:
-    """Scores of a metric server (POST url/score), one per sample {src, mt, ref}, as the metric gives them.
+    """Ask a metric server (POST url/score) for one score per sample {src, mt, ref}.
 
     Raises:
-        EndpointError: the server failed, or its scores are not one finite number per sample.
+        EndpointError: the server failed, or did not return one finite number per sample.
     """
     endpoint = shared_endpoint(
         url.rstrip("/") + "/score", timeout_s=TIMEOUT_S, retries=RETRIES, max_concurrency=MAX_CONCURRENCY
@@ -84,7 +86,7 @@ def _sacrebleu_metric(name: str, language: str) -> Any:
         raise UserError("chrF, BLEU and TER need sacrebleu: pip install 'llmrl[translation]'") from None
     asian = language in ("zh", "ja", "ko", "th")
     if name == "bleu":
-        # ja and ko tokenizers need MeCab; characters need nothing and are the usual choice for segments.
+        # sacrebleu's ja and ko tokenizers need MeCab. Characters need nothing and are the usual choice for segments.
         tokenize = {"zh": "zh"}.get(language, "char" if asian else "13a")
         return BLEU(tokenize=tokenize, effective_order=True)
     return CHRF() if name == "chrf" else TER(asian_support=asian, normalized=asian)

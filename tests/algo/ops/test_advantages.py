@@ -1,4 +1,4 @@
-"""Group-relative advantages against constants worked out by hand."""
+"""Group-relative advantages against constants computed by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN = math.nan
     [
         # mean 1/2, unbiased deviation sqrt(4 * 0.25 / 3) = 0.5773503
         ([1.0, 0.0, 0.0, 1.0], [0.8658756, -0.8658756, -0.8658756, 0.8658756]),
-        # mean 2, unbiased deviation sqrt(2): the unscored one takes no part
+        # mean 2, unbiased deviation sqrt(2): the unscored one is left out
         ([3.0, NAN, 1.0], [0.7070568, 0.0, -0.7070568]),
         # mean 1, deviations (3, -1, -1, -1), unbiased deviation 2
         ([4.0, 0.0, 0.0, 0.0], [1.4999250, -0.4999750, -0.4999750, -0.4999750]),
@@ -36,14 +36,14 @@ def test_unscaled_is_the_distance_to_the_mean() -> None:
     torch.testing.assert_close(group_advantages(rewards, scale="none"), expected, rtol=0, atol=0)
 
 
-def test_constant_groups_are_exactly_zero_although_their_mean_rounds() -> None:
+def test_constant_groups_are_exactly_zero_even_where_their_mean_is_rounded() -> None:
     rewards = torch.full((1, 7), 0.1)
     assert (rewards - rewards.sum() / 7).abs().max() > 0, "the mean must round for this case to say anything"
     assert torch.equal(group_advantages(rewards), torch.zeros(1, 7))
     assert torch.equal(group_advantages(rewards, scale="none"), torch.zeros(1, 7))
 
 
-def test_groups_do_not_see_each_other(seed: int) -> None:
+def test_groups_do_not_affect_each_other(seed: int) -> None:
     rewards = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
     rewards[2, 3] = NAN
     rewards[4] = 1.0
@@ -52,7 +52,7 @@ def test_groups_do_not_see_each_other(seed: int) -> None:
     assert torch.equal(together, alone)
 
 
-def test_sums_to_zero_and_ignores_the_reward_scales_origin(seed: int) -> None:
+def test_sums_to_zero_and_does_not_depend_on_an_offset_of_the_rewards(seed: int) -> None:
     rewards = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
     advantages = group_advantages(rewards)
     torch.testing.assert_close(advantages.sum(dim=1), torch.zeros(8), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Corrections for the sampler's mismatch: constants by hand, a literal loop, and whole updates."""
+"""Corrections for the sampler's mismatch: constants by hand, a plain loop, and whole updates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.invariance.cases import (
 )
 
 KAPPA = [0.25, 2.0, 1.0, 4.0, 0.5]
-"""Of two sequences: [0.25, 2, 1] with product 0.5, and [4, 0.5] with product 2."""
+"""Two sequences: [0.25, 2, 1] with product 0.5, and [4, 0.5] with product 2."""
 
 
 def sampler(mode: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_weights_by_hand(mode: str, bounds: tuple[float, float], expected: list[
 
 
 def test_icepop_by_its_default_bounds() -> None:
-    """Kept are tokens with 0.5 <= kappa <= 5, at the weight kappa; the others are gone."""
+    """Tokens with 0.5 <= kappa <= 5 are kept with the weight kappa; the others get 0."""
     kappa = torch.tensor([0.49, 0.51, 1.0, 4.9, 5.1])
     old = torch.full((5,), -1.0)
     batch = build_micro_batch(make_samples(0)[:1], [[0]])
@@ -81,7 +81,7 @@ def test_icepop_by_its_default_bounds() -> None:
     assert metrics["loss/sampler_weight"].item() == pytest.approx(0.641)
 
 
-def test_a_token_the_sampler_gave_no_number_for_is_not_corrected() -> None:
+def test_a_token_without_a_sampler_logprob_is_not_corrected() -> None:
     sampled = torch.tensor([float("nan"), -1.0])
     weights, _ = correction_weights(
         torch.tensor([-3.0, -1.0]),

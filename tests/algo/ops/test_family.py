@@ -1,4 +1,4 @@
-"""Estimators, losses and masks beyond GRPO's, against constants worked out by hand and facts about gradients."""
+"""Estimators, losses and masks beyond GRPO's, against constants computed by hand and known gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def close(found: Tensor, expected: list, tolerance: float = 1e-6) -> None:
 REWARDS = torch.tensor([[1.0, 0.0, NAN], [1.0, 1.0, 1.0], [3.0, 1.0, 2.0]])
 
 
-def test_mean_and_scale_are_chosen_apart() -> None:
+def test_mean_and_scale_are_chosen_independently() -> None:
     raw = math.sqrt(sum((r - 1.25) ** 2 for r in (1, 0, 1, 1, 1, 3, 1, 2)) / 7) + 1e-4
     close(adv.group_advantages(REWARDS, scale="batch"), [[0.5 / raw, -0.5 / raw, 0], [0] * 3, [1 / raw, -1 / raw, 0]])
     centred = math.sqrt((0.25 + 0.25 + 1 + 1) / 7) + 1e-4
@@ -56,7 +56,7 @@ def test_greedy_baseline() -> None:
 
 @pytest.mark.parametrize(("k", "correct"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (4, 4), (4, 0), (5, 1)])
 def test_pass_at_k_is_the_mean_over_all_subsets(k: int, correct: int) -> None:
-    """Enumerate the k-subsets that hold a rollout: the mean of their (best reward - mean) / deviation."""
+    """Enumerate the k-subsets that contain a rollout: the mean of their (best reward - mean) / deviation."""
     outcomes = [1.0] * correct + [0.0] * (6 - correct)
     subsets = list(itertools.combinations(range(6), k))
     best = [max(outcomes[i] for i in subset) for subset in subsets]
@@ -71,7 +71,7 @@ def test_pass_at_k_is_the_mean_over_all_subsets(k: int, correct: int) -> None:
     assert abs(found.sum()) < 1e-4
 
 
-def test_pass_at_k_leaves_out_what_was_not_scored() -> None:
+def test_pass_at_k_leaves_out_rollouts_without_a_score() -> None:
     close(adv.pass_at_k_advantages(torch.tensor([[1.0, 0.0, NAN]]), 1), [[1.0, -1.0, 0.0]], 1e-5)
     close(adv.pass_at_k_advantages(torch.tensor([[NAN, NAN]]), 2), [[0.0, 0.0]])
 
@@ -222,7 +222,7 @@ def test_high_entropy_mask() -> None:
     assert masks.high_entropy_mask(torch.zeros(0), 0.2).tolist() == []
 
 
-def test_covariance_and_what_is_selected_by_it() -> None:
+def test_covariance_and_the_tokens_it_selects() -> None:
     covariance = masks.token_covariance(torch.tensor([-1.0, -3.0]), torch.tensor([2.0, 0.0]))
     close(covariance, [1.0, 1.0])
     covariance = torch.tensor([0.5, 2.0, 9.0, 3.0, 4.0, -2.0])
@@ -234,7 +234,7 @@ def test_covariance_and_what_is_selected_by_it() -> None:
     assert masks.kl_cov_selection(covariance, 0.34).tolist() == [False, False, True, False, True, False]
 
 
-def test_off_policy_sequences_are_dropped_whole() -> None:
+def test_off_policy_sequences_are_dropped_as_a_whole() -> None:
     logprobs, sampler = torch.full((5,), -2.0), torch.tensor([-1.0, -1.0, NAN, -1.9, -2.0])
     for sign, expected in ((-1.0, [False, False, True, True, True]), (1.0, [True] * 5)):
         keep = masks.off_policy_keep(logprobs, sampler, torch.full((5,), sign), IDS, LENGTHS, threshold=0.5)

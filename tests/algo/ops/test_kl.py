@@ -22,7 +22,7 @@ def test_never_negative_and_zero_only_where_equal(seed: int) -> None:
     assert (k3(difference, torch.zeros_like(difference)) > 0).all()
 
 
-def test_its_mean_over_the_policy_is_the_reverse_kl(seed: int) -> None:
+def test_the_mean_over_the_policy_is_the_reverse_kl(seed: int) -> None:
     policy, reference = torch.randn(
         2, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).log_softmax(-1)

@@ -13,7 +13,7 @@ RATIO = [0.5, 0.8, 1.0, 1.28, 1.5, 0.5, 0.8, 1.0, 1.28, 1.5]
 ADVANTAGE = [2.0] * 5 + [-2.0] * 5
 # -min(ratio * A, clip(ratio, 0.8, 1.28) * A)
 LOSS = [-1.0, -1.6, -2.0, -2.56, -2.56, 1.6, 1.6, 2.0, 2.56, 3.0]
-# the unclipped branch's gradient is -A; it is zero only where the token has moved far enough the way A asks for
+# The gradient of the unclipped branch is -A. It is zero only where the token has moved far enough in A's direction.
 SLOPE = [-2.0, -2.0, -2.0, -2.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0]
 
 
@@ -32,7 +32,7 @@ def test_masks_are_where_the_gradient_is_zero() -> None:
     assert (low | high).tolist() == [slope == 0 for slope in SLOPE]
 
 
-def test_no_advantage_no_gradient_and_not_called_clipped() -> None:
+def test_zero_advantage_has_no_gradient_and_does_not_count_as_clipped() -> None:
     ratio = torch.tensor([0.5, 1.0, 1.5], requires_grad=True)
     clipped_surrogate(ratio, torch.zeros(3), **BOUNDS).sum().backward()
     assert ratio.grad is not None
@@ -48,7 +48,7 @@ def test_finite_differences_through_the_ratio(seed: int) -> None:
     logprobs = old_logprobs + torch.randn(200, generator=generator, dtype=torch.float64) * 0.4
     advantages = torch.randn(200, generator=generator, dtype=torch.float64)
     ratio = (logprobs - old_logprobs).exp()
-    smooth = ((ratio - 0.8).abs() > 1e-3) & ((ratio - 1.28).abs() > 1e-3)  # no finite difference across a kink
+    smooth = ((ratio - 0.8).abs() > 1e-3) & ((ratio - 1.28).abs() > 1e-3)  # a finite difference across a kink is wrong
     logprobs, old_logprobs, advantages = logprobs[smooth], old_logprobs[smooth], advantages[smooth]
 
     def loss(x: torch.Tensor) -> torch.Tensor:

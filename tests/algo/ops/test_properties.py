@@ -61,7 +61,7 @@ def make_groups(random: np.random.Generator, num_groups: int, size: int) -> list
 
 
 def fill(samples: list[Sample]) -> None:
-    """Streams that depend on the tokens of a sample only, not on its place."""
+    """Streams that depend only on the tokens of a sample, not on its position."""
     for sample in samples:
         random = np.random.default_rng(int(sample.input_ids.sum()) + 1000 * len(sample.input_ids))
         count = sample.num_tokens
@@ -111,7 +111,7 @@ def assert_same(found: tuple[float, dict], expected: tuple[float, dict]) -> None
 
 @st.composite
 def layouts(draw: st.DrawFn, count: int) -> list[list[list[int]]]:
-    """Any order of `count` samples, cut into rows, and the rows into micro-batches."""
+    """Draw an order of `count` samples, cut it into rows, and the rows into micro-batches."""
     order = draw(st.permutations(range(count)))
     rows, micro_batches = [[order[0]]], []
     for i in order[1:]:
@@ -137,7 +137,7 @@ def test_the_split_into_micro_batches_and_rows_changes_nothing(case: str, data: 
     assert_same(loss_and_gradient(algorithm, samples, data.draw(layouts(len(samples)))), expected)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "clip_cov"])  # clip_cov draws tokens by their place
+@pytest.mark.parametrize("case", [c for c in CASES if c != "clip_cov"])  # clip_cov draws tokens by their position
 @seed(SEED)
 @settings(max_examples=5, deadline=None, database=None)
 @given(data=st.data())

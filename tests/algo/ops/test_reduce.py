@@ -1,4 +1,4 @@
-"""Aggregation: hand-computed constants, and that shares add up however the batch is split."""
+"""Aggregation: hand-computed constants; shares sum to the loss however the batch is split."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def test_an_empty_micro_batch_has_a_share_of_zero() -> None:
         assert aggregate(torch.zeros(0), build_micro_batch([], []), COUNTS, loss_type).item() == 0.0  # pyright: ignore
 
 
-def test_unknown_name_is_an_error() -> None:
+def test_an_unknown_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="bnpo"):
         aggregate(torch.zeros(0), build_micro_batch([], []), COUNTS, "bnpo")  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Token Hidden Reward: brute force, the derivative it claims to be, splits of a group, and the rules on top of it."""
+"""Token Hidden Reward: against brute force and derivatives, over splits of a group, and the rules built on it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Toy:
         return (self.weights * self.logprobs(head)).sum()
 
 
-def test_the_factorised_form_is_the_sum_over_pairs_of_tokens(seed: int) -> None:
+def test_the_factorized_form_is_the_sum_over_pairs_of_tokens(seed: int) -> None:
     toy = Toy(seed)
     probabilities = (toy.hidden @ toy.head.T).softmax(-1)
     expected = []
@@ -102,7 +102,7 @@ def test_a_group_split_over_processes_gives_the_same_scores(cut: int, seed: int)
     torch.testing.assert_close(found, toy.influences(), rtol=0, atol=1e-12)
 
 
-def test_restriction_to_the_tokens_that_occur_misses_only_the_tails(seed: int) -> None:
+def test_restriction_to_the_tokens_that_occur_omits_only_the_tails(seed: int) -> None:
     toy = Toy(seed)
     toy.tokens = toy.tokens % 4  # tokens 4 and 5 occur nowhere
     probabilities = (toy.hidden @ toy.head.T).softmax(-1)

@@ -17,7 +17,7 @@ from llmrl.algo.ops.advantages import whiten
 
 
 def ragged(seed: int, *, count: int = 7, longest: int = 12) -> tuple[list[Tensor], list[Tensor]]:
-    """Rewards and values of rollouts of 1 to `longest` tokens."""
+    """Draw rewards and values of rollouts of 1 to `longest` tokens."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, count)
     return tuple([torch.from_numpy(random.standard_normal(n)) for n in lengths] for _ in range(2))  # pyright: ignore
@@ -38,7 +38,7 @@ def double_loop(rewards: Tensor, old_values: Tensor, gamma: float, lam: float) -
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, 0.9), (0.9, 0.0), (1.0, 1.0), (0.5, 1.0)])
-def test_gae_is_the_double_loop_of_its_definition(gamma: float, lam: float, seed: int) -> None:
+def test_gae_equals_the_double_loop_of_its_definition(gamma: float, lam: float, seed: int) -> None:
     rewards, old = ragged(seed)
     found = values.gae(values.pad(rewards), values.pad(old), gamma=gamma, lam=lam)
     for row, r, v in zip(found, rewards, old, strict=True):
@@ -56,7 +56,7 @@ def test_gae_by_hand() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.0))
-def test_lambda_one_gives_the_rewards_still_to_come(draw: int, gamma: float) -> None:
+def test_lambda_one_gives_the_remaining_rewards(draw: int, gamma: float) -> None:
     rewards, old = ragged(draw, count=3)
     found = values.pad(old) + values.gae(values.pad(rewards), values.pad(old), gamma=gamma, lam=1.0)
     for row, r in zip(found, rewards, strict=True):
@@ -81,7 +81,7 @@ def test_length_adaptive_lambda() -> None:
 
 
 def test_value_loss_and_its_gradient_by_hand() -> None:
-    """Target 1, old value 0, clip 0.2: moving up to 0.1 is free; 0.5 is clipped; -0.5 went the wrong way: not."""
+    """Target 1, old value 0, clip 0.2: 0.1 is within it; 0.5 is clipped; -0.5 moved the wrong way and is not."""
     now = torch.tensor([0.1, 0.5, -0.5, 0.2], requires_grad=True)
     losses, clipped = values.value_loss(now, torch.zeros(4), torch.ones(4), clip=0.2)
     torch.testing.assert_close(losses, torch.tensor([0.81, 0.64, 2.25, 0.64]) / 2)

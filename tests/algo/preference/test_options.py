@@ -8,16 +8,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from llmrl.algo.preference.options import (
-    DPO,
-    KTO,
-    PRESETS,
-    OnlineDPO,
-    OnlineKTO,
-    Preference,
-    describe,
-    findings_with,
-)
+from llmrl.algo.options import Setting
+from llmrl.algo.preference.dpo import DPO as DPOAlgorithm
+from llmrl.algo.preference.kto import KTO as KTOAlgorithm
+from llmrl.algo.preference.options import DPO, KTO, PRESETS, OnlineDPO, OnlineKTO, Preference
 
 KINDS = [
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "nca_pair", "bco_pair", "sppo_hard",
@@ -160,17 +154,16 @@ def test_divergences_fit_losses_of_a_difference_and_likelihood(kind: str) -> Non
     ids=str,
 )
 def test_findings_with_the_rest(options: Preference, rest: dict[str, Any], expected: list[str]) -> None:
-    found = findings_with(options, **{"num_prompts": 4, "num_generations": 4, "has_adapters": False, **rest})
+    found = options.findings_with(Setting(**{"num_prompts": 4, "num_generations": 4, **rest}))
     assert len(found) == len(expected)
     assert all(text in line for text, line in zip(expected, found, strict=True))
 
 
-def test_describe() -> None:
-    assert describe(PRESETS["orpo"]) == (
-        "algorithm orpo on the dataset's preferences: loss sft + orpo (weight 0.1), max_length 1024"
-    )
-    options = make(OnlineDPO, hierarchy=[{"part": "right"}, {"part": "short"}], reference={"steps": 3})
-    assert describe(options) == (
-        "algorithm online_dpo on preferences among the policy's own rollouts: reference (steps 3, alpha 0.6), "
-        "loss sigmoid (beta 0.1), pairs best_worst, hierarchy right > short"
-    )
+@pytest.mark.parametrize(("algorithm", "kind"), [(DPOAlgorithm, OnlineDPO), (KTOAlgorithm, OnlineKTO)])
+def test_algorithms_take_the_schedule_of_their_options(algorithm: Any, kind: Any) -> None:
+    options = make(kind, num_iterations=2, num_mini_batches=3, reference={"steps": 4}, dynamic_sampling={})
+    made = algorithm(options)
+    assert (made.num_iterations, made.num_mini_batches) == (2, 3)
+    assert made.needs.ref_sync == (4, 0.6)
+    assert made.needs.sampling_batches == 10
+    assert algorithm(kind()).needs.sampling_batches == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -248,18 +249,27 @@ def test_heads_that_vllm_has_no_attention_for_are_refused_before_it_starts():
         VllmEngine(build_tiny_model("qwen2", vocab_size=VOCABULARY, head_dim=32).config)
 
 
-async def interrupted(engine: VllmEngine, policy: Policy, version: int) -> Completion:
-    """A completion of 200 tokens, during which `policy` arrives as `version`."""
-    long = asyncio.create_task(engine.generate(prompt_of(9), Sampling(max_tokens=200, seed=SEED), session="long"))
-    await engine.generate(prompt_of(9), Sampling(max_tokens=20, seed=SEED + 1), session="short")
-    await engine.load_weights(policy.weights, version=version)
-    return await long
+async def interrupted(engine: VllmEngine, old: Policy, new: Policy, version: int) -> Completion:
+    """A completion of 200 tokens under `old`, during which `new` arrives as `version + 1`.
+
+    On a busy machine vLLM may be done before the push begins; then it is drawn again.
+    """
+    while True:
+        await engine.load_weights(old.weights, version=version)
+        long = asyncio.create_task(engine.generate(prompt_of(9), Sampling(max_tokens=200, seed=SEED), session="long"))
+        await engine.generate(prompt_of(9), Sampling(max_tokens=20, seed=SEED + 1), session="short")
+        was_running = not long.done()
+        await engine.load_weights(new.weights, version=version + 1)
+        completion = await long
+        if engine.options.on_update == "wait" and was_running:
+            return completion
+        if completion.finish == "abort" or completion.policy_version == (version, version + 1):
+            return completion
 
 
-def test_a_request_goes_on_under_new_weights_and_knows_which_token_is_whose(engine):
+def test_a_request_continues_under_new_weights_and_records_the_version_of_each_token(engine):
     old, new = policy_of(SEED), policy_of(SEED + 1)
-    push(engine, old, 20)
-    completion = asyncio.run(interrupted(engine, new, 21))
+    completion = asyncio.run(interrupted(engine, old, new, 20))
     (first, count), (second, rest) = completion.version_spans
     assert (first, second) == completion.policy_version == (20, 21)
     assert count >= 15 and count + rest == 200
@@ -272,19 +282,21 @@ def test_a_request_goes_on_under_new_weights_and_knows_which_token_is_whose(engi
     assert (under[20] - under[21]).abs().max() > 0.1
 
 
-def test_many_requests_go_on_together_although_they_fill_more_than_one_step(engine):
+def test_many_requests_continue_together_although_they_fill_more_than_one_step(engine):
     old, new = policy_of(SEED), policy_of(SEED + 1)
-    push(engine, old, 22)
     requests = [(prompt_of(150, salt=i), Sampling(max_tokens=100, seed=SEED + i)) for i in range(16)]
 
     async def run() -> list[Completion]:
-        running = asyncio.create_task(draw(engine, requests))
-        await engine.generate(prompt_of(3), Sampling(max_tokens=20, seed=SEED), session="short")
-        await engine.load_weights(new.weights, version=23)
-        return await running
+        while True:  # on a busy machine vLLM may be done before the push begins
+            await engine.load_weights(old.weights, version=22)
+            running = asyncio.create_task(draw(engine, requests))
+            await engine.generate(prompt_of(3), Sampling(max_tokens=20, seed=SEED), session="short")
+            await engine.load_weights(new.weights, version=23)
+            drawn = await running
+            if (22, 23) in {completion.policy_version for completion in drawn}:
+                return drawn
 
     completions = asyncio.run(run())
-    assert {c.policy_version for c in completions} >= {(22, 23)}
     for (prompt, _), completion in zip(requests, completions, strict=True):
         under = {
             version: forward_logprobs(policy, prompt, completion.token_ids, 1.0)
@@ -297,10 +309,9 @@ def test_many_requests_go_on_together_although_they_fill_more_than_one_step(engi
 
 
 @pytest.mark.parametrize("on_update", ["wait", "abort"])
-def test_requests_can_finish_first_or_be_given_up(engine, on_update, monkeypatch):
-    push(engine, policy_of(SEED), 30)
+def test_requests_can_finish_first_or_be_aborted(engine, on_update, monkeypatch):
     monkeypatch.setattr(engine, "options", replace(OPTIONS, on_update=on_update))
-    completion = asyncio.run(interrupted(engine, policy_of(SEED + 1), 31))
+    completion = asyncio.run(interrupted(engine, policy_of(SEED), policy_of(SEED + 1), 30))
     assert completion.policy_version == (30, 30)
     assert completion.finish == ("length" if on_update == "wait" else "abort")
     assert (len(completion.token_ids) == 200) == (on_update == "wait")
@@ -328,9 +339,12 @@ def test_a_cancelled_request_frees_its_place(engine):
 
 def test_a_dead_process_ends_the_run_with_its_reason_and_is_the_last_test(engine):
     async def run() -> None:
+        processes = engine._llm.engine_core.resources.engine_manager.processes
+        for child in processes:  # stopped, so that the request cannot finish before they die
+            os.kill(child.pid, signal.SIGSTOP)
         long = asyncio.create_task(engine.generate(prompt_of(5), Sampling(max_tokens=240, seed=0), session="s"))
         await asyncio.sleep(0.05)
-        for child in engine._llm.engine_core.resources.engine_manager.processes:
+        for child in processes:
             child.kill()
         await long
 

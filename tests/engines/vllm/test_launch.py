@@ -55,13 +55,13 @@ def started(tmp_path: Path, *launches: Launch, **options: int) -> ServerProcesse
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url + "/health", timeout=2, trust_env=False).status_code == 200
+        return httpx.get(url + "/health", timeout=60, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def gone(url: str) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while answers(url) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not answers(url)
@@ -70,7 +70,7 @@ def gone(url: str) -> bool:
 def test_servers_are_ready_restarted_and_ended(tmp_path: Path) -> None:
     ports = free_ports(2, first=0)
     processes = started(tmp_path, *map(launch, ports), max_restarts=1)
-    processes.wait_until_ready(30)
+    processes.wait_until_ready(120)
     assert [f"http://127.0.0.1:{port}" for port in ports] == processes.urls and all(map(answers, processes.urls))
     first = processes.urls[0]
     for restart in range(2):
@@ -78,12 +78,12 @@ def test_servers_are_ready_restarted_and_ended(tmp_path: Path) -> None:
         processes.processes[0].popen.wait()
         if restart == 0:
             processes.revive(first)
-            processes.wait_until_ready(30)
+            processes.wait_until_ready(120)
         else:
             with pytest.raises(RunFailed, match=rf"{first} ended with exit code -9; the end of .*:\nloading"):
                 processes.revive(first)
     processes.revive(processes.urls[1])
-    assert processes.processes[1].restarts == 0, "one that runs is left alone"
+    assert processes.processes[1].restarts == 0, "a running server is not restarted"
     processes.close()
     processes.close()
     assert not any(map(answers, processes.urls))
@@ -93,9 +93,9 @@ def test_a_server_that_fails_to_start_shows_its_log(tmp_path: Path) -> None:
     (port,) = free_ports(1, first=0)
     processes = started(tmp_path, launch(port, "print('no such model'); raise SystemExit(3)"))
     with pytest.raises(RunFailed, match="exit code 3; the end of .*\nno such model"):
-        processes.wait_until_ready(30)
+        processes.wait_until_ready(120)
     processes.close()
-    processes = started(tmp_path, launch(port, "import time; print('slow', flush=True); time.sleep(60)"))
+    processes = started(tmp_path, launch(port, "import time; print('slow', flush=True); time.sleep(600)"))
     with pytest.raises(RunFailed, match=r"does not answer after 1 s \(rollout.vllm.start_timeout_s\)"):
         processes.wait_until_ready(1)
     processes.close()
@@ -108,7 +108,7 @@ def test_servers_end_with_whoever_started_them(tmp_path: Path, number: int) -> N
         "import sys, time; from pathlib import Path; from llmrl.engines.vllm.launch import Launch, ServerProcesses\n"
         f"url = 'http://127.0.0.1:{port}'; command = [sys.executable, '-c', {SERVER!r}, '{port}']\n"
         f"launch = Launch(command=command, env={{}}, url=url)\n"
-        f"ServerProcesses([launch], Path({str(tmp_path)!r})).start().wait_until_ready(30); time.sleep(60)\n"
+        f"ServerProcesses([launch], Path({str(tmp_path)!r})).start().wait_until_ready(120); time.sleep(600)\n"
     )
     starter = subprocess.Popen([sys.executable, "-c", code])
     url = f"http://127.0.0.1:{port}"
@@ -164,7 +164,7 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         assert wanted in words
     assert ("--no-enable-chunked-prefill" in words) == (not torch.cuda.is_available())
-    assert "load-format" not in words, "adapters need the real weights below them"
+    assert "load-format" not in words, "adapters need the real base weights"
     assert first.env["VLLM_SERVER_DEV_MODE"] == first.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert first.env["VLLM_API_KEY"] == "secret"
     assert first.url.startswith("http://127.0.0.1:") and first.url != second.url

@@ -1,6 +1,6 @@
-"""Runs every hostile program, and the honest one in between, in one kind of box; prints a JSON report.
+"""Runs every hostile program in one kind of box, with the honest one in between, and prints a JSON report.
 
-Run as its own process, so that it can be run as any user: run_all.py KIND CANARY_FOLDER PORT ABSTRACT_NAME
+A process of its own, so that any user can run it: run_all.py KIND CANARY_FOLDER PORT ABSTRACT_NAME
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def watch_servers() -> set[int]:
-    """The session numbers of all servers started from here on."""
+    """Return a set that collects the session numbers of all servers started from now on."""
     sessions: set[int] = set()
     handshake = Server._handshake
 
@@ -71,7 +71,7 @@ def watch_servers() -> set[int]:
 
 
 def left_over(sessions: set[int], patience: float = 120.0) -> list[int]:
-    """Processes that still belong to a server's session."""
+    """Return the processes that still belong to a server's session after at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         left = [int(name) for name in os.listdir("/proc") if name.isdigit() and session_of(name) in sessions]

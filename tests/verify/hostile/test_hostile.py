@@ -1,4 +1,4 @@
-"""Every hostile program gets nothing in every box, as root and as an ordinary user, and harms nothing outside it."""
+"""No hostile program passes or does harm outside its box, in any box, as root and as an ordinary user."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def box_problem(kind: str) -> str | None:
 
 @functools.cache
 def python_of_nobody() -> str | None:
-    """An interpreter that an ordinary user can run with this repository, or None."""
+    """Return an interpreter that an ordinary user can run with this repository, or None."""
     for candidate in (os.path.realpath(sys.executable), shutil.which("python3", path="/usr/local/bin:/usr/bin")):
         if candidate is None:
             continue
@@ -56,7 +56,7 @@ def python_of_nobody() -> str | None:
 
 @pytest.fixture
 def canary() -> Iterator[Path]:
-    """A folder and a file that anybody may change: only the box protects them."""
+    """Make a folder and a file that everyone may change, so that only the box protects them."""
     folder = Path(tempfile.mkdtemp(prefix="canary-"))
     folder.chmod(0o777)
     (folder / "keep.txt").write_text("KEEP")
