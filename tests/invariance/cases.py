@@ -116,7 +116,7 @@ def make_lora(model: torch.nn.Module, *, seed: int = 0, **options: Any) -> torch
 
 
 def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> Algorithm:
-    """The algorithm of these options, as a run would build it."""
+    """Build the algorithm of these options as a run would."""
     return make_algorithm(make_config(algo=algo, max_completion_length=max_completion_length))
 
 
