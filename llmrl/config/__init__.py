@@ -15,10 +15,9 @@ from llmrl.config.config import (
     check,
     complete,
     findings,
-    preset,
 )
 from llmrl.config.evaluation import EvalRun
-from llmrl.config.parsing import from_dotted, load_config, parse, save_config, to_dict
+from llmrl.config.parsing import from_dotted, load_config, parse, preset, save_config, to_dict
 from llmrl.data.options import DataConfig, RowsConfig
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.model.options import AdapterCritic, LoraConfig, ModelConfig, SeparateCritic, SharedCritic

@@ -7,7 +7,6 @@ that whatever is wrong with the arguments is reported before a model loads.
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Any
 
 from llmrl.algo.options import Setting
 from llmrl.algo.policy_gradient import options as policy_gradient
@@ -216,18 +215,3 @@ def _critic_findings(c: Config) -> list[str]:
             "model.lora, or use critic.kind separate or shared"
         )
     return found
-
-
-def preset(name: str, **over: Any) -> AlgoOptions:
-    """The options of the preset `name` with `over` on top; nested options are given as dictionaries.
-
-    Example:
-        >>> preset("dapo", loss={"epsilon_high": 0.3}).loss.dual_clip
-        10.0
-
-    Raises:
-        UserError: unknown name or option, or a wrong value.
-    """
-    from llmrl.config.parsing import build_algo
-
-    return build_algo({"name": name, **over})

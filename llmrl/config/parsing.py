@@ -92,10 +92,18 @@ def build(tree: Tree, config_class: type[T] = Config, *, lenient: bool = False) 
     return cast("T", complete(config)) if isinstance(config, RunConfig) else config
 
 
-def build_algo(values: dict[str, Any]) -> AlgoOptions:
-    """The options of an algorithm from nested plain values; `name` is its preset."""
+def preset(name: str, **over: Any) -> AlgoOptions:
+    """The options of the preset `name` with `over` on top; nested options are given as dictionaries.
+
+    Example:
+        >>> preset("dapo", loss={"epsilon_high": 0.3}).loss.dual_clip
+        10.0
+
+    Raises:
+        UserError: unknown name or option, or a wrong value.
+    """
     builder = _Builder()
-    algo = builder.algo(given_tree(values, "algo", 0, typed=True))
+    algo = builder.algo(given_tree({"name": name, **over}, "algo", 0, typed=True))
     if builder.found or algo is None:
         raise UserError(listed(builder.found))
     return algo

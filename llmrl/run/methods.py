@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.options import PolicyGradient
@@ -37,8 +37,29 @@ if TYPE_CHECKING:
     from llmrl.data.preferences import PreferenceRow
     from llmrl.model.critic import Critic
     from llmrl.rollout.source import Feed
-    from llmrl.run.trainer import Trainer
+    from llmrl.train.learner import Learner
+    from llmrl.types import RolloutGroup
     from llmrl.verify.rubric import Rubric
+
+
+class Evaluated(Protocol):
+    """What evaluation needs of the `Trainer`; see there."""
+
+    config: RunConfig
+    eval_tasks: list[Task]
+    algorithm: Algorithm
+    learner: Learner
+    policy_version: int
+
+    async def collect(self, tasks: Sequence[Task], **options: Any) -> list[RolloutGroup]:
+        """Groups of held-out tasks."""
+        ...
+
+    async def evaluate(
+        self, tasks: Sequence[Task], *, num_generations: int = 1, temperature: float = 0.0
+    ) -> tuple[dict[str, float], list[RolloutGroup]]:
+        """Pass rates of held-out tasks, and the rollouts behind them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +72,7 @@ class Method:
     """Put what is trained around the language model: (config, model, critic, keep_reference=...)."""
     algorithm: Callable[[Any, dict[str, float]], Algorithm]
     """(config, weight of each reward by name) -> what turns groups into a gradient."""
-    evaluate: Callable[[Trainer], Awaitable[dict[str, float]]]
+    evaluate: Callable[[Evaluated], Awaitable[dict[str, float]]]
     """Metrics of the held-out tasks, with keys eval/..."""
 
 
@@ -150,7 +171,7 @@ def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_referenc
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-async def held_out_rates(trainer: Trainer) -> dict[str, float]:
+async def held_out_rates(trainer: Evaluated) -> dict[str, float]:
     """Pass rates on the held-out tasks."""
     assert isinstance(trainer.config, Config), "nothing is sampled in this kind of run"
     options = trainer.config.eval
@@ -160,7 +181,7 @@ async def held_out_rates(trainer: Trainer) -> dict[str, float]:
     return {key.replace("reward/", "eval/"): value for key, value in rates.items()}
 
 
-async def held_out_preferences(trainer: Trainer) -> dict[str, float]:
+async def held_out_preferences(trainer: Evaluated) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit reward on the held-out preferences."""
     groups = await trainer.collect(trainer.eval_tasks)
     batch = trainer.algorithm.prepare(groups, policy_version=trainer.policy_version)

@@ -44,7 +44,7 @@ class HttpSandbox:
     def __init__(self, address: str) -> None:
         base = address.rstrip("/")
         self.url = base if base.endswith("/run_code") else f"{base}/run_code"
-        modules = [(name, "") for name in ("llmrl", "llmrl.verify", _PACKAGE)]
+        modules = [(name, "") for name in ("llmrl", _PACKAGE)]
         modules += [(f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in ("wire", "driver")]
         self._glue = _GLUE.format(modules=modules)
         if self.run("print(6 * 7)", "", Limits()).stdout != "42\n":

@@ -164,7 +164,7 @@ class Server:
         )
 
     def _handshake(self, plan: BoxPlan) -> dict[str, Any]:
-        modules = [(name, "") for name in ("llmrl", "llmrl.verify", _PACKAGE)]
+        modules = [(name, "") for name in ("llmrl", _PACKAGE)]
         modules += [(f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in _GUEST]
         config = {
             "modules": modules,

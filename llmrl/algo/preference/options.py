@@ -86,7 +86,7 @@ class PreferenceOptions:
         return found
 
     def cautions(self) -> list[str]:
-        """Return settings that are allowed but rarely intended: one line each."""
+        """Return what may well be meant, but rarely is."""
         return []
 
 
