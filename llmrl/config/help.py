@@ -71,43 +71,48 @@ def _section(config_class: type, section: str) -> list[str]:
         seen: set[str] = set()
         for cls in dict.fromkeys(type(options) for options in PRESETS.values()):
             names = [name for name, options in PRESETS.items() if type(options) is cls]
-            lines += _class(cls, "algo", f"algo.name {', '.join(names)}", seen)
+            lines += _class(cls, "algo", f"by algo.name {', '.join(names)}", seen)
         return lines
     outer, _, kind = section.rpartition(".")
-    field = _find(config_class, section, kind if outer else "")
-    if field.tagged and kind in field.members:
-        return _class(field.members[kind], outer, f"kind {kind}")
-    if not field.members:
+    field, members = _find(config_class, section, kind if outer else "")
+    if field.tagged and kind in members:
+        return _class(members[kind], outer, f"kind {kind}")
+    if not members:
         return _option(section, field)
+    seen: set[str] = set()
     return [
-        line for kind, cls in field.members.items() for line in _class(cls, section, f"kind {kind}" if kind else "")
+        line for kind, cls in members.items() for line in _class(cls, section, f"kind {kind}" if kind else "", seen)
     ]
 
 
-def _find(config_class: type, path: str, kind: str) -> OptionField:
-    """The option at `path`; where its last part is a `kind`, the choice that has it."""
+def _find(config_class: type, path: str, kind: str) -> tuple[OptionField, dict[str, type]]:
+    """The option at `path` and the classes it can hold, of all algorithms; where the last part of `path` is a `kind`,
+    the choice that has it.
+    """
     classes, section = [config_class], path
     if issubclass(config_class, RunConfig) and section.startswith("algo."):
         classes, section = list(dict.fromkeys(type(options) for options in PRESETS.values())), section[5:]
-    found = None
+    found, members = None, {}
     for part in section.split("."):
         matches = [option_fields(cls)[part] for cls in classes if part in option_fields(cls)]
-        if not matches and part == kind and found is not None and part in found.members:
-            return found
+        if not matches and part == kind and found is not None and part in members:
+            return found, members
         if not matches:
             names = [name for cls in classes for name in option_fields(cls)]
             raise UserError(f"--help {path}: there is no option {part}{hints.near(part, names)}")
         found = matches[0]
-        classes = [cls for match in matches for cls in match.members.values()]
+        members = {name: cls for match in reversed(matches) for name, cls in match.members.items()}
+        members = {name: members[name] for match in matches for name in match.members}
+        classes = list(members.values())
     assert found is not None
-    return found
+    return found, members
 
 
 def _class(cls: type, path: str, title: str, seen: set[str] | None = None) -> list[str]:
     """A class in full; options that stand in `seen` word for word, of a class before, are only named."""
     head = f"{path} {title}".strip()
     doc = (cls.__doc__ or "").strip().splitlines()
-    lines = [f"{head}: {doc[0] if doc else ''}"]
+    lines = textwrap.wrap(f"{head}: {doc[0] if doc else ''}", WIDTH, subsequent_indent="    ")
     again = []
     for name, field in option_fields(cls).items():
         text = _option(f"{path}.{name}", field, indent="  ")
