@@ -295,8 +295,9 @@ class TrainBatch:
 
     samples: list[Sample]
     num_groups: int
-    max_completion_length: int
     policy_version: int
+    max_completion_length: int = 0
+    """Tokens of a rollout, for losses that divide by it; 0 where none does."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics measured while preparing it (fraction of groups without signal ...)."""
     groups: list[RolloutGroup] = field(default_factory=list)

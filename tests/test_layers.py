@@ -85,8 +85,8 @@ def arrows(modules: dict[str, Path]) -> list[Arrow]:
         package = source if file.name == "__init__.py" else source.rpartition(".")[0]
         for node in ast.walk(ast.parse(file.read_text())):
             for target in sorted(set(targets(node, package, modules))):
-                # Recipes import their neighbors by bare name: a script's own folder is on the path.
-                target = target if target in modules else f"{package}.{target}"
+                if package.startswith("recipes"):  # a script's own folder is on the path: neighbors by bare name
+                    target = target if target in modules else f"{package}.{target}"
                 if target in modules and target != source:
                     found.append(Arrow(source, target, f"{file}:{getattr(node, 'lineno', 0)}"))
     return found

@@ -70,7 +70,13 @@ def read_arguments(argv: list[str]) -> EvalRun:
             plain.append(SHORT.get(name, name) + equals + value)
     if specs:
         plain.append("--rewards=" + json.dumps([{"fn": spec} for spec in specs]))
-    options = parse(plain, config_class=EvalRun, prog="llmrl eval")
+    try:
+        options = parse(plain, config_class=EvalRun, prog="llmrl eval")
+    except UserError as error:
+        text = str(error)
+        for short, long in SHORT.items():  # what was typed short is named short
+            text = text.replace(long.removeprefix("--"), short) if short in argv else text
+        raise UserError(text) from None
     check_evaluation(options)
     return options
 

@@ -11,13 +11,9 @@ import pytest
 
 from llmrl.data.chat import Chat
 from llmrl.data.options import RowsConfig
-from llmrl.data.preferences import (
-    PreferenceCollector,
-    encode_preferences,
-    load_preferences,
-    preferences_from_rows,
-)
+from llmrl.data.preferences import encode_preferences, load_preferences, preferences_from_rows
 from llmrl.errors import UserError
+from llmrl.rollout.preferences import PreferenceSource
 from llmrl.tiny import byte_tokenizer
 
 
@@ -153,7 +149,7 @@ def test_sharegpt_rows_are_messages(shared_data: Path) -> None:
 
 def test_groups() -> None:
     rows, _, _ = encoded(MESSAGES)
-    collector = PreferenceCollector(rows)
+    collector = PreferenceSource(rows)
     groups = asyncio.run(collector.collect([row.task for row in rows[::-1]], [0, 1]))
     assert [group.task.id for group in groups] == [row.task.id for row in rows[::-1]]
     assert [r.score.reward for r in groups[0].rollouts if r.score] == [1.0, 0.0]

@@ -43,8 +43,7 @@ def recorded_edges(learner: Learner, algorithm: Algorithm) -> Iterator[dict[str,
         return clip_masks(ratio, advantages, **bounds)
 
     def look_at_values(new: Tensor, old: Tensor, returns: Tensor, *, clip: float) -> Any:
-        # Inside the clip both errors are the same number, computed in two ways: which one is larger is rounding.
-        may_flip = (new - old).abs() <= clip + EDGE
+        may_flip = ((new - old).abs() - clip).abs() <= EDGE
         add("value/clip_frac", may_flip if clip else torch.zeros_like(may_flip))
         return value_loss(new, old, returns, clip=clip)
 

@@ -193,7 +193,7 @@ def bfloat16_accelerator() -> Iterator[Accelerator]:
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_mixed_precision(bfloat16_accelerator: Accelerator, lora: bool, seed: int) -> None:
     """Training is rounded, in the same way for policy and reference. What proves the weights is not rounded."""
-    config = make_config(algo={"beta": 0.1})
+    config = make_config(algo={"kl": {"beta": 0.1}})
     model = add_lora(tiny_model(), LoraConfig(r=4), seed=0) if lora else tiny_model()
     learner, algorithm = make_learner(model, config, parallel=Parallel(bfloat16_accelerator))
     policy, sequence = learner.policy, make_samples(seed)[0].input_ids.tolist()

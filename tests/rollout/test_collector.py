@@ -32,6 +32,8 @@ class StubChat:
 class StubRubric:
     """Gives reward 1 to completions that contain an x, and records the order of scoring."""
 
+    accuracy_name = "x"
+
     def __init__(self, events: list[str] | None = None) -> None:
         self.events = [] if events is None else events
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 
 from llmrl.algo.base import Algorithm
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.parallel import Parallel
 from llmrl.run import checkpoint
 from llmrl.run.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from llmrl.train.learner import Learner
@@ -44,13 +44,13 @@ def save(folder: Path, step: int, learner: Learner, *, keep: int = 2, state: dic
         policy=learner.policy,
         learner=learner,
         state=state or {},
-        accelerator=Accelerator(cpu=True),
+        parallel=Parallel.alone(),
         keep=keep,
     )
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
-    return load_checkpoint(folder, policy=learner.policy, learner=learner, accelerator=Accelerator(cpu=True))
+    return load_checkpoint(folder, policy=learner.policy, learner=learner, parallel=Parallel.alone())
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

@@ -13,10 +13,10 @@ from llmrl import Trainer
 from llmrl.cli import run
 from llmrl.config import DataConfig
 from llmrl.data.tasks import load_tasks
-from llmrl.methods.bcoder.rerank import mean_logprob_scores, order, ranking_rates
 from llmrl.run.evaluation import evaluate, read_arguments, sample_row
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import majority, majority_rates
+from llmrl.track.ranking import mean_logprob_scores, order, ranking_rates
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
 pytestmark = pytest.mark.slow
@@ -178,7 +178,7 @@ def test_adapters_are_evaluated_too(data: Path, tmp_path: Path) -> None:
     async def served() -> list[list[float]]:
         more = ["--model", str(tmp_path / "run" / "model")]
         async with Evaluator(read_arguments([*arguments(data), *more])) as evaluator:
-            return await evaluator.engine.logprobs(probe)
+            return await evaluator.collector.engine.logprobs(probe)
 
     assert asyncio.run(served())[0] == pytest.approx(trainer.policy.sequence_logprobs(probe)[0], abs=1e-4)
 

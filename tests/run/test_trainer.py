@@ -76,7 +76,7 @@ def test_it_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_resumed_equals_undisturbed(lora: dict[str, int] | None, tmp_path: Path) -> None:
-    more = {"model__lora": lora, "algo__beta": 0.1, "algo__num_mini_batches": 2}
+    more = {"model__lora": lora, "algo__kl__beta": 0.1, "algo__num_mini_batches": 2}
     trainer(tmp_path / "whole", **more).train()
     trainer(tmp_path / "parts", train__max_steps=2, **more).train()
     trainer(tmp_path / "parts", train__resume_from_checkpoint="last", **more).train()

@@ -18,8 +18,8 @@ def rates(*, early_end: int | None = None, **train: Any) -> list[tuple[float, fl
     """Learning rates of (policy, critic) in every optimizer step of 5 batches, of which 2 may be value pre-training."""
     learner, algorithm = make_ppo_learner(
         "separate",
-        algo={"num_mini_batches": 2},
-        critic={"warmup_steps": 2, "warmup_iterations": 2, "learning_rate": 0.8},
+        algo={"num_mini_batches": 2, "warmup": {"steps": 2, "iterations": 2}},
+        critic={"learning_rate": 0.8},
         train={"max_steps": 5, "learning_rate": 0.1} | train,
     )
     found, step = [], learner.optimizer.step

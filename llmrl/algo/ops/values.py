@@ -86,7 +86,9 @@ def value_loss(
     if not clip:
         return free, torch.zeros_like(free, dtype=torch.bool)
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
-    return torch.maximum(free, clipped), clipped > free
+    # Inside the clip both terms are the same number, and rounding alone decides which is larger.
+    outside = (values - old_values).abs() > clip
+    return torch.maximum(free, clipped), (clipped > free) & outside
 
 
 def explained_variance(values: Float[Tensor, " M"], returns: Float[Tensor, " M"]) -> float:

@@ -71,7 +71,6 @@ class DPO(Algorithm):
         return TrainBatch(
             samples=samples,
             num_groups=len(groups),
-            max_completion_length=0,  # no loss of this family divides by it
             policy_version=policy_version,
             metrics={
                 "preference/num_pairs": float(sum(map(len, pairs))),

@@ -65,7 +65,6 @@ class KTO(Algorithm):
         return TrainBatch(
             samples=samples + probes,
             num_groups=len(groups),
-            max_completion_length=0,  # no loss of this family divides by it
             policy_version=policy_version,
             metrics={"preference/desirable_frac": desirable / max(1, len(samples))},
             groups=groups,
