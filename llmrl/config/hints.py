@@ -209,6 +209,16 @@ def readers(name: str, path: str, root: type) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def is_kind(kind: str, path: str, root: type) -> bool:
+    """Whether an option at this path, of any algorithm, has such a kind."""
+    from llmrl.config.config import PRESETS
+
+    classes = [(root, ""), *((type(options), "algo.") for options in PRESETS.values())]
+    return any(
+        prefix + place == path and kind in field.members for cls, prefix in classes for place, field in walk(cls)
+    )
+
+
 def moved_section(name: str) -> str | None:
     """`name` where it was a section before."""
     return name if name in MOVED_SECTIONS else None
@@ -227,6 +237,9 @@ def unknown(cls: type, name: str, path: str, elsewhere: list[str]) -> str:
     if elsewhere:
         shown = ", ".join(elsewhere[:4]) + (" ..." if len(elsewhere) > 4 else "")
         return f"not read by what was chosen, but by {shown}: leave it out, or choose that"
+    if "." in name:
+        outer, _, inner = name.partition(".")
+        return f"there is no such option: options are nested here, {path}{outer} is a mapping that holds {inner}"
     if not path and name in TRL:
         return f"did you mean {TRL[name]}?"
     same = [other for other in _everything() if other.split(".")[-1] == name]

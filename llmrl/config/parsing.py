@@ -23,9 +23,9 @@ from llmrl.config.config import (
     run_class,
     unread_sections,
 )
-from llmrl.config.messages import explain
-from llmrl.config.schema import OptionField, option_fields, plain
-from llmrl.config.sources import Given, Tree, from_python, given_tree, read_arguments, without_places
+from llmrl.config.messages import explain, shown
+from llmrl.config.schema import OptionField, option_fields, plain, type_text
+from llmrl.config.sources import Given, Tree, TypedTree, from_python, given_tree, read_arguments, without_places
 from llmrl.errors import UserError
 
 T = TypeVar("T")
@@ -127,19 +127,30 @@ class _Builder:
         self.root = root
         self.found: list[str] = []
         self.left_out: list[str] = []
+        self.wrong: set[str] = set()
+        """Paths that have been reported, so that their types are not reported again."""
+
+    def report(self, path: str, text: str, given: Given | None = None, *, place: str | None = None) -> None:
+        """Note what is wrong with the option at `path`, once."""
+        if path in self.wrong:
+            return
+        self.wrong.add(path)
+        problem = f" ({given.problem})" if given is not None and given.problem else ""
+        self.found.append(f"{path}{_at(given) if place is None else place}{text}{problem}")
 
     def algo(self, given: Any) -> AlgoOptions | None:
         """The algorithm's options: a preset with what is given on top."""
         if isinstance(given, Given):
             if type(given.value) in {type(p) for p in PRESETS.values()}:
                 return given.value
-            given = {"name": given}
+            given = {} if given.value is None and not given.typed else {"name": given}
         given = dict(given)
-        name = given.get("name", Given("grpo", "default", -1))
-        if name.value not in PRESETS:
+        name = _one(given.get("name", Given("grpo", "default", -1)))
+        if not isinstance(name.value, str) or name.value not in PRESETS:
             close = hints.near(str(name.value), PRESETS)
             self.found.append(
-                f"algo.name {name.value!r}{_at(name)}: there is no such preset{close}; there are {', '.join(PRESETS)}"
+                f"algo.name {shown(name.value)}{_at(name)}: there is no such preset{close}; there are "
+                + ", ".join(PRESETS)
             )
             return None
         base = PRESETS[name.value]
@@ -177,7 +188,9 @@ class _Builder:
     def report_left_out(self) -> None:
         """Say once which options of a file are not read, on the main process."""
         if self.left_out and os.environ.get("RANK", "0") == "0":
-            names = ", ".join(dict.fromkeys(".".join(path.split(".")[:2]) for path in self.left_out))
+            algo = [path for path in self.left_out if path.startswith("algo.")]
+            rest = [".".join(path.split(".")[:2]) for path in self.left_out if not path.startswith("algo.")]
+            names = ", ".join(dict.fromkeys(algo + rest))
             print(f"note: this kind of run does not read {names}: left out", file=sys.stderr)
 
     # --- laying over ---
@@ -208,9 +221,26 @@ class _Builder:
                 values[name] = [
                     self._entry(field, item, value, f"{path}{name}[{i}]") for i, item in enumerate(value.value)
                 ]
+            elif isinstance(value, dict) and not field.takes_mapping:
+                if field.takes_text and isinstance(value, TypedTree):
+                    values[name] = value.text
+                else:
+                    self._parts_of_one(field, value, path + name)
+            elif isinstance(value, Given) and value.text is not None and field.takes_text:
+                values[name] = value.text
+            elif isinstance(value, Given) and isinstance(value.value, bool) and field.takes_number:
+                self.report(path + name, f" is {shown(value.value)}: must be a number", value)
             else:
                 values[name] = _free(value)
         return values
+
+    def _parts_of_one(self, field: OptionField, value: Tree, path: str) -> None:
+        """Something is given below an option that is a single value, or a list."""
+        inner, leaf = next(item for item in _leaves(value, path) if not item[0].endswith(".kind"))
+        if field.many:
+            self.report(inner, f": {path} is a list: give it whole, such as --{path} '[{{...}}, {{...}}]'", leaf)
+        else:
+            self.report(inner, f": there is no such option; {path} is a single value ({type_text(field.hint)})", leaf)
 
     def _entry(self, field: OptionField, item: Any, given: Given, path: str) -> Any:
         """One entry of a list of options."""
@@ -223,6 +253,8 @@ class _Builder:
         if isinstance(value, Given) and field.optional and str(value.value).lower() in ("true", "false"):
             # `model.lora true` is the option with its defaults, false is off
             value = {} if str(value.value).lower() == "true" else Given(None, value.where, value.source, value.typed)
+        if isinstance(value, Given) and value.value is None and not field.optional and not value.typed:
+            value = {}  # a section of a file in which every line is a comment
         if isinstance(value, Given):
             if not isinstance(value.value, str) or not field.tagged:
                 return value.value
@@ -231,14 +263,29 @@ class _Builder:
         if not field.tagged:
             return self.overlay(field.members[""], base, value, f"{path}.", choice)
         kinds = list(field.members)
-        named = value.get("kind")
+        named = _one(value["kind"]) if "kind" in value else None
+        if named is not None and choice is not None and named.source < choice.source:
+            named, value = self._without_other_choice(field, named, value, path, choice)
         kind = base.get("kind", kinds[0]) if named is None else named.value
-        if kind not in field.members:
-            close = hints.near(str(kind), kinds)
-            self.found.append(f"{path}.kind {kind!r}{_at(named)}: not one of {', '.join(kinds)}{close}")
-            return None
+        if not isinstance(kind, str) or kind not in field.members:
+            off = field.optional and str(kind).lower() in ("none", "off", "no", "false")
+            close = "; null is off" if off else hints.near(str(kind), kinds)
+            self.wrong.add(path)
+            problem = f" ({named.problem})" if named is not None and named.problem else ""
+            self.found.append(f"{path}.kind {shown(kind)}{_at(named)}: not one of {', '.join(kinds)}{close}{problem}")
+            return base or None
         kept = base if base.get("kind", kind) == kind else {}
         return self.overlay(field.members[kind], kept, value, f"{path}.", named or choice) | {"kind": kind}
+
+    def _without_other_choice(
+        self, field: OptionField, named: Given, value: Tree, path: str, choice: Given
+    ) -> tuple[Given | None, Tree]:
+        """Leave out a kind, and its options, that only another algorithm has, where this one was chosen later."""
+        if named.value in field.members or not hints.is_kind(str(named.value), path, self.root):
+            return named, value
+        older = [name for name, inner in value.items() if all(g.source < choice.source for _, g in _leaves(inner, ""))]
+        self.left_out += [leaf for name in older for leaf, _ in _leaves(value[name], f"{path}.{name}")]
+        return None, {name: inner for name, inner in value.items() if name not in older}
 
     def _unknown(self, cls: type, name: str, value: Any, path: str, choice: Given | None) -> None:
         where = next((leaf for _, leaf in _leaves(value, "")), None)
@@ -267,8 +314,17 @@ class _Builder:
         except ValidationError as error:
             for problem in error.errors():
                 path, text = explain(problem, values, prefix)
-                self.found.append(f"{path}{_at(_look_up(given, path))}{text}")
+                if not any(path == other or path.startswith((f"{other}.", f"{other}[")) for other in self.wrong):
+                    self.report(path, text, _look_up(given, path))
             return None
+
+
+def _one(value: Any) -> Given:
+    """What should be a single value; a mapping in its place is one without the places of its parts."""
+    if isinstance(value, Given):
+        return value
+    first = next((leaf for _, leaf in _leaves(value, "")), Given(None, "", -1))
+    return dataclasses.replace(first, value=without_places(value))
 
 
 def _at(given: Given | None) -> str:
@@ -279,6 +335,8 @@ def _at(given: Given | None) -> str:
 def _leaves(value: Any, path: str) -> list[tuple[str, Given]]:
     if isinstance(value, Given):
         return [(path, value)]
+    if not isinstance(value, dict):
+        return []
     return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
 
 
@@ -298,13 +356,20 @@ def _scalar(value: Any) -> Any:
 def _look_up(tree: Tree, path: str) -> Given | None:
     """The value given at a path, or at the place it is part of."""
     value: Any = tree
-    for part in path.replace("[", ".").split("."):
-        if not isinstance(value, dict) or part not in value:
+    place: Given | None = None
+    for part in path.replace("[", ".").replace("]", "").split("."):
+        if isinstance(value, Given):
+            value, place = value.value, value
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
             break
-        value = value[part]
     if isinstance(value, Given):
         return value
-    return next((leaf for _, leaf in _leaves(value, "")), None) if value is not tree else None
+    first = next((leaf for _, leaf in _leaves(value, "")), None) if value is not tree else None
+    return first or place
 
 
 # --- out ---

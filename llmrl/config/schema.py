@@ -32,6 +32,22 @@ class OptionField:
     """Its docstring on one line."""
 
     @property
+    def takes_text(self) -> bool:
+        """It is a text, and brackets in it have no meaning."""
+        return str in _parts(self.hint) and not any(get_origin(part) in (list, dict) for part in _parts(self.hint))
+
+    @property
+    def takes_number(self) -> bool:
+        """It is a number, so that true is a mistake and not 1."""
+        parts = _parts(self.hint)
+        return bool({int, float} & {p for p in parts if isinstance(p, type)}) and bool not in parts
+
+    @property
+    def takes_mapping(self) -> bool:
+        """It is a mapping with any keys."""
+        return Any in _parts(self.hint) or any(get_origin(part) is dict or part is dict for part in _parts(self.hint))
+
+    @property
     def tagged(self) -> bool:
         """Whether a `kind` chooses among several classes."""
         return "" not in self.members
