@@ -1,7 +1,7 @@
 """Kinds of run, in one table: where groups come from, which policy and algorithm, and how a run is evaluated.
 
-`METHODS`, at the end, has one row per kind. Trainer, learner, queue and health treat all kinds alike, so a new method is
-a package and a row here: `methods/bcoder` is an example.
+`METHODS`, at the end, has one row per kind. Trainer, learner, queue and health treat all kinds alike, so a new method
+is a package and a row here: `methods/bcoder` is an example.
 """
 
 from __future__ import annotations
