@@ -1,7 +1,7 @@
 """Kinds of run, in one table: where groups come from, which policy and algorithm, and how a run is evaluated.
 
-`METHODS`, at the end, has one row per kind. Trainer, learner, queue and health treat all kinds alike, so a new method is
-a package and a row here: `methods/bcoder` is an example.
+`METHODS`, at the end, has one row per kind. Trainer, learner, queue and health treat all kinds alike, so a new method
+is a package and a row here: `methods/bcoder` is an example.
 """
 
 from __future__ import annotations
@@ -129,10 +129,8 @@ def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
 
     if dataset is None or isinstance(dataset, str):
         return load_tasks(options)
-    rows: list[Any] = dataset if isinstance(dataset, list) else []
-    if rows and isinstance(rows[0], Task):
-        return rows
-    return tasks_from_rows(dataset, options, GIVEN_DATASET)
+    are_tasks = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Task)
+    return dataset if are_tasks else tasks_from_rows(dataset, options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
