@@ -293,13 +293,11 @@ class _Builder:
         if elsewhere and choice is not None and where is not None and where.source < choice.source:
             self.left_out.append(path + name)
             return
-        section = hints.moved_section(path + name)
-        if section is not None and isinstance(value, dict):
-            self.found += [
-                f"{at}{_at(leaf)}: now {hints.moved(at, section)}" for at, leaf in _leaves(value, path + name)
-            ]
+        is_section = path + name in hints.MOVED_SECTIONS
+        if is_section and isinstance(value, dict):
+            self.found += [f"{at}{_at(leaf)}: now {hints.moved(at)}" for at, leaf in _leaves(value, path + name)]
             return
-        self.found.append(f"{path}{name}{_at(where)}: {hints.unknown(cls, name, path, elsewhere)}")
+        self.found.append(f"{path}{name}{_at(where)}: {hints.unknown(cls, name, path, elsewhere, self.root)}")
 
     # --- types ---
 
