@@ -129,10 +129,8 @@ def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
 
     if dataset is None or isinstance(dataset, str):
         return load_tasks(options)
-    rows: list[Any] = dataset if isinstance(dataset, list) else []
-    if rows and isinstance(rows[0], Task):
-        return rows
-    return tasks_from_rows(dataset, options, GIVEN_DATASET)
+    are_tasks = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Task)
+    return dataset if are_tasks else tasks_from_rows(dataset, options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
