@@ -10,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.options import PolicyGradient
@@ -129,8 +129,9 @@ def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
 
     if dataset is None or isinstance(dataset, str):
         return load_tasks(options)
-    are_tasks = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Task)
-    return dataset if are_tasks else tasks_from_rows(dataset, options, GIVEN_DATASET)
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], Task):
+        return cast("list[Task]", dataset)
+    return tasks_from_rows(cast("Any", dataset), options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
