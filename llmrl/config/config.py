@@ -144,24 +144,13 @@ def findings(config: RunConfig) -> list[str]:
             max_steps=config.train.max_steps,
         )
     found = config.algo.findings() + config.algo.findings_with(setting)
-    held_out, unset = config.eval.data, ("", MISSING)
-    rules = [
-        (config.model.path in unset, "model.path is not set: give a hub id or a local folder"),
-        (config.data.path in unset, "data.path is not set: give a hub id or a local file"),
-        (
-            config.eval.steps > 0 and held_out is None,
-            "eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)",
-        ),
-        (
-            held_out is not None and held_out.path in unset,
-            "eval.data.path is not set: give a hub id or a local file",
-        ),
-        (
-            held_out is not None and config.eval.steps == 0,
-            "eval.data is set but eval.steps is 0, so it would never be used: set eval.steps",
-        ),
-    ]
-    found += [text for wrong, text in rules if wrong]
+    for name, part in (("model", config.model), ("data", config.data), ("eval.data", config.eval.data)):
+        if part is not None and part.path in ("", MISSING):
+            found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
+    if config.eval.steps and config.eval.data is None:
+        found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
+    if config.eval.data is not None and not config.eval.steps:
+        found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
     return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
 
 

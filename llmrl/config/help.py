@@ -108,8 +108,9 @@ def _algorithms() -> list[type]:
 
 def _class(cls: type, path: str, title: str, seen: set[str]) -> list[str]:
     """Explain a class; options already in `seen` word for word, from the class before, are only named."""
-    lines = _wrap(f"{f'{path} {title}'.strip()}: {(cls.__doc__ or '').strip().partition(chr(10))[0]}", "    ")
-    again = []
+    summary = (cls.__doc__ or "").strip().split("\n")[0]
+    lines = _wrap(f"{f'{path} {title}'.strip()}: {summary}", "    ")
+    again: list[str] = []
     for name, field in option_fields(cls).items():
         option = _option(f"{path}.{name}", field, indent="  ")
         if (text := "".join(option)) in seen:

@@ -105,7 +105,7 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     try:
         source = inspect.getsource(sys.modules[module])
-    except OSError:  # such as `python -c`
+    except (OSError, KeyError):  # no source, such as `python -c`
         return found
     for cls in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]:
         for pair in pairwise(cls.body):
