@@ -1,7 +1,7 @@
-"""Options: frozen dataclasses that check themselves, and choices among them that are told apart by a field `kind`.
+"""Options: frozen dataclasses that check themselves, and choices among them by a field `kind`.
 
-An option class lives in the package that reads it and is that class's one argument. Its types carry the ranges, its
-field docstrings are the `--help` and the tables in the documentation.
+An option class lives in the package that reads it and is the one argument of what reads it. Its types carry the
+ranges; its field docstrings are the text of `--help` and of the tables in the documentation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 T = TypeVar("T")
 
 MISSING = "???"
-"""Stands for a required text that nobody has set."""
+"""Value of a required text that is not set."""
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -37,5 +37,5 @@ def option(cls: type[T]) -> type[T]:
 
 
 KIND = Field(discriminator="kind")
-"""Marks a choice among option classes by their field `kind`: `Annotated[A | B, KIND]`. The first is meant where none is
-named."""
+"""Marks a choice among option classes by their field `kind`: `Annotated[A | B, KIND]`. Without a `kind`, the first is
+meant."""

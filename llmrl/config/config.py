@@ -112,7 +112,7 @@ def unread_sections(algo: AlgoOptions) -> set[str]:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fill the defaults that depend on other sections. Completing twice changes nothing."""
+    """Fill the defaults that depend on other sections. Doing it twice changes nothing."""
     algo = config.algo
     if not isinstance(config, Config):
         return config

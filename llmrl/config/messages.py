@@ -1,4 +1,4 @@
-"""pydantic's findings in this project's words: the dotted path, the value, what it must be."""
+"""Translate pydantic's errors: the dotted path, the value, and what it must be."""
 
 from __future__ import annotations
 

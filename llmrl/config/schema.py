@@ -1,4 +1,4 @@
-"""What option classes look like from outside: their fields, the choices among them, types and defaults as text."""
+"""Read option classes: their fields, the choices among them, their types as text, their values for YAML."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class OptionField:
     owner: type
     name: str
     hint: Any
-    """Its type with the ranges."""
+    """Type, with its ranges."""
     members: dict[str, type]
-    """The option classes it can hold, by `kind`; a single class without a kind stands under ""."""
+    """The option classes it can hold, by `kind`; the key of a class without a kind is ""."""
     many: bool
-    """It holds a list of them."""
+    """Whether it holds a list of them."""
     optional: bool
-    """It can be null."""
+    """Whether it can be null."""
     default: Any
     """`dataclasses.MISSING` where it has to be given."""
 
@@ -52,18 +52,18 @@ class OptionField:
 
     @property
     def takes_text(self) -> bool:
-        """It is a text, and brackets in it have no meaning."""
+        """Whether it is text, in which brackets are only characters."""
         return str in _parts(self.hint) and not any(get_origin(part) in (list, dict) for part in _parts(self.hint))
 
     @property
     def takes_number(self) -> bool:
-        """It is a number, so that true is a mistake and not 1."""
+        """Whether it is a number, so that true is a mistake and not 1."""
         parts = _parts(self.hint)
         return bool({int, float} & {p for p in parts if isinstance(p, type)}) and bool not in parts
 
     @property
     def takes_mapping(self) -> bool:
-        """It is a mapping with any keys."""
+        """Whether it is a mapping with any keys."""
         return Any in _parts(self.hint) or any(get_origin(part) is dict or part is dict for part in _parts(self.hint))
 
     @property
@@ -116,7 +116,7 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def _parts(hint: Any) -> list[Any]:
-    """The members of a union, without annotations; a type that is not a union is its only member."""
+    """Return the members of a union, without annotations; for any other type, that type alone."""
     if get_origin(hint) is Annotated:
         return _parts(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
