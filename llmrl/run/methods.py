@@ -127,10 +127,13 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
 def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
     from llmrl.data.tasks import load_tasks, tasks_from_rows
 
-    if dataset is None or isinstance(dataset, str):
-        return load_tasks(options)
-    are_tasks = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Task)
-    return dataset if are_tasks else tasks_from_rows(dataset, options, GIVEN_DATASET)
+    match dataset:
+        case None | str():
+            return load_tasks(options)
+        case [Task(), *_]:
+            return [*dataset]
+        case _:
+            return tasks_from_rows(dataset, options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
