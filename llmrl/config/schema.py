@@ -76,7 +76,7 @@ def _field(f: dataclasses.Field[Any], hint: Any, doc: str) -> OptionField:
     return OptionField(
         name=f.name,
         hint=hint,
-        members={_kind(c): c for c in classes},
+        members={kind_of(c): c for c in classes},
         many=many,
         optional=NoneType in _parts(hint),
         default=default,
@@ -101,7 +101,7 @@ def _parts(hint: Any) -> list[Any]:
     return [hint]
 
 
-def _kind(cls: type) -> str:
+def kind_of(cls: type) -> str:
     """The value of the field `kind`, or ""."""
     return next((str(f.default) for f in dataclasses.fields(cls) if f.name == "kind"), "")
 
@@ -131,7 +131,7 @@ def type_text(hint: Any) -> str:
     if origin is Callable or hint is Callable:
         return "function"
     if dataclasses.is_dataclass(hint):
-        return _kind(hint) or "options"  # pyright: ignore[reportArgumentType]
+        return kind_of(hint) or "options"  # pyright: ignore[reportArgumentType]
     return {NoneType: "null", str: "text", float: "number", bool: "true | false", Any: "anything"}.get(hint) or getattr(
         hint, "__name__", str(hint)
     )

@@ -417,6 +417,8 @@ def test_an_empty_section_of_a_file_is_its_defaults(write: Callable[..., str]) -
 def test_texts_with_brackets_stay_texts() -> None:
     for text in ("{prompt}", "{prompt} Answer:", "[x] {y", "[a, b]", '{"a": 1}', "null and void", "{{x}}"):
         assert load("--data.prompt_template", text).data.prompt_template == text
+    twice = load("--data.prompt_template", "{a}", "--data.prompt_template", "{b}")
+    assert twice.data.prompt_template == "{b}", "the later one wins"
     assert load("--model.path", "123").model.path == "123"
     assert load("--data.system_prompt", "true").data.system_prompt == "true"
 
