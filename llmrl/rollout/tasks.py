@@ -59,14 +59,14 @@ class TaskFeed(Feed):
         )
         self.chat.render(self.tasks[0].messages)  # a template that fails must fail here, not in the first step
         notes = [f"{len(self.tasks)} tasks from {self.data.path}"]
-        self.drawn, dropped = filter_long(self.tasks, self.chat, self.data.max_prompt_length)
+        self.tasks, dropped = filter_long(self.tasks, self.chat, self.data.max_prompt_length)
         if self.data.max_prompt_length is not None:
             notes.append(f"{dropped} tasks left out: prompt longer than data.max_prompt_length tokens")
         return notes
 
     def sampler(self, num_prompts: int) -> TaskSampler:
         """Return the order of the tasks: a new one each epoch, unless `data.shuffle` is false."""
-        sampler = TaskSampler(self.drawn, seed=self.seed, shuffle=self.data.shuffle)
+        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle)
         sampler.check(num_prompts)
         return sampler
 

@@ -103,7 +103,7 @@ class Evaluator:
         quieten_libraries()
         tokenizer = load_tokenizer(options.model)
         feed.encode(tokenizer, load_generation_config(options.model))
-        self.tasks, self.num_dropped = feed.drawn, len(tasks) - len(feed.drawn)
+        self.tasks, self.num_dropped = feed.tasks, len(tasks) - len(feed.tasks)
         parallel = make_parallel(seed=options.seed, output_dir="")
         model: Any = load_model(options.model, tokenizer, seed=options.seed)
         self.policy = Policy(model.to(parallel.device), temperature=1.0, keep_reference=False)

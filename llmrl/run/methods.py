@@ -10,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.options import PolicyGradient
@@ -127,11 +127,13 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
 def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
     from llmrl.data.tasks import load_tasks, tasks_from_rows
 
-    if dataset is None or isinstance(dataset, str):
-        return load_tasks(options)
-    if isinstance(dataset, list) and dataset and isinstance(dataset[0], Task):
-        return cast("list[Task]", dataset)
-    return tasks_from_rows(cast("Any", dataset), options, GIVEN_DATASET)
+    match dataset:
+        case None | str():
+            return load_tasks(options)
+        case [Task(), *_]:
+            return [*dataset]
+        case _:
+            return tasks_from_rows(dataset, options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:

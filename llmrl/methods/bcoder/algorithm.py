@@ -55,7 +55,7 @@ class BCoder(Algorithm):
             assert rollout.score is not None and rollout.score.reward is not None
             rewards = np.zeros(sample.num_tokens, np.float32)
             rewards[-1] = rollout.score.reward
-            real = np.full(sample.num_tokens, float(rollout.score.info["real"]), np.float32)
+            real = np.full(sample.num_tokens, float(rollout.score.info.get("real", False)), np.float32)
             sample.extras = {REWARDS: rewards, REAL: real}
         return TrainBatch(
             samples=samples,

@@ -45,7 +45,7 @@ def raw_of_value(value: float, const: float = SOUND_SOFTABS) -> float:
 
 
 def advantage(logits: Float[Tensor, "M V"], actions: Int[Tensor, " M"], alpha: float = 1.0) -> Float[Tensor, " M"]:
-    """Compute A(s, a) = alpha (l(s, a) - max_a' l(s, a')): 0 for the greedy token, below 0 for others (section 4.1)."""
+    """Compute A(s, a) = alpha (l(s, a) - max_a' l(s, a')), which is 0 for the greedy token (section 4.1)."""
     return alpha * (logits.gather(1, actions[:, None])[:, 0] - logits.amax(1))
 
 

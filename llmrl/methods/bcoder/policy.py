@@ -1,8 +1,8 @@
 """B-Coder's Q function: a policy whose logits are advantages, and its value heads.
 
-For every trained token it computes the token's advantage, that of the anchor token, and the value of the state. The
-anchor is the greedy token of the model before training. The folder of a trained model holds, beside the model,
-`bcoder/heads.safetensors` and `bcoder/bcoder.json`.
+For every trained token it computes the token's advantage, that of the anchor token (the greedy token of the model
+before training), and the value of the state. The folder of a trained model also holds `bcoder/heads.safetensors` and
+`bcoder/bcoder.json`.
 """
 
 from __future__ import annotations
