@@ -32,7 +32,7 @@ def option(cls: type[T]) -> type[T]:
 
     Change one with `dataclasses.replace`, which checks again.
     """
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     return cast("type[T]", pydantic_dataclass(kw_only=True, frozen=True, config=config)(cls))
 
 

@@ -9,12 +9,12 @@
 4 rank the held-out programs, and compare                             summary.json
 
 Without a model.path the tasks are made up (recipes/programs.py), and a tiny model is fine-tuned on buggy programs.
-Parts that are there already are not done again. In its steps: `llmrl eval --save_samples`, `llmrl train` twice (with
-`--algo.name bcoder --bcoder.stage value`, then `policy`), `llmrl eval --rerank bcoder`.
+Parts that are there already are not done again. The same in single steps: `llmrl eval --save_samples`, `llmrl train`
+twice (with `--algo.name bcoder --algo.stage value`, then `policy`), `llmrl eval --rerank bcoder`.
 
-The whole is one process. To train on several, take the steps apart; only the stages use more than one:
+All of it runs in one process. To train on several, take the steps apart; only the stages use more than one:
 
-    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo.py --algo.name bcoder --bcoder.stage ...
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train.py --algo.name bcoder --algo.stage ...
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import asyncio
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llmrl.config import MISSING, BCoderConfig, Config, DataConfig, EvalRun, parse
+from llmrl.config import MISSING, Config, DataConfig, EvalRun, parse
 from llmrl.errors import UserError, run_main
+from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
+from llmrl.option import Count, NotNegative, Positive, Share, option
 from llmrl.types import RolloutGroup
 from llmrl.verify.spec import load_file
 
@@ -38,32 +40,53 @@ HELD_OUT_SEED = 1_000_003
 """Held-out programs are drawn with another seed than those for training."""
 
 
-@dataclass
+@option
 class MadeUpConfig:
     """The made-up task and the model that is fine-tuned for it."""
 
-    num_tasks: int = 300
-    num_held_out: int = 100
-    mistaken_frac: float = 0.5
+    num_tasks: Count = 300
+    """Tasks to train on."""
+    num_held_out: Count = 100
+    """Tasks to rank on."""
+    mistaken_frac: Share = 0.5
     """In the corpus: share of the lines of commonly mistaken words that are wrong ..."""
-    slip_frac: float = 0.04
+    slip_frac: Share = 0.04
     """... and share of all lines that are wrong in some other way."""
-    num_examples: int = 6400
-    max_steps: int = 600
+    num_examples: Count = 6400
+    """Programs of the corpus."""
+    max_steps: Count = 600
     """Of 16 examples each."""
-    learning_rate: float = 3e-3
-    hidden_size: int = 96
+    learning_rate: Positive = 3e-3
+    """Peak learning rate."""
+    hidden_size: Count = 96
+    """Width of the model."""
 
 
-@dataclass
-class StageConfig:
-    """The length of one stage."""
+@option
+class ValueRun:
+    """The stage `value`."""
 
-    max_steps: int = 300
-    learning_rate: float = 1e-3
+    max_steps: Count = 300
+    """Its length."""
+    learning_rate: NotNegative = 1e-3
+    """Its learning rate, which is constant."""
+    stage: ValueStage = field(default_factory=ValueStage)
+    """What only this stage reads."""
 
 
-@dataclass
+@option
+class PolicyRun:
+    """The stage `policy`."""
+
+    max_steps: Count = 300
+    """Its length."""
+    learning_rate: NotNegative = 1e-3
+    """Its learning rate, which falls linearly to 0."""
+    stage: PolicyStage = field(default_factory=PolicyStage)
+    """What only this stage reads."""
+
+
+@option
 class BCoderRun(Config):
     """B-Coder in four steps. `train.max_steps` and `learning_rate` are those of the stages."""
 
@@ -71,40 +94,57 @@ class BCoderRun(Config):
     """Tasks to rank on. Read when `model.path` is given."""
     made_up: MadeUpConfig = field(default_factory=MadeUpConfig)
     """Read when `model.path` is not given."""
-    num_samples: int = 16
+    num_samples: Count = 16
     """Programs sampled for each task, for training and for ranking."""
-    value: StageConfig = field(default_factory=StageConfig)
-    policy: StageConfig = field(default_factory=StageConfig)
+    value: ValueRun = field(default_factory=ValueRun)
+    """The stage `value`."""
+    policy: PolicyRun = field(default_factory=PolicyRun)
+    """The stage `policy`."""
 
 
 def main() -> None:
-    config: BCoderRun = parse(config_class=BCoderRun)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "recipes/bcoder.py runs in one process: start it with python. To train on several, start a stage alone: "
-            "accelerate launch recipes/grpo.py --algo.name bcoder --bcoder.stage ..."
-        )
-    if (config.model.path == MISSING) != (config.data.path == MISSING):
-        raise UserError("give both model.path and data.path, or neither (then a task and a model are made up)")
-    if config.model.path != MISSING and config.held_out is None:
-        raise UserError("held_out is not given: say which tasks are ranked (held_out.path)")
+    config = parse(config_class=BCoderRun)
+    check_arguments(config)
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if config.model.path == MISSING:
-        make_up(config, folder)
+        config = make_up(config, folder)
     assert config.held_out is not None
     programs, held_out = folder / "programs.jsonl", folder / "held_out.jsonl"
     asyncio.run(sample(config, config.data, programs, seed=config.train.seed))
     groups = asyncio.run(sample(config, config.held_out, held_out, seed=config.train.seed + HELD_OUT_SEED))
-    first = train(config, folder / "value", "value", config.value, config.model.path, programs)
-    second = train(config, folder / "policy", "policy", config.policy, str(first), programs)
+    first = train(config, config.value, config.model.path, programs)
+    second = train(config, config.policy, str(first), programs)
     summary = compare(groups, first, second)
     (folder / "summary.json").write_text(json.dumps(summary | {"seed": config.train.seed}, indent=2) + "\n")
     show(summary)
 
 
-def make_up(config: BCoderRun, folder: Path) -> None:
-    """Tasks, held-out tasks and a model that gets some of them right; `config` then points to them."""
+def check_arguments(config: BCoderRun) -> None:
+    """Check what goes together before anything is made.
+
+    Raises:
+        UserError: options that do not go together.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "recipes/bcoder.py runs in one process: start it with python. To train on several, start a stage alone: "
+            "accelerate launch recipes/train.py --algo.name bcoder --algo.stage ..."
+        )
+    if not isinstance(config.algo, BCoderOptions):
+        raise UserError(f"algo.name is {config.algo.name}, but this recipe trains B-Coder: set algo.name bcoder")
+    if config.algo.stage != ValueStage():
+        raise UserError(
+            "algo.stage is given, but this recipe runs both stages: give value.stage.hidden_size or policy.stage.q_coef"
+        )
+    if (config.model.path == MISSING) != (config.data.path == MISSING):
+        raise UserError("give both model.path and data.path, or neither (then a task and a model are made up)")
+    if config.model.path != MISSING and config.held_out is None:
+        raise UserError("held_out is not given: say which tasks are ranked (held_out.path)")
+
+
+def make_up(config: BCoderRun, folder: Path) -> BCoderRun:
+    """Make tasks, held-out tasks and a model that gets some of them right. Return the configuration with these."""
     options, seed = vars(config.made_up).copy(), config.train.seed
     num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
     drawn = PROGRAMS.draw_programs(num_tasks + num_held_out, seed=seed)
@@ -112,13 +152,16 @@ def make_up(config: BCoderRun, folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(PROGRAMS.task_row(program)) + "\n" for program in programs))
     place = folder / "warm_start"
     PROGRAMS.fine_tune_on_corpus(drawn[:num_tasks], place, **options, seed=seed)
-    config.model.path = str(place)
-    config.data.path = str(folder / "tasks.jsonl")
-    config.held_out = dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl"))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(place)),
+        data=dataclasses.replace(config.data, path=str(folder / "tasks.jsonl")),
+        held_out=dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl")),
+    )
 
 
 async def sample(config: BCoderRun, data: DataConfig, file: Path, *, seed: int) -> list[RolloutGroup]:
-    """Programs of the model as it is, with their outcomes; written to `file`, or read from it."""
+    """Return programs of the model as it is, with their outcomes; written to `file`, or read from it."""
     from llmrl.run.evaluation import Evaluator, read_samples, write_samples
 
     if not file.is_file():
@@ -135,37 +178,28 @@ async def sample(config: BCoderRun, data: DataConfig, file: Path, *, seed: int) 
     return read_samples(file)
 
 
-def train(
-    config: BCoderRun,
-    folder: Path,
-    stage: Literal["value", "policy"],
-    length: StageConfig,
-    model: str,
-    programs: Path,
-) -> Path:
-    """One stage; returns the folder of its model."""
+def train(config: BCoderRun, run: ValueRun | PolicyRun, model: str, programs: Path) -> Path:
+    """Run one stage, starting from `model`. Return the folder of its model."""
     from llmrl import Trainer
 
+    first = isinstance(run, ValueRun)
+    folder = Path(config.train.output_dir) / run.stage.kind
     if (folder / "model").is_dir():
         return folder / "model"
-    given = dataclasses.replace(config.bcoder or BCoderConfig(), stage=stage)
-    # Each stage is given what it reads.
-    dropped = ("q_coef", "adv_coef", "ce_coef") if stage == "value" else ("value_hidden_size",)
-    given = dataclasses.replace(given, **dict.fromkeys(dropped))
+    assert isinstance(config.algo, BCoderOptions)
     args = Config(
-        model=dataclasses.replace(config.model, path=model, lora=None if stage == "value" else config.model.lora),
+        model=dataclasses.replace(config.model, path=model, lora=None if first else config.model.lora),
         data=dataclasses.replace(config.data, path=str(programs)),
         rollout=config.rollout,
         rewards=config.rewards,
         verify=config.verify,
-        algo=dataclasses.replace(config.algo, name="bcoder"),
-        bcoder=given,
+        algo=dataclasses.replace(config.algo, stage=run.stage),
         train=dataclasses.replace(
             config.train,
             output_dir=str(folder),
-            max_steps=length.max_steps,
-            learning_rate=length.learning_rate,
-            lr_scheduler_type="constant" if stage == "value" else "linear",
+            max_steps=run.max_steps,
+            learning_rate=run.learning_rate,
+            lr_scheduler_type="constant" if first else "linear",
         ),
         track=config.track,
     )
@@ -174,9 +208,10 @@ def train(
 
 
 def compare(groups: list[RolloutGroup], first: Path, second: Path) -> dict[str, Any]:
-    """How often the first-ranked program of a task passes, for several ways to rank the same programs."""
-    from llmrl.methods.bcoder.rerank import Ranker, mean_logprob_scores, ranking_rates
+    """Return how often the first-ranked program of a task passes, for several ways to rank the same programs."""
+    from llmrl.methods.bcoder.rerank import Ranker
     from llmrl.run.evaluation import best_device
+    from llmrl.track.ranking import mean_logprob_scores, ranking_rates
 
     device, accuracy = best_device(), next(iter(groups[0].rollouts[0].score.parts))  # type: ignore[union-attr]
     scores = {

@@ -9,13 +9,13 @@ kto_mix_14k_tiny.yaml  a random tiny model, to see every part work on a CPU in a
 
 from __future__ import annotations
 
-from llmrl import Trainer, load_config
+from pathlib import Path
+
 from llmrl.errors import run_main
+from llmrl.verify.spec import load_file
 
-
-def main() -> None:
-    Trainer(load_config()).train()
-
+main = load_file(Path(__file__).resolve().with_name("train.py")).main
+"""recipes/train.py. Loaded by its path, because a recipe may be run as a file, installed, or loaded by a test."""
 
 if __name__ == "__main__":
     run_main(main)

@@ -20,13 +20,16 @@ import shutil
 import string
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from llmrl.config import Config, DataConfig, parse, validate
-from llmrl.errors import UserError, run_main
+from annotated_types import Ge, Le
+
+from llmrl.config import Config, DataConfig, check, parse
+from llmrl.errors import run_main
+from llmrl.option import Count, Natural, Positive, Share, option
 
 THINK, END_THINK, BOX = "<think>", "</think>", "\\boxed{"
 ALPHABET = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
@@ -34,32 +37,37 @@ NUM_HELD_OUT = 256
 """Held-out prompts in the table."""
 
 
-@dataclass
+@option
 class WarmStartConfig:
     """The supervised start: it stops when the model is correct often enough to learn from its own attempts."""
 
-    target: float = 0.33
+    target: Share = 0.33
     """Stop when sampled accuracy on held-out prompts reaches this ..."""
-    scratchpad_target: float = 0.85
+    scratchpad_target: Share = 0.85
     """... and answers with a scratchpad are correct this often: what never succeeds cannot be reinforced."""
-    enough: float = 0.45
+    enough: Share = 0.45
     """Always stop when sampled accuracy reaches this, to leave something to learn."""
-    min_steps: int = 500
-    max_steps: int = 1600
-    check_every: int = 50
-    learning_rate: float = 2e-3
+    min_steps: Natural = 500
+    """Check for the first time after this many steps."""
+    max_steps: Count = 1600
+    """Stop here at the latest."""
+    check_every: Count = 50
+    """Check every `check_every` steps."""
+    learning_rate: Positive = 2e-3
     """Peak learning rate; it falls linearly to 0 at `max_steps`."""
-    scratchpad_frac: float = 0.4
+    scratchpad_frac: Share = 0.4
     """Share of the examples that show their work."""
 
 
-@dataclass
+@option
 class QuickstartConfig(Config):
     """The quickstart: a run and its warm start."""
 
-    digits: int = 2
-    """Digits of each number. With 3, answers without a scratchpad are hardly ever correct."""
+    digits: Annotated[int, Ge(2), Le(9)] = 2
+    """Digits of each number: one gives too few additions to hold any out; with 3, answers without a scratchpad are
+    hardly ever correct."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    """The supervised start."""
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -165,7 +173,8 @@ def make_gate(config: QuickstartConfig, model: Any, tokenizer: Any) -> Callable[
 
     options = config.warm_start
     chat = Chat(tokenizer, prompt_format="text")
-    reward, fixed = resolve(config.rewards[0].fn), config.rewards[0].args
+    spec, fixed = config.rewards[0].fn, config.rewards[0].args
+    reward = resolve(spec) if isinstance(spec, str) else spec
     questions = held_out_rows(config.digits)[:64]
 
     async def measure(step: int) -> tuple[float, float]:
@@ -251,20 +260,17 @@ async def reinforce(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     config = parse(config_class=QuickstartConfig)
-    if not 2 <= config.digits <= 9:
-        raise UserError(
-            f"digits is {config.digits}: must be 2 to 9 (one digit gives too few additions to hold any out)"
-        )
     folder = Path(config.train.output_dir)
-    prepare_folder(folder, config)
-    begin = time.perf_counter()
     started = folder / "warm_start"
+    config = replace(
+        config, model=replace(config.model, path=str(started)), data=replace(config.data, path="additions")
+    )
+    check(config)
+    config = prepare_folder(folder, config)
+    begin = time.perf_counter()
     if not started.is_dir():
         print(f"warm start: supervised fine-tuning, at most {config.warm_start.max_steps} steps", flush=True)
         warm_start(config, started)
-    config.model.path = str(started)
-    config.data.path = "additions"
-    validate(config)
     result = asyncio.run(reinforce(config, folder))
     report = json.loads((started / "warm_start.json").read_text())
     result["seconds"] |= {"warm_start": report["seconds"], "total": time.perf_counter() - begin}
@@ -273,15 +279,16 @@ def main() -> None:
     write_json(folder / "summary.json", {**result, "seed": config.train.seed, "warm_start_steps": report["steps"]})
 
 
-def prepare_folder(folder: Path, config: QuickstartConfig) -> None:
-    """Continue an unfinished run; rename the folder of a finished one."""
+def prepare_folder(folder: Path, config: QuickstartConfig) -> QuickstartConfig:
+    """Rename the folder of a finished run. Return the configuration, which continues an unfinished one."""
     if (folder / "summary.json").is_file():
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
         folder.rename(aside)
         print(f"{folder} held a finished run, which is now in {aside}")
     elif (folder / "metrics.jsonl").is_file():
-        config.train.resume_from_checkpoint = "last"
+        config = replace(config, train=replace(config.train, resume_from_checkpoint="last"))
     folder.mkdir(parents=True, exist_ok=True)
+    return config
 
 
 def show(result: dict[str, Any], folder: Path) -> None:

@@ -11,35 +11,47 @@ HERON: make pairs of the rollouts that an earlier run recorded, by a ranked list
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llmrl.algo.preference.options import Level as LevelConfig
-from llmrl.config import DataConfig, LoraConfig, ModelConfig, parse
+from annotated_types import Ge, Lt
+
+from llmrl.algo.preference.options import Level
+from llmrl.config import LoraConfig, ModelConfig, RowsConfig, parse
 from llmrl.errors import UserError, run_main
+from llmrl.option import Count, Natural, NotNegative, Positive, option
 
 
-@dataclass
+@option
 class RewardModelConfig:
     """A reward model: data, model and optimizer. The names are TRL's."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    hierarchy: list[LevelConfig] = field(default_factory=list)
+    """The model to start from."""
+    data: RowsConfig = field(default_factory=RowsConfig)
+    """Where the pairs come from."""
+    hierarchy: list[Level] = field(default_factory=list)
     """Reward parts, the most important first, that decide the pairs; `data.path` is then a run's rollouts.jsonl."""
     output_dir: str = "runs/reward_model"
-    seed: int = 0
-    max_steps: int = -1
+    """The folder of the trained model."""
+    seed: Natural = 0
+    """Fixes every random number."""
+    max_steps: Annotated[int, Ge(-1)] = -1
     """Optimizer steps; -1 trains for `num_train_epochs`."""
-    num_train_epochs: float = 1.0
-    learning_rate: float = 1e-5
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_length: int = 1024
-    center_rewards_coefficient: float | None = None
+    num_train_epochs: Positive = 1.0
+    """Passes over the pairs."""
+    learning_rate: NotNegative = 1e-5
+    """AdamW's learning rate; it falls linearly to 0."""
+    per_device_train_batch_size: Count = 8
+    """Pairs in one forward pass of one process."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes of an optimizer step."""
+    max_length: Count = 1024
+    """Leave out pairs with longer texts (tokens)."""
+    center_rewards_coefficient: NotNegative | None = None
     """Weight of (chosen + rejected)^2, which keeps rewards around 0."""
-    eval_frac: float = 0.05
+    eval_frac: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the pairs that is held out to measure accuracy."""
 
 

@@ -4,7 +4,7 @@
       - fn: rewards/ircoco.py:ircoco
         args: {evaluator: runs/ircoco/evaluator, boundary: token, options: {device: "cuda:1"}}
 
-recipes/ircoco.py trains the evaluator. `algo.name ircoco` and ppo use the token rewards; other algorithms
+recipes/ircoco/train.py trains the evaluator. `algo.name ircoco` and ppo use the token rewards; other algorithms
 use only the edit similarity.
 """
 

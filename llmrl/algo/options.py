@@ -1,4 +1,4 @@
-"""What the options of several families of algorithms share."""
+"""Options that several families of algorithms share, and what all of them are checked against."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class DynamicSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the options of an algorithm have to fit to, as plain values of the other sections."""
+    """The values of other sections that an algorithm's options must agree with."""
 
     num_prompts: int
     has_adapters: bool = False
     """The policy is trained through adapters."""
     num_generations: int | None = None
-    """None where nothing is sampled, as with all that follows."""
+    """None where nothing is sampled; the fields below then keep their defaults."""
     temperature: float = 1.0
     max_staleness: int = 0
-    rewards: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Weight of each reward by its spec."""
     max_steps: int = 1
 
     def mini_batch_findings(self, num_mini_batches: int) -> list[str]:
-        """Mini-batches are made of whole groups."""
+        """Return a finding where there are more mini-batches than groups to make them of."""
         if num_mini_batches <= self.num_prompts:
             return []
         return [
@@ -41,5 +41,5 @@ class Setting:
 
 
 def sampling_batches(options: DynamicSampling | None) -> int:
-    """The cap on the groups drawn for a batch, in batches; 1 without dynamic sampling."""
+    """Return the cap on the groups drawn for a batch, in batches; 1 without dynamic sampling."""
     return 1 if options is None else options.max_batches

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
-    """Rewards of all rollouts, NaN where there is no score; the reward itself, or one named part of it."""
+    """Return the rewards of all rollouts, or one named part of them; NaN without a score."""
 
-    def value(rollout) -> float:
+    def value(rollout: Rollout) -> float:
         if rollout.score is None:
             return float("nan")
         found = rollout.score.reward if part is None else rollout.score.parts.get(part)
@@ -29,11 +29,11 @@ def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[
 
 
 def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray:
-    """What is paid for each trained token of a rollout.
+    """Return the reward of each trained token of a rollout; all zero without a score.
 
     Args:
-        rollout: with or without a score.
-        reward: its reward, shaped (a punishment of length may have been added).
+        rollout: a rollout, scored or not.
+        reward: its shaped reward (a length penalty may have been added).
         dense: pay `Score.token_rewards`, where the verifier gave them, in place of the score's reward at the last
             token; what shaping added stays there.
     """
@@ -48,12 +48,12 @@ def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray
 
 
 def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
-    """Training samples of all rollouts with a score, in order; `rollout.advantage` must be set.
+    """Return the training samples of all scored rollouts, in order; `rollout.advantage` must be set.
 
     Turns that extend each other (the next prompt begins with the last prompt and completion) become one sample; where a
     prompt was rewritten, a new sample begins, with the same advantage.
     """
-    samples = []
+    samples: list[Sample] = []
     for number, group in enumerate(groups):
         for rollout in group.rollouts:
             if rollout.score is not None and rollout.score.reward is not None:
@@ -71,15 +71,15 @@ def _samples_of_rollout(rollout: Rollout, group: int) -> list[Sample]:
     for turn in rollout.turns:
         if not turn.completion_ids:
             continue
-        ids, mask, logprobs = pieces[-1] if pieces else ([], [], [])
-        if not pieces or turn.prompt_ids[: len(ids)] != ids:
-            ids, mask, logprobs = [], [], []
-            pieces.append((ids, mask, logprobs))
+        if not pieces or turn.prompt_ids[: len(pieces[-1][0])] != pieces[-1][0]:
+            pieces.append(([], [], []))
+        ids, mask, logprobs = pieces[-1]
         new = turn.prompt_ids[len(ids) :]
         ids += new + turn.completion_ids
         mask += [False] * len(new) + [True] * len(turn.completion_ids)
         logprobs += turn.rollout_logprobs
-    samples, start, known = [], 0, rollout.ref_logprobs
+    samples: list[Sample] = []
+    start, known = 0, rollout.ref_logprobs
     for ids, mask, logprobs in pieces:
         if mask[0] or len(logprobs) != sum(mask):
             raise ValueError(
@@ -101,5 +101,5 @@ def _samples_of_rollout(rollout: Rollout, group: int) -> list[Sample]:
 
 
 def lengths(groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-    """Completion tokens of every rollout."""
+    """Return the number of completion tokens of every rollout."""
     return torch.tensor([[float(r.num_completion_tokens) for r in group.rollouts] for group in groups])

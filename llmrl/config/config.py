@@ -133,14 +133,14 @@ def complete(config: RunConfig) -> RunConfig:
 def findings(config: RunConfig) -> list[str]:
     """What types cannot express about a completed configuration, one line each, with the fix."""
     found = config.algo.findings() + config.algo.findings_with(_setting(config))
-    if config.model.path == MISSING:
+    if config.model.path in ("", MISSING):
         found.append("model.path is not set: give a hub id or a local folder")
-    if config.data.path == MISSING:
+    if config.data.path in ("", MISSING):
         found.append("data.path is not set: give a hub id or a local file")
     if config.eval.steps and config.eval.data is None:
         found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
     if config.eval.data is not None:
-        if config.eval.data.path == MISSING:
+        if config.eval.data.path in ("", MISSING):
             found.append("eval.data.path is not set: give a hub id or a local file")
         if not config.eval.steps:
             found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
@@ -184,7 +184,7 @@ def _sampling_findings(c: Config) -> list[str]:
 
     check(bool(c.rewards), "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
     for i, reward in enumerate(c.rewards):
-        check(reward.fn != MISSING, f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")
+        check(reward.fn not in ("", MISSING), f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")
     check(
         c.rollout.temperature > 0,
         f"rollout.temperature is {c.rollout.temperature}: greedy rollouts are all alike and carry no signal; use 1.0",

@@ -68,40 +68,62 @@ def _section(config_class: type, section: str) -> list[str]:
     """One section in full: every option with its type, default and meaning; of a choice every member."""
     if section == "algo":
         lines = [*textwrap.wrap(f"algo.name: {', '.join(PRESETS)}", WIDTH, subsequent_indent="    "), ""]
+        seen: set[str] = set()
         for cls in dict.fromkeys(type(options) for options in PRESETS.values()):
             names = [name for name, options in PRESETS.items() if type(options) is cls]
-            lines += _class(cls, "algo", f"algo.name {', '.join(names)}")
+            lines += _class(cls, "algo", f"by algo.name {', '.join(names)}", seen)
         return lines
-    field = _find(config_class, section)
-    if not field.members:
+    outer, _, kind = section.rpartition(".")
+    field, members = _find(config_class, section, kind if outer else "")
+    if field.tagged and kind in members:
+        return _class(members[kind], outer, f"kind {kind}")
+    if not members:
         return _option(section, field)
+    seen: set[str] = set()
     return [
-        line for kind, cls in field.members.items() for line in _class(cls, section, f"kind {kind}" if kind else "")
+        line for kind, cls in members.items() for line in _class(cls, section, f"kind {kind}" if kind else "", seen)
     ]
 
 
-def _find(config_class: type, section: str) -> OptionField:
-    classes = [config_class]
+def _find(config_class: type, path: str, kind: str) -> tuple[OptionField, dict[str, type]]:
+    """The option at `path` and the classes it can hold, of all algorithms; where the last part of `path` is a `kind`,
+    the choice that has it.
+    """
+    classes, section = [config_class], path
     if issubclass(config_class, RunConfig) and section.startswith("algo."):
         classes, section = list(dict.fromkeys(type(options) for options in PRESETS.values())), section[5:]
-    found = None
+    found, members = None, {}
     for part in section.split("."):
         matches = [option_fields(cls)[part] for cls in classes if part in option_fields(cls)]
+        if not matches and part == kind and found is not None and part in members:
+            return found, members
         if not matches:
             names = [name for cls in classes for name in option_fields(cls)]
-            raise UserError(f"--help {section}: there is no option {part}{hints.near(part, names)}")
+            raise UserError(f"--help {path}: there is no option {part}{hints.near(part, names)}")
         found = matches[0]
-        classes = [cls for match in matches for cls in match.members.values()]
+        members = {name: cls for match in reversed(matches) for name, cls in match.members.items()}
+        members = {name: members[name] for match in matches for name in match.members}
+        classes = list(members.values())
     assert found is not None
-    return found
+    return found, members
 
 
-def _class(cls: type, path: str, title: str) -> list[str]:
+def _class(cls: type, path: str, title: str, seen: set[str] | None = None) -> list[str]:
+    """A class in full; options that stand in `seen` word for word, of a class before, are only named."""
     head = f"{path} {title}".strip()
     doc = (cls.__doc__ or "").strip().splitlines()
-    lines = [f"{head}: {doc[0] if doc else ''}"]
+    lines = textwrap.wrap(f"{head}: {doc[0] if doc else ''}", WIDTH, subsequent_indent="    ")
+    again = []
     for name, field in option_fields(cls).items():
-        lines += _option(f"{path}.{name}", field, indent="  ")
+        text = _option(f"{path}.{name}", field, indent="  ")
+        if seen is not None and "".join(text) in seen:
+            again.append(name)
+            continue
+        lines += text
+        if seen is not None:
+            seen.add("".join(text))
+    if again:
+        lines += textwrap.wrap(f"  and as above: {', '.join(again)}", WIDTH, subsequent_indent="      ")
     return [*lines, ""]
 
 

@@ -6,6 +6,15 @@ from typing import Any
 
 from llmrl.config.hints import near
 
+LONGEST = 80
+"""Characters of a value that a message shows."""
+
+
+def shown(value: Any) -> str:
+    """A value as people write it: null and true as in YAML, and not more of it than fits a line."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
 
 def explain(problem: Any, values: dict[str, Any], prefix: str) -> tuple[str, str]:
     """(dotted path, the rest of the message) of one of pydantic's errors about `values`."""
@@ -15,22 +24,29 @@ def explain(problem: Any, values: dict[str, Any], prefix: str) -> tuple[str, str
     bounds |= {"less_than_equal": ("at most", "le"), "less_than": ("below", "lt")}
     if kind in bounds:
         words, name = bounds[kind]
-        return path, f" is {value}: must be {words} {context[name]:g}"
+        return path, f" is {value if isinstance(value, str) else shown(value)}: must be {words} {context[name]:g}"
     if kind == "literal_error":
         allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
-        return path, f" is {value!r}: must be one of {', '.join(allowed)}{near(str(value), allowed)}"
+        return path, f" is {shown(value)}: must be one of {', '.join(allowed)}{near(str(value), allowed)}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return path, ": there is no such option"
     if kind == "missing":
         return path, " is not set"
+    if kind in ("too_short", "too_long"):
+        words, number = (
+            ("at least", context["min_length"]) if kind == "too_short" else ("at most", context["max_length"])
+        )
+        return path, f" is {shown(value)}: must have {words} {number} {'entry' if number == 1 else 'entries'}"
     wanted = WANTED.get(kind)
-    return path, f" is {value!r}: must be {wanted}" if wanted else f" is {value!r}: {problem['msg']}"
+    return path, f" is {shown(value)}: must be {wanted}" if wanted else f" is {shown(value)}: {problem['msg']}"
 
 
 WANTED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "finite_number": "a finite number",
     "float_parsing": "a number",
     "float_type": "a number",
     "bool_parsing": "true or false",
@@ -40,9 +56,8 @@ WANTED = {
     "dict_type": "a mapping, such as '{name: value}'",
     "tuple_type": "a list, such as '[0, 1]'",
     "dataclass_type": "a mapping of options, such as '{name: value}'",
+    "model_attributes_type": "one of the choices, or a mapping of options with its `kind`",
     "union_tag_not_found": "a mapping with `kind`",
-    "too_short": "longer",
-    "too_long": "shorter",
 }
 
 

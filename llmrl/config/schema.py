@@ -32,6 +32,22 @@ class OptionField:
     """Its docstring on one line."""
 
     @property
+    def takes_text(self) -> bool:
+        """It is a text, and brackets in it have no meaning."""
+        return str in _parts(self.hint) and not any(get_origin(part) in (list, dict) for part in _parts(self.hint))
+
+    @property
+    def takes_number(self) -> bool:
+        """It is a number, so that true is a mistake and not 1."""
+        parts = _parts(self.hint)
+        return bool({int, float} & {p for p in parts if isinstance(p, type)}) and bool not in parts
+
+    @property
+    def takes_mapping(self) -> bool:
+        """It is a mapping with any keys."""
+        return Any in _parts(self.hint) or any(get_origin(part) is dict or part is dict for part in _parts(self.hint))
+
+    @property
     def tagged(self) -> bool:
         """Whether a `kind` chooses among several classes."""
         return "" not in self.members
@@ -60,7 +76,7 @@ def _field(f: dataclasses.Field[Any], hint: Any, doc: str) -> OptionField:
     return OptionField(
         name=f.name,
         hint=hint,
-        members={_kind(c): c for c in classes},
+        members={kind_of(c): c for c in classes},
         many=many,
         optional=NoneType in _parts(hint),
         default=default,
@@ -85,7 +101,7 @@ def _parts(hint: Any) -> list[Any]:
     return [hint]
 
 
-def _kind(cls: type) -> str:
+def kind_of(cls: type) -> str:
     """The value of the field `kind`, or ""."""
     return next((str(f.default) for f in dataclasses.fields(cls) if f.name == "kind"), "")
 
@@ -115,7 +131,7 @@ def type_text(hint: Any) -> str:
     if origin is Callable or hint is Callable:
         return "function"
     if dataclasses.is_dataclass(hint):
-        return _kind(hint) or "options"  # pyright: ignore[reportArgumentType]
+        return kind_of(hint) or "options"  # pyright: ignore[reportArgumentType]
     return {NoneType: "null", str: "text", float: "number", bool: "true | false", Any: "anything"}.get(hint) or getattr(
         hint, "__name__", str(hint)
     )

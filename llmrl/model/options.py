@@ -15,7 +15,7 @@ class LoraConfig:
 
     r: Count = 16
     """Rank."""
-    lora_alpha: Positive = 32
+    lora_alpha: Positive = 32.0
     """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout on the adapter's input."""

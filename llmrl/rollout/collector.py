@@ -1,7 +1,4 @@
-"""Stages 2 and 3 together: tasks -> scored groups of rollouts.
-
-Finished rollouts are scored while others still generate.
-"""
+"""Stages 2 and 3: tasks -> scored groups of rollouts. Finished rollouts are scored while others still generate."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ import asyncio
 import hashlib
 import time
 import traceback
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrl.errors import LlmrlError, RunFailed
 from llmrl.rollout.env import Env, EnvFactory, SingleTurnEnv
@@ -30,19 +28,21 @@ if TYPE_CHECKING:
     from llmrl.types import Receipt
     from llmrl.verify.rubric import Rubric
 
+T = TypeVar("T")
+
 
 class Collector(Source):
-    """The live source: an engine samples, environments answer, a rubric scores. Drives all rollouts of a step at once.
+    """The live source: an engine samples, environments answer, a rubric scores. All rollouts of a step run at once.
 
-    What goes wrong inside one rollout (its environment, its verifier) is a status or an error on that rollout. What
-    goes wrong with the engine or the arguments ends the step, since it would happen to every rollout.
+    A failure inside one rollout (of its environment or its verifier) becomes a status or an error of that rollout. A
+    failure of the engine or of the arguments ends the step, because it would happen to every rollout.
 
     Args:
-        engine: what samples.
+        engine: samples completions.
         chat: renders prompts.
-        rubric: scores.
-        options: how completions are drawn; `max_staleness` where it is a `RolloutConfig`.
-        seed: of the run.
+        rubric: scores rollouts.
+        options: how completions are drawn, and in training how stale they may be.
+        seed: seed of the run.
         verify: how many rollouts may go without a score.
         push: makes the engine serve the learner's weights.
         env_factory: makes the environment of a task.
@@ -67,7 +67,7 @@ class Collector(Source):
         self.max_staleness = options.max_staleness if isinstance(options, RolloutConfig) else 0
 
     async def open(self, learner: Learner) -> list[str]:
-        """Start the verifiers' processes."""
+        """Start the processes of the verifiers."""
         await self.rubric.warm()
         return []
 
@@ -77,17 +77,17 @@ class Collector(Source):
         state.global_step, state.max_steps, state.epoch = step, max_steps, epoch
 
     def check(self, groups: list[RolloutGroup]) -> None:
-        """Stop when too many rollouts of a step have no score: what is left would be a biased sample."""
+        """Raise RunFailed if too many rollouts of a step have no score."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         check_scores(rollouts, self.verify, what="rollouts of this step")
 
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
-        """Rewards, pass rates, lengths, and how old the rollouts are."""
+        """Return rewards, pass rates, lengths, and the age of the rollouts."""
         found = rollout_metrics(groups, accuracy=self.accuracy)
         return found | self.rubric.take_metrics() | staleness_metrics(groups, version)
 
     async def rest(self) -> None:
-        """Let the engine give its device memory to the learner."""
+        """Lend the engine's device memory to the learner."""
         await self.engine.sleep()
 
     async def serve(self, version: int) -> Receipt | None:
@@ -95,7 +95,7 @@ class Collector(Source):
         return None if self.push is None else await self.push(version)
 
     async def close(self) -> None:
-        """End the engine and the verifiers' processes."""
+        """End the engine and the processes of the verifiers."""
         await self.engine.close()
         await self.rubric.close()
 
@@ -108,7 +108,7 @@ class Collector(Source):
         temperature: float | None = None,
         salt: str = "train",
     ) -> list[RolloutGroup]:
-        """G scored rollouts of each task; see `Source.collect`. Rollouts are scored while others still generate."""
+        """Sample and score G rollouts of each task; see `Source.collect`."""
         num_generations = num_generations or self.options.num_generations
         temperature = self.options.temperature if temperature is None else temperature
 
@@ -118,14 +118,14 @@ class Collector(Source):
                 self._run(task, index, prompt_ids, request_seed(self.seed, salt, position, index), temperature)
                 for index in range(num_generations)
             ]
-            group = RolloutGroup(task=task, rollouts=list(await gather_or_cancel(runs)), position=position)
+            group = RolloutGroup(task=task, rollouts=await gather_or_cancel(runs), position=position)
             await self.rubric.score_group(group)
             return group
 
-        return list(await gather_or_cancel([collect_group(t, p) for t, p in zip(tasks, positions, strict=True)]))
+        return await gather_or_cancel([collect_group(t, p) for t, p in zip(tasks, positions, strict=True)])
 
     async def _run(self, task: Task, index: int, prompt_ids: list[int], seed: int, temperature: float) -> Rollout:
-        """One rollout, scored; `prompt_ids` are the task's own messages, rendered once for the group."""
+        """Return one scored rollout. `prompt_ids` are the task's messages, rendered once for the whole group."""
         rollout = Rollout(task=task, index=index)
         try:
             env = self.env_factory(task)
@@ -178,7 +178,7 @@ class Collector(Source):
             raise RuntimeError(f"{type(env).__name__} asks for another turn; this collector plays single turns")
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, session: str) -> Completion:
-        """One completion; whatever the engine raises ends the step."""
+        """Return one completion; turn whatever the engine raises into the end of the step."""
         try:
             return await self.engine.generate(prompt_ids, sampling, session=session)
         except LlmrlError:
@@ -188,13 +188,13 @@ class Collector(Source):
 
 
 def request_seed(run_seed: int, salt: str, position: int, index: int) -> int:
-    """Seed of one rollout: the same on every machine, different for every (run, use, task position, index)."""
+    """Return the seed of one rollout, a hash of (run, use, task position, index): the same on every machine."""
     digest = hashlib.blake2b(f"{run_seed}/{salt}/{position}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-async def gather_or_cancel(coroutines):
-    """Like asyncio.gather, but the first failure cancels the rest and waits for them before it is raised."""
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines concurrently like asyncio.gather. Before a failure is raised, cancel the rest and wait for it."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

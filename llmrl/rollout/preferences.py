@@ -1,6 +1,6 @@
-"""Preferences from a dataset in place of rollouts: nothing is sampled, the loop stays as it is.
+"""Preferences from a dataset in place of rollouts, in the shape that the loop expects. Nothing is sampled.
 
-A row becomes a group of two "rollouts" with rewards 1 (chosen) and 0 (rejected), or of one with its label.
+A row becomes a group of two "rollouts" with rewards 1 (chosen) and 0 (rejected), or of one whose reward is its label.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from llmrl.types import Sample, Task
 
 CHUNK = 512
-"""Rows whose reference log-probabilities are computed at once."""
+"""Number of completions whose reference log-probabilities are computed at once."""
 
 
 class PreferenceFeed(Feed):
     """The rows of a run on stored preferences.
 
     Args:
-        rows: to train on.
-        eval_rows: held out.
+        rows: the rows to train on.
+        eval_rows: held-out rows.
         data: how rows are rendered and ordered.
-        options: the algorithm's: how sequences are cut, and whether the reference is computed beforehand.
-        folder: keeps the reference's log-probabilities where `ref_cache_dir` names no other.
-        seed: of the run.
+        options: the algorithm's options: how sequences are cut, and whether the reference is computed beforehand.
+        folder: where to save the reference's log-probabilities, unless `ref_cache_dir` is set.
+        seed: seed of the run.
 
     Raises:
-        UserError: rows of the wrong kind for the loss.
+        UserError: the loss compares pairs, but the rows hold single completions.
     """
 
     def __init__(
@@ -84,24 +84,24 @@ class PreferenceFeed(Feed):
         return notes + more + [f"evaluation: {note}" for note in about_eval]
 
     def sampler(self, num_prompts: int) -> TaskSampler:
-        """The order of the rows."""
+        """Return the order of the rows."""
         sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle)
         sampler.check(num_prompts)
         return sampler
 
     def source(self, start_engine: StartEngine) -> Source:
-        """A source without an engine."""
+        """Return a source without an engine."""
         folder = Path(self.options.ref_cache_dir or self.folder) if self.has_reference else None
         return PreferenceSource([*self.rows, *self.eval_rows], reference_folder=folder)
 
 
 class PreferenceSource(Source):
-    """Gives rows of a dataset in the shape of scored rollouts.
+    """Rows of a dataset in the shape of scored rollouts.
 
     Args:
-        rows: all that may be asked for, training and evaluation, with token ids.
-        reference_folder: compute the reference's log-probabilities of all rows before the first step and keep them
-            here.
+        rows: all rows, for training and evaluation, with token ids.
+        reference_folder: if given, compute the reference's log-probabilities of all rows before the first step and
+            save them here.
     """
 
     def __init__(self, rows: Iterable[PreferenceRow], *, reference_folder: Path | None = None) -> None:
@@ -109,17 +109,17 @@ class PreferenceSource(Source):
         self.reference_folder = reference_folder
 
     async def open(self, learner: Learner) -> list[str]:
-        """Compute the reference's log-probabilities, where they are wanted beforehand."""
+        """Compute the reference's log-probabilities, if they are to be computed beforehand."""
         if self.reference_folder is None:
             return []
         return [precompute_reference(self, learner, self.reference_folder)]
 
     async def collect(self, tasks: list[Task], positions: list[int], **_: Any) -> list[RolloutGroup]:
-        """One group for each task: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
+        """Return each task's group: [chosen, rejected] with rewards 1 and 0, or one completion with its label."""
         return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
 
     def group(self, task: Task, position: int = 0) -> RolloutGroup:
-        """The group of one task."""
+        """Return the group of one task."""
         row = self.rows[task.id]
         rollouts = [self._rollout(row, index) for index in range(len(row.completions))]
         return RolloutGroup(task=task, rollouts=rollouts, position=position)
@@ -130,7 +130,7 @@ class PreferenceSource(Source):
         turn = Turn(
             prompt_ids=row.prompt_ids,
             completion_ids=ids,
-            rollout_logprobs=[0.0] * len(ids),  # no sampler drew them: `TrainBatch.sampled` is False
+            rollout_logprobs=[0.0] * len(ids),  # placeholders: no sampler drew these tokens (`TrainBatch.sampled`)
             finish="stop",
             policy_version=(0, 0),
             message=messages[0],
@@ -149,9 +149,9 @@ class PreferenceSource(Source):
 
 
 def precompute_reference(source: PreferenceSource, learner: Learner, folder: Path) -> str:
-    """Set `ref_logprobs` of every row, from a file of `folder` where the same model has scored the same tokens.
+    """Set `ref_logprobs` of every row, from a file in `folder` if the same model has scored the same tokens before.
 
-    It must run before the first update: without adapters the policy is its own reference then.
+    This must run before the first update: without adapters, the policy at that time is the reference.
 
     Returns:
         A line to show.
@@ -187,7 +187,7 @@ def _samples(source: PreferenceSource, rows: list[PreferenceRow]) -> list[Sample
 
 
 def _fingerprint(learner: Learner, samples: list[Sample]) -> str:
-    """A hash of the model's parameters and of all tokens."""
+    """Return a hash of the model's parameters and of all tokens."""
     import torch
 
     digest = hashlib.sha256()

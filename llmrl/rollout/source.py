@@ -1,8 +1,10 @@
-"""What gives the loop scored groups, and what it serves weights to.
+"""Where the loop gets its scored groups, and whom it serves new weights to.
 
-A kind of run is told apart by its source: an engine with an environment and a rubric (`collector.py`), rows of
-preferences (`preferences.py`), stored programs (`methods/bcoder/source.py`). A `Feed` holds the data before there is a
-model, so that whatever is wrong with it is found first.
+Each kind of run has its own source: an engine with environments and a rubric (`collector.py`), rows of preferences
+(`preferences.py`), or stored programs (`methods/bcoder/source.py`). The loop does not know which one it has.
+
+A source needs the model, and loading a model is slow. So a `Feed` reads and checks the data first, and turns into the
+source once the model is there.
 """
 
 from __future__ import annotations
@@ -20,15 +22,19 @@ if TYPE_CHECKING:
 Push = Callable[[int], Awaitable["Receipt"]]
 """Make the engine serve the learner's weights as this version, and prove it."""
 StartEngine = Callable[[], "tuple[Engine, Push]"]
-"""Start the engine of a run. It is called only where something samples."""
+"""Start the engine of a run. A feed calls it only if its source samples."""
 
 
 class Source:
-    """The base of all sources: the defaults are those of a source without an engine. Override `collect`.
+    """The base of all sources. Override `collect`; the other defaults fit a source without an engine.
+
+    The loop calls `open` once, then in every step `begin_step`, `collect` (through its queue, possibly for later steps
+    too), `check`, `rest`, `serve` and `metrics`, and `close` at the end, even if `open` failed.
 
     Attributes:
-        accuracy: name of the reward that says right or wrong; "" is the reward itself.
-        max_staleness: how many policy versions old a rollout may be; None where no policy wrote the completions.
+        accuracy: name of the reward that tells right from wrong; "" means the total reward.
+        max_staleness: how many policy versions old a rollout may be. None if no policy wrote the completions, so that
+            their age means nothing.
     """
 
     accuracy: str = ""
@@ -46,27 +52,30 @@ class Source:
         """Collect one scored group per task, in the order of `tasks`.
 
         Args:
-            tasks: the work of this process.
-            positions: each task's place in the run's sequence; with the run's seed it fixes the random numbers of its
-                rollouts, whatever process runs them and whatever else is in the batch.
+            tasks: the tasks of this process.
+            positions: each task's place in the run's sequence. It seeds the random numbers of the task's rollouts, so
+                they depend neither on the process that runs them nor on the rest of the batch.
             num_generations: G, if not the configured one.
             temperature: if not the configured one; 0 is greedy.
-            salt: keeps the random numbers of different uses (training, evaluation) apart.
+            salt: separates the random numbers of different uses (training, evaluation).
         """
         raise NotImplementedError
 
     async def open(self, learner: Learner) -> list[str]:
-        """Prepare before the first step, once the model is loaded. Returns lines to show."""
+        """Prepare for the first step, now that the model is loaded. Returns lines to show."""
         return []
 
     def begin_step(self, step: int, *, max_steps: int, epoch: float) -> None:
-        """Note where the run is, for rewards that depend on it."""
+        """Record where the run is, for rewards that depend on it."""
 
     def check(self, groups: list[RolloutGroup]) -> None:
-        """Raise RunFailed when too many rollouts of a step have no score."""
+        """Raise RunFailed if too many rollouts of a step have no score."""
 
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
-        """Metrics of a step's groups; `version` is the policy's. Without rewards that were measured: lengths alone."""
+        """Return the metrics of a step's groups; `version` is the policy's.
+
+        By default these are lengths only: rewards that come with a dataset were not measured.
+        """
         lengths = [rollout.num_completion_tokens for group in groups for rollout in group.rollouts]
         return {
             "rollout/length/mean": fmean(lengths) if lengths else 0.0,
@@ -75,24 +84,24 @@ class Source:
         }
 
     async def rest(self) -> None:
-        """Nothing is collected before the next `serve`: give device memory to the learner, if that was asked for."""
+        """Lend the engine's device memory to the learner: nothing is collected before the next `serve`."""
 
     async def serve(self, version: int) -> Receipt | None:
-        """Serve the learner's weights as `version`; returns the proof, or None where nothing samples."""
+        """Serve the learner's weights as `version`. Returns the proof, or None if nothing samples."""
         return None
 
     async def close(self) -> None:
-        """Release processes and memory. Safe to call twice."""
+        """Release processes and memory. Calling it twice is safe."""
 
 
 class Feed:
-    """The data of a run. It is read and checked before a model loads and becomes a source afterwards.
+    """The data of a run, read and checked before a model loads. Call `encode`, then `sampler` and `source`.
 
     Attributes:
         tasks: what the sampler draws from.
-        eval_tasks: the held-out ones.
-        rewards: weight of each reward by name; empty where nothing is scored.
-        has_reference: the feed brings the reference's log-probabilities, so no reference model is kept.
+        eval_tasks: held-out tasks.
+        rewards: weight of each reward by name; empty if nothing is scored.
+        has_reference: the feed supplies the reference's log-probabilities, so no reference model is kept.
     """
 
     tasks: list[Task]
@@ -101,21 +110,25 @@ class Feed:
     has_reference: bool = False
 
     def encode(self, tokenizer: Any, generation: Any) -> list[str]:
-        """Render prompts with the tokenizer. Returns lines to show.
+        """Render the prompts. Returns lines to show.
+
+        Args:
+            tokenizer: the model's.
+            generation: the model's generation configuration, which names its stop tokens.
 
         Raises:
-            UserError: rows that cannot be rendered, or none left.
+            UserError: rows cannot be rendered, or none are left.
         """
         raise NotImplementedError
 
     def sampler(self, num_prompts: int) -> TaskSampler:
-        """The order of the tasks.
+        """Return the order of the tasks.
 
         Raises:
-            UserError: fewer tasks than `num_prompts`.
+            UserError: there are fewer tasks than `num_prompts`.
         """
         raise NotImplementedError
 
     def source(self, start_engine: StartEngine) -> Source:
-        """The source of the run, after `encode`."""
+        """Return the source of the run."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from llmrl.rollout.source import Feed, Source, StartEngine
 
 if TYPE_CHECKING:
     from llmrl.data.options import DataConfig
-    from llmrl.rollout.options import RolloutConfig
+    from llmrl.rollout.options import SamplingConfig
     from llmrl.types import Task
     from llmrl.verify.options import VerifyConfig
     from llmrl.verify.rubric import Rubric
@@ -21,13 +21,13 @@ class TaskFeed(Feed):
     """Tasks for an engine.
 
     Args:
-        tasks: to train on.
-        eval_tasks: held out.
+        tasks: the tasks to sample for.
+        eval_tasks: held-out tasks.
         rubric: scores rollouts.
         data: how prompts are rendered and ordered.
         rollout: how completions are drawn.
         verify: how many rollouts may go without a score.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
         UserError: a reward wants an argument that the tasks cannot fill.
@@ -40,7 +40,7 @@ class TaskFeed(Feed):
         rubric: Rubric,
         *,
         data: DataConfig,
-        rollout: RolloutConfig,
+        rollout: SamplingConfig,
         verify: VerifyConfig,
         seed: int,
     ) -> None:
@@ -50,32 +50,31 @@ class TaskFeed(Feed):
         rubric.check(tasks[0])
 
     def encode(self, tokenizer: Any, generation: Any) -> list[str]:
-        """Render prompts, and leave out those that are too long."""
+        """Make the renderer of prompts, and leave out tasks whose prompts are too long."""
         self.chat = Chat(
             tokenizer,
             prompt_format=self.data.prompt_format,
             chat_template=self.data.chat_template,
             generation_config=generation,
         )
-        self.chat.render(self.tasks[0].messages)
+        self.chat.render(self.tasks[0].messages)  # a template that fails must fail here, not in the first step
         notes = [f"{len(self.tasks)} tasks from {self.data.path}"]
-        self.drawn = self.tasks
+        self.drawn, dropped = filter_long(self.tasks, self.chat, self.data.max_prompt_length)
         if self.data.max_prompt_length is not None:
-            self.drawn, dropped = filter_long(self.tasks, self.chat, self.data.max_prompt_length)
             notes.append(f"{dropped} tasks left out: prompt longer than data.max_prompt_length tokens")
         return notes
 
     def sampler(self, num_prompts: int) -> TaskSampler:
-        """The order of the tasks, a fresh one each epoch where data.shuffle is on."""
+        """Return the order of the tasks: a new one each epoch, unless `data.shuffle` is false."""
         sampler = TaskSampler(self.drawn, seed=self.seed, shuffle=self.data.shuffle)
         sampler.check(num_prompts)
         return sampler
 
     def source(self, start_engine: StartEngine) -> Source:
-        """The live source."""
+        """Return the live source."""
         return self.collector(start_engine)
 
     def collector(self, start_engine: StartEngine) -> Collector:
-        """An engine with the rubric around it."""
+        """Start the engine and return its collector."""
         engine, push = start_engine()
         return Collector(engine, self.chat, self.rubric, self.rollout, seed=self.seed, verify=self.verify, push=push)

@@ -1,4 +1,4 @@
-"""Arguments -> the parts of a run, in the order in which mistakes are cheapest: all checks before a model loads."""
+"""Arguments -> the parts of a run. Cheap checks come first: whatever can be wrong is found before a model loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.run.engines import start_engine
 from llmrl.run.given import Given, resolve_config
-from llmrl.run.methods import Method, method_of
+from llmrl.run.methods import METHODS, Method, make_algorithm
 from llmrl.types import Task
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
     from llmrl.data.sampler import TaskSampler
     from llmrl.model.policy import Policy
-    from llmrl.rollout.source import Feed, Source
+    from llmrl.rollout.source import Source
     from llmrl.run.ledger import Ledger
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Parts:
-    """What a run consists of."""
+    """The parts of a run."""
 
     config: RunConfig
     method: Method
@@ -49,7 +49,7 @@ class Parts:
     algorithm: Algorithm
     health: Health
     record: Record | None
-    """On the main process only, as is the ledger."""
+    """None except on the main process; so is the ledger."""
     ledger: Ledger | None
 
 
@@ -60,7 +60,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
         UserError: the arguments or the data are wrong.
     """
     config = resolve_config(args, given)
-    method = method_of(config.algo)
+    method = METHODS[type(config.algo)]
     feed = method.feed(config, given)
 
     from llmrl.model.load import load_generation_config, load_tokenizer
@@ -85,8 +85,9 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     for note in notes + describe(config):
         console.say(note)
     parallel.barrier()
-    algorithm = method.algorithm(config, feed.rewards)
-    policy = _policy(config, method, given, loaded, tokenizer, parallel, keep_reference=_keeps(algorithm, feed))
+    algorithm = make_algorithm(config, feed.rewards)
+    keep = algorithm.needs.reference and not feed.has_reference
+    policy = _policy(config, method, given, loaded, tokenizer, parallel, keep_reference=keep)
     critic = config.critic if isinstance(config, Config) else None
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
@@ -113,9 +114,9 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
 
 
 def quieten_libraries() -> None:
-    """Leave the console to the run: no progress bars or notes of transformers; its warnings and errors stay.
+    """Silence the progress bars and notes of transformers; its warnings and errors stay.
 
-    Someone who sets TRANSFORMERS_VERBOSITY wants to see what it prints.
+    TRANSFORMERS_VERBOSITY, if set, decides instead.
     """
     from transformers.utils import logging
 
@@ -125,7 +126,7 @@ def quieten_libraries() -> None:
 
 
 def check_output_dir(config: RunConfig, parallel: Parallel) -> bool:
-    """Refuse to write over another run. Returns whether this one is resumed."""
+    """Refuse to overwrite another run. Returns whether this one is resumed."""
     folder = Path(config.train.output_dir)
     if config.train.resume_from_checkpoint:
         from llmrl.run.checkpoint import find_checkpoint
@@ -145,11 +146,6 @@ def check_output_dir(config: RunConfig, parallel: Parallel) -> bool:
     return False
 
 
-def _keeps(algorithm: Algorithm, feed: Feed) -> bool:
-    """Whether a reference model is kept."""
-    return algorithm.needs.reference and not feed.has_reference
-
-
 def _policy(
     config: RunConfig,
     method: Method,
@@ -160,19 +156,20 @@ def _policy(
     *,
     keep_reference: bool,
 ) -> Policy:
-    """The model, whole or with adapters, its critic and reference."""
+    """Return what is trained: the model, whole or with adapters, with its critic and reference."""
     from llmrl.model.critic import build_critic
     from llmrl.model.load import add_lora, load_model
 
-    model = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
+    # transformers annotates the methods of a model incompletely
+    model: Any = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model.to(parallel.device)  # pyright: ignore[reportArgumentType]
+    model.to(parallel.device)
     critic = None
     if isinstance(config, Config) and config.critic is not None:
         critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)
     adapters = given.peft_config or config.model.lora
-    adapted = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
+    adapted: Any = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
     return method.policy(config, adapted.to(parallel.device), critic, keep_reference=keep_reference)
 
 
@@ -183,7 +180,7 @@ def _start_engine(config: RunConfig, policy: Policy, parallel: Parallel, console
 
 
 def _files(config: RunConfig, parallel: Parallel, *, resume: bool) -> tuple[Record | None, Ledger | None]:
-    """The run's files, on the main process; and its trackers."""
+    """Open the run's files, on the main process, and start its trackers."""
     from llmrl.run.ledger import Ledger
     from llmrl.track.record import Record, environment, flatten
 
@@ -199,7 +196,7 @@ def _files(config: RunConfig, parallel: Parallel, *, resume: bool) -> tuple[Reco
 
 
 def _summary(config: RunConfig, policy: Policy, learner: Learner, parallel: Parallel) -> str:
-    """A line for the user: what is trained, on what, and where the run is."""
+    """Return a line for the user: what is trained, where it runs, and where its files are."""
     trained = sum(p.numel() for p in learner.parameters)
     total = sum(p.numel() for _, p in policy.named_parameters())
     return (

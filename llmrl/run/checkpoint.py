@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed into place, with everything the next step depends on.
+"""Checkpoints: everything that the next step depends on, written to another folder and renamed into place.
 
 checkpoints/step-00000010/
     weights.safetensors   the trained parameters (adapters only, if adapters are trained)
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from llmrl.errors import RunFailed, UserError
 
@@ -46,10 +46,10 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
 
-    Checkpoints of later steps are deleted too: the run was resumed from an older one and has left them behind.
+    Checkpoints of later steps are deleted too: the run was resumed from an older one and abandoned them.
 
     Raises:
-        RunFailed: the disk is full or not writable; what was written so far is removed, older checkpoints stay.
+        RunFailed: the disk is full or not writable. What was written so far is removed; older checkpoints stay.
     """
     folder = output_dir / "checkpoints" / f"{PREFIX}{step:08d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
@@ -70,7 +70,7 @@ def save_checkpoint(
             state = state | {"step": step, "num_processes": parallel.world}
             (unfinished / "state.json").write_text(json.dumps(state))
         for file in written:
-            _to_disk(file)  # a full disk may say so only here
+            _to_disk(file)  # a full disk may raise only here
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunFailed(
@@ -88,7 +88,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel: Parallel) -> dict[str, Any]:
-    """Put everything back as it was and return the `state` given to `save_checkpoint`.
+    """Restore everything, and return the `state` that was given to `save_checkpoint`.
 
     Raises:
         UserError: the checkpoint is damaged, or was taken with another model or number of processes.
@@ -121,7 +121,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Return the finished checkpoints of a run, oldest first."""
     return sorted((output_dir / "checkpoints").glob(PREFIX + "*"))
 
 
@@ -134,14 +134,14 @@ def _delete_others(output_dir: Path, newest: Path, keep: int) -> None:
 
 
 def drop_newer(folder: Path) -> None:
-    """Delete the checkpoints taken after `folder`, whose run is about to be left behind by resuming from it."""
+    """Delete the checkpoints after `folder`: resuming from it abandons them."""
     for other in folder.parent.glob(PREFIX + "*"):
         if other.name > folder.name:
             shutil.rmtree(other)
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The folder meant by `train.resume_from_checkpoint`: `last`, or a path.
+    """Find the folder that `train.resume_from_checkpoint` names: `last`, or a path.
 
     Returns:
         None for `last` in a run that was stopped before its first checkpoint.

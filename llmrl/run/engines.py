@@ -1,4 +1,4 @@
-"""The engine that a configuration names, what it is given of the policy, and the push that serves its weights."""
+"""Start the engine that a configuration names, with the push that makes it serve the policy's weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def start_engine(
 
     Args:
         model: options of the policy.
-        rollout: which engine, and how it works.
-        policy: whose weights it serves.
+        rollout: which engine, and its options.
+        policy: the policy whose weights it serves.
         parallel: the processes of the run.
-        log_dir: for logs of servers that are started.
+        log_dir: folder for the logs of servers that are started.
         say: shows a line to the user.
 
     Returns:
-        (the engine, a function that pushes the policy's weights and proves that they are served).
+        The engine, and a function that pushes the policy's weights and proves that they are served.
 
     Raises:
         UserError: the engine cannot serve this model here.
@@ -102,7 +102,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {"hf": _hf, "vllm": _vllm, "vllm_ser
 
 
 def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: Policy, device: Any) -> bool:
-    """Whether vLLM gets the adapter alone at each push, or the weights it was merged into.
+    """Return whether a push sends vLLM the adapter alone, rather than the weights with the adapter merged in.
 
     Raises:
         UserError: `rollout.vllm.lora_sync adapter` for a policy without one, or one that vLLM cannot serve.
@@ -122,7 +122,7 @@ def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: P
 
 
 def engine_precision(model: ModelConfig, rollout: SamplingConfig) -> dict[str, Any]:
-    """How exactly the engine computes: what `WeightSync` expects of it."""
+    """Return the arguments of `WeightSync` that tell how exactly the engine computes."""
     options = rollout.vllm
     if options is None:
         return {"dtype": model.dtype}

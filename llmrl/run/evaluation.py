@@ -1,6 +1,6 @@
-"""`llmrl eval`: a model, tasks and rewards in; mean@k, pass@k and maj@k out. Nothing is trained or written but reports.
+"""`llmrl eval`: sample from a model, score the samples, and report mean@k, pass@k and maj@k.
 
-The same engine, collector and rubric as in training, and the same proof that the engine serves the model.
+It uses the same engine, collector and rubric as training, and the same proof that the engine serves the model.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrl.config import EvalRun, parse
 from llmrl.config.evaluation import check_evaluation
@@ -26,18 +26,13 @@ from llmrl.track.ranking import mean_logprob_scores, ranking_rates
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Status, Task, Turn
 from llmrl.verify.budget import check_scores
 
-if TYPE_CHECKING:
-    from llmrl.data.chat import Chat
-    from llmrl.rollout.collector import Collector
-    from llmrl.verify.rubric import Rubric
-
 SHORT = {"--model": "--model.path", "--data": "--data.path", "--samples": "--rollout.num_generations"}
-"""Names on the command line for fields that every evaluation gives."""
+"""Short names on the command line for fields that every evaluation gives."""
 PROGRESS_EVERY_S = 10.0
 
 
 def run(argv: list[str]) -> int:
-    """The command. Returns its exit code: 0 done, 1 the run failed, 2 arguments or input are wrong."""
+    """Run the command. Returns its exit code: 0 done, 1 the run failed, 2 arguments or input are wrong."""
     try:
         options = read_arguments(argv)
         report = asyncio.run(evaluate(options))
@@ -54,12 +49,12 @@ def run(argv: list[str]) -> int:
 
 
 def read_arguments(argv: list[str]) -> EvalRun:
-    """`--model`, `--data`, `--reward` (repeatable), `--samples`, and any field of `EvalRun`, dotted.
+    """Read `--model`, `--data`, `--reward` (repeatable), `--samples`, and any field of `EvalRun`, dotted.
 
     Raises:
         UserError: unknown, wrong or contradicting arguments.
     """
-    plain, specs, waiting = [], [], list(argv)
+    plain, specs, waiting = list[str](), list[str](), list(argv)
     while waiting:
         name, equals, value = waiting.pop(0).partition("=")
         if name == "--reward":
@@ -74,7 +69,7 @@ def read_arguments(argv: list[str]) -> EvalRun:
         options = parse(plain, config_class=EvalRun, prog="llmrl eval")
     except UserError as error:
         text = str(error)
-        for short, long in SHORT.items():  # what was typed short is named short
+        for short, long in SHORT.items():  # report a name as it was typed
             text = text.replace(long.removeprefix("--"), short) if short in argv else text
         raise UserError(text) from None
     check_evaluation(options)
@@ -85,20 +80,14 @@ def read_arguments(argv: list[str]) -> EvalRun:
 
 
 class Evaluator:
-    """A model behind an engine, and what scores it. Use it as `async with Evaluator(options) as evaluator`."""
-
-    rubric: Rubric
-    chat: Chat
-    collector: Collector
-    tasks: list[Task]
+    """A model behind an engine, and the rubric. Use it as `async with Evaluator(options) as evaluator`."""
 
     def __init__(self, options: EvalRun) -> None:
-        from llmrl.data.chat import Chat, filter_long
         from llmrl.data.tasks import load_tasks
         from llmrl.model.load import load_generation_config, load_model, load_tokenizer
         from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
-        from llmrl.rollout.collector import Collector
+        from llmrl.rollout.tasks import TaskFeed
         from llmrl.run.build import quieten_libraries
         from llmrl.run.engines import start_engine
         from llmrl.verify.rubric import Rubric
@@ -106,27 +95,24 @@ class Evaluator:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("llmrl eval runs in one process: start it without a launcher")
         self.options = options
-        tasks = load_tasks(options.data)
-        conversational = options.data.prompt_format == "chat"
+        tasks, conversational = load_tasks(options.data), options.data.prompt_format == "chat"
         self.rubric = Rubric.from_config(options.rewards, options.verify, conversational=conversational)
-        self.rubric.check(tasks[0])
+        feed = TaskFeed(
+            tasks, [], self.rubric, data=options.data, rollout=options.rollout, verify=options.verify, seed=options.seed
+        )
         quieten_libraries()
         tokenizer = load_tokenizer(options.model)
-        self.chat = Chat(
-            tokenizer,
-            prompt_format=options.data.prompt_format,
-            chat_template=options.data.chat_template,
-            generation_config=load_generation_config(options.model),
-        )
-        self.tasks, self.num_dropped = filter_long(tasks, self.chat, options.data.max_prompt_length)
+        feed.encode(tokenizer, load_generation_config(options.model))
+        self.tasks, self.num_dropped = feed.drawn, len(tasks) - len(feed.drawn)
         parallel = make_parallel(seed=options.seed, output_dir="")
-        model: Any = load_model(options.model, tokenizer, seed=options.seed).to(parallel.device)
-        self.policy = Policy(model, temperature=1.0, keep_reference=False)
-        engine, push = start_engine(options.model, options.rollout, self.policy, parallel, log_dir=Path("servers"))
-        self.collector = Collector(engine, self.chat, self.rubric, options.rollout, seed=options.seed, push=push)
+        model: Any = load_model(options.model, tokenizer, seed=options.seed)
+        self.policy = Policy(model.to(parallel.device), temperature=1.0, keep_reference=False)
+        self.collector = feed.collector(
+            lambda: start_engine(options.model, options.rollout, self.policy, parallel, log_dir=Path("servers"))
+        )
 
     async def __aenter__(self) -> Evaluator:
-        """Serve the weights, proved as in training, and warm the verifiers up."""
+        """Serve the weights, with the same proof as in training, and start the verifiers."""
         from llmrl.train.selfcheck import check_forward
 
         try:
@@ -142,7 +128,7 @@ class Evaluator:
         await self.collector.close()
 
     async def sample(self, advance: Callable[[], None] = lambda: None) -> list[RolloutGroup]:
-        """The scored samples of all tasks, in order; `advance` is called after each task.
+        """Return the scored samples of all tasks, in order; call `advance` after each task.
 
         Raises:
             RunFailed: more than `verify.max_unscored_frac` of the samples have no score because something failed.
@@ -154,7 +140,7 @@ class Evaluator:
             advance()
             return group
 
-        groups = list(await gather_or_cancel([one(i, task) for i, task in enumerate(self.tasks)]))
+        groups = await gather_or_cancel([one(i, task) for i, task in enumerate(self.tasks)])
         self._check(groups)
         return groups
 
@@ -166,7 +152,7 @@ class Evaluator:
 
 
 def best_device() -> str:
-    """The accelerator of this machine, or its CPU."""
+    """Return the accelerator of this machine, or its CPU."""
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -174,7 +160,7 @@ def best_device() -> str:
 
 
 async def evaluate(options: EvalRun) -> dict[str, Any]:
-    """Sample, score, rank and report; the samples are written where `options.save_samples` says.
+    """Sample, score, rank and report, and write the samples to `options.save_samples`.
 
     Raises:
         UserError: the arguments or the data are wrong.
@@ -201,7 +187,7 @@ async def evaluate(options: EvalRun) -> dict[str, Any]:
 
 
 def summarise(groups: list[RolloutGroup], options: EvalRun, accuracy: str) -> dict[str, Any]:
-    """The numbers of an evaluation; `accuracy` names the reward that says right or wrong (1 and above is right).
+    """Return the numbers of an evaluation. `accuracy` names the reward that is at least 1 for right samples.
 
     `mean@n_stderr` is the standard error over tasks, from the spread of their means.
     """
@@ -227,7 +213,7 @@ def summarise(groups: list[RolloutGroup], options: EvalRun, accuracy: str) -> di
 
 
 def _ranked(groups: list[RolloutGroup], options: EvalRun, accuracy: str) -> dict[str, Any]:
-    """pass@1 of each task's first-ranked sample, beside random choice among the same samples and a perfect one."""
+    """Return pass@1 of each task's first-ranked sample, and of a random and a perfect choice among the samples."""
     if options.rerank_model is None:
         scores = mean_logprob_scores(groups)
     else:
@@ -246,7 +232,7 @@ def write_samples(groups: list[RolloutGroup], place: str | Path) -> None:
 
 
 def read_samples(file: str | Path) -> list[RolloutGroup]:
-    """What `write_samples` wrote, as scored groups; the log-probabilities are those of the model that wrote them."""
+    """Return what `write_samples` wrote as scored groups, with the log-probabilities of the model that sampled."""
     from llmrl.config import DataConfig
     from llmrl.data.tasks import load_tasks
 
@@ -269,7 +255,7 @@ def _rollout(task: Task, index: int, row: dict[str, Any]) -> Rollout:
 
 
 def sample_row(group: RolloutGroup) -> dict[str, Any]:
-    """A task and its samples as one row, readable as a dataset again: messages, answer, the row's columns, samples."""
+    """Return a task and its samples as a row of a dataset: messages, answer, the row's own columns, samples."""
     columns = {k: v for k, v in group.task.meta.items() if k not in ("messages", "answer", "samples")}
     return {
         **columns,
@@ -295,7 +281,7 @@ def _sample(rollout: Rollout) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], *, to_error: bool) -> None:
-    """A table of the rates."""
+    """Print a table of the rates."""
     from rich.console import Console
     from rich.table import Table
 
@@ -320,8 +306,8 @@ def show(report: dict[str, Any], *, to_error: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each task: a bar on a terminal, a plain line every few seconds elsewhere."""
+def _progress(total: int) -> Generator[Callable[[], None]]:
+    """Yield a function to call after each task: a bar on a terminal, a plain line every few seconds elsewhere."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress

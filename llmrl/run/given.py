@@ -1,7 +1,8 @@
-"""Python objects that were handed to `Trainer` in place of names."""
+"""Python objects passed to `Trainer` in place of names, and the configuration they result in."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +11,12 @@ from llmrl.config.parsing import from_dotted, with_algorithm
 from llmrl.errors import UserError
 
 GIVEN = "(given in Python)"
-"""Stands in the configuration for an object that was handed over instead of named."""
-GIVEN_DATASET = "dataset"
-"""Names rows that were handed over, in messages."""
+"""Stands in the configuration for an object that has no name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The arguments of `Trainer` besides its configuration; see there."""
+    """The arguments of `Trainer` other than its configuration; see there."""
 
     model: Any = None
     reward: Any = None
@@ -29,10 +28,10 @@ class Given:
 
 
 def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> RunConfig:
-    """The configuration with what was given in Python put in its place, completed and checked.
+    """Return the configuration, overridden by what was given in Python, completed and checked.
 
     Raises:
-        UserError: with all findings.
+        UserError: what is given does not fit together; all findings are listed.
     """
     if isinstance(args, RunConfig):
         config = args if given.algorithm in (None, args.algo.name) else with_algorithm(args, given.algorithm)
@@ -55,12 +54,17 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
             raise UserError(
                 f"a reward is given, but algo.name {config.algo.name} does not score anything: leave it out"
             )
-        rewards = given.reward if isinstance(given.reward, (list, tuple)) else [given.reward]
+        rewards = as_list(given.reward)
         names = [r if isinstance(r, str) else getattr(r, "__name__", GIVEN) for r in rewards]
         config = replace(config, rewards=[RewardConfig(fn=name) for name in names])
     config = complete(config)
     check(config)
     return config
+
+
+def as_list(reward: Any) -> list[Any]:
+    """Return one reward, or a sequence of them, as a list."""
+    return [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
 
 
 def _data(options: Any, dataset: Any) -> Any:

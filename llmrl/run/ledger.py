@@ -1,4 +1,4 @@
-"""The ledger: which task was issued at which step and what became of it, so that nothing is lost or trained twice."""
+"""The ledger: the step at which each task was issued and trained on, so that a loss or repetition shows."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from llmrl.types import RolloutGroup, Task
 class Ledger:
     """ledger.jsonl: one line when a task is issued and one when its group has been trained on.
 
-    A task is known by its position in the run's endless sequence of tasks (a dataset read for three epochs issues each
-    task at three positions).
+    A task is identified by its position in the run's endless sequence of tasks: a dataset read for three epochs issues
+    each task at three positions.
     """
 
     def __init__(self, path: Path) -> None:
         self.file = JsonlFile(path)
 
     def issued(self, step: int, position: int, tasks: list[Task]) -> None:
-        """Tasks handed out for a step, the first of them at `position`."""
-        rows = [
-            {"event": "issued", "step": step, "position": position + k, "task": task.id} for k, task in enumerate(tasks)
-        ]
-        self.file.append(*rows)
+        """Record tasks issued for a step, the first of them at `position`."""
+        places = enumerate(tasks, start=position)
+        self.file.append(*({"event": "issued", "step": step, "position": k, "task": task.id} for k, task in places))
 
     def trained(self, step: int, groups: list[RolloutGroup]) -> None:
-        """Their groups after the update; `signal` is False where all advantages were zero."""
-        rows = []
+        """Record the groups of an update; `signal` is False where all advantages were zero."""
+        rows: list[dict[str, Any]] = []
         for group in groups:
             scored = [r for r in group.rollouts if r.score is not None and r.score.reward is not None]
             rows.append(
@@ -42,14 +40,14 @@ class Ledger:
                     "task": group.task.id,
                     "rollouts": len(group.rollouts),
                     "scored": len(scored),
-                    "signal": any(np.any(r.advantage) for r in scored),
+                    "signal": any(np.any(r.advantage or 0.0) for r in scored),
                 }
             )
         self.file.append(*rows)
 
 
 def audit(path: str | Path) -> dict[str, Any]:
-    """Read a ledger and say whether every issued task was trained exactly once.
+    """Read a ledger and check that every issued task was trained exactly once.
 
     Returns:
         {"issued", "trained": counts, "lost": positions issued but never trained, "doubled": positions with more than

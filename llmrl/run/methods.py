@@ -1,6 +1,7 @@
-"""Kinds of run, in one table: the options of an algorithm -> where groups come from, which policy, which algorithm.
+"""Kinds of run, in one table: where groups come from, which policy and algorithm, and how a run is evaluated.
 
-Whatever differs between kinds of run stands in a row here; the loop, the learner and the queue do not know it.
+`METHODS`, at the end, has one row per kind. Trainer, learner, queue and health treat all kinds alike, so a new method
+is a package and a row here: `methods/bcoder` is an example.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.options import PolicyGradient
@@ -27,12 +28,12 @@ from llmrl.methods.bcoder.source import ProgramFeed
 from llmrl.model.policy import Policy
 from llmrl.rollout.preferences import PreferenceFeed
 from llmrl.rollout.tasks import TaskFeed
-from llmrl.run.given import GIVEN_DATASET, Given
+from llmrl.run.given import Given, as_list
 from llmrl.types import Task
 
 if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
-    from llmrl.config import AlgoOptions, RunConfig
+    from llmrl.config import RunConfig
     from llmrl.data.options import DataConfig, RowsConfig
     from llmrl.data.preferences import PreferenceRow
     from llmrl.model.critic import Critic
@@ -42,8 +43,14 @@ if TYPE_CHECKING:
     from llmrl.verify.rubric import Rubric
 
 
+F = TypeVar("F", bound=TaskFeed)
+
+GIVEN_DATASET = "dataset"
+"""What messages call a dataset that was passed to `Trainer` as an object."""
+
+
 class Evaluated(Protocol):
-    """What evaluation needs of the `Trainer`; see there."""
+    """The part of `Trainer` that evaluation needs. The trainer imports this module, so this one cannot import it."""
 
     config: RunConfig
     eval_tasks: list[Task]
@@ -52,13 +59,13 @@ class Evaluated(Protocol):
     policy_version: int
 
     async def collect(self, tasks: Sequence[Task], **options: Any) -> list[RolloutGroup]:
-        """Groups of held-out tasks."""
+        """Return the groups of held-out tasks."""
         ...
 
     async def evaluate(
         self, tasks: Sequence[Task], *, num_generations: int = 1, temperature: float = 0.0
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """Pass rates of held-out tasks, and the rollouts behind them."""
+        """Return pass rates of held-out tasks, and the rollouts behind them."""
         ...
 
 
@@ -67,37 +74,36 @@ class Method:
     """One kind of run."""
 
     feed: Callable[[Any, Given], Feed]
-    """Read the data of a configuration, before a model loads."""
+    """(config, what was passed to `Trainer`) -> the data, before a model loads."""
     policy: Callable[..., Policy]
-    """Put what is trained around the language model: (config, model, critic, keep_reference=...)."""
+    """(config, language model, critic, keep_reference=...) -> the module that is trained."""
     algorithm: Callable[[Any, dict[str, float]], Algorithm]
-    """(config, weight of each reward by name) -> what turns groups into a gradient."""
+    """(config, weight of each reward by name) -> what turns scored groups into a gradient."""
     evaluate: Callable[[Evaluated], Awaitable[dict[str, float]]]
-    """Metrics of the held-out tasks, with keys eval/..."""
+    """(trainer) -> metrics of the held-out tasks, with keys eval/..."""
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
 def task_feed(config: Config, given: Given) -> TaskFeed:
-    """Tasks to sample for."""
-    return TaskFeed(*_task_parts(config, given), **_task_options(config))
+    """Read tasks to sample completions for."""
+    return _with_tasks(TaskFeed, config, given)
 
 
 def program_feed(config: Config, given: Given) -> ProgramFeed:
-    """Tasks with stored programs."""
+    """Read tasks with stored programs."""
     assert isinstance(config.algo, BCoderOptions)
     check_start(config.algo, config.model.path)
-    return ProgramFeed(*_task_parts(config, given), options=config.algo, **_task_options(config))
+    return _with_tasks(ProgramFeed, config, given, options=config.algo)
 
 
 def preference_feed(config: RunConfig, given: Given) -> PreferenceFeed:
-    """Rows of preferences."""
+    """Read rows of preferences."""
     assert isinstance(config.algo, preference.DPO | preference.KTO)
-    wanted = given.eval_dataset is not None or config.eval.data is not None
     return PreferenceFeed(
         _rows(given.train_dataset, config.data),
-        _rows(given.eval_dataset, config.eval.data or config.data) if wanted else [],
+        _rows(given.eval_dataset, config.eval.data) if config.eval.data is not None else [],
         data=config.data,
         options=config.algo,
         folder=Path(config.train.output_dir),
@@ -105,15 +111,17 @@ def preference_feed(config: RunConfig, given: Given) -> PreferenceFeed:
     )
 
 
-def _task_parts(config: Config, given: Given) -> tuple[list[Task], list[Task], Rubric]:
-    wanted = given.eval_dataset is not None or config.eval.data is not None
-    tasks = _tasks(given.train_dataset, config.data)
-    eval_tasks = _tasks(given.eval_dataset, config.eval.data or config.data) if wanted else []
-    return tasks, eval_tasks, _rubric(config, given.reward)
-
-
-def _task_options(config: Config) -> dict[str, Any]:
-    return {"data": config.data, "rollout": config.rollout, "verify": config.verify, "seed": config.train.seed}
+def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: Any) -> F:
+    return feed(
+        _tasks(given.train_dataset, config.data),
+        _tasks(given.eval_dataset, config.eval.data) if config.eval.data is not None else [],
+        _rubric(config, given.reward),
+        data=config.data,
+        rollout=config.rollout,
+        verify=config.verify,
+        seed=config.train.seed,
+        **more,
+    )
 
 
 def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
@@ -121,9 +129,8 @@ def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
 
     if dataset is None or isinstance(dataset, str):
         return load_tasks(options)
-    if isinstance(dataset, list) and dataset and isinstance(dataset[0], Task):
-        return dataset
-    return tasks_from_rows(dataset, options, GIVEN_DATASET)
+    are_tasks = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Task)
+    return dataset if are_tasks else tasks_from_rows(dataset, options, GIVEN_DATASET)
 
 
 def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
@@ -137,7 +144,7 @@ def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
 def _rubric(config: Config, reward: Any) -> Rubric:
     from llmrl.verify.rubric import Rubric
 
-    rewards = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
+    rewards = as_list(reward)
     if reward is not None and not all(isinstance(r, str) for r in rewards):
         return Rubric(rewards)
     return Rubric.from_config(
@@ -152,17 +159,17 @@ def _rubric(config: Config, reward: Any) -> Rubric:
 
 
 def sampled_policy(config: Config, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
-    """A policy that samples, at the temperature of its rollouts."""
+    """Return a policy whose log-probabilities have the temperature that its rollouts are sampled with."""
     return Policy(model, temperature=config.rollout.temperature, keep_reference=keep_reference, critic=critic)
 
 
 def offline_policy(config: RunConfig, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
-    """A policy that reads its completions from a dataset."""
+    """Return a policy for completions of a dataset, which no temperature was used for."""
     return Policy(model, temperature=1.0, keep_reference=keep_reference, critic=critic)
 
 
 def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
-    """B-Coder's Q function."""
+    """Return B-Coder's Q function."""
     assert isinstance(config.algo, BCoderOptions)
     chat = {"prompt_format": config.data.prompt_format, "chat_template": config.data.chat_template}
     return QPolicy(model, config.algo, base_model=config.model.path, chat=chat)
@@ -172,7 +179,7 @@ def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_referenc
 
 
 async def held_out_rates(trainer: Evaluated) -> dict[str, float]:
-    """Pass rates on the held-out tasks."""
+    """Return pass rates on the held-out tasks."""
     assert isinstance(trainer.config, Config), "nothing is sampled in this kind of run"
     options = trainer.config.eval
     rates, _ = await trainer.evaluate(
@@ -182,7 +189,7 @@ async def held_out_rates(trainer: Evaluated) -> dict[str, float]:
 
 
 async def held_out_preferences(trainer: Evaluated) -> dict[str, float]:
-    """Loss, accuracy and margin of the implicit reward on the held-out preferences."""
+    """Return loss, accuracy and margin of the implicit reward on the held-out preferences."""
     groups = await trainer.collect(trainer.eval_tasks)
     batch = trainer.algorithm.prepare(groups, policy_version=trainer.policy_version)
     found = trainer.learner.measure(batch, trainer.algorithm)
@@ -191,24 +198,28 @@ async def held_out_preferences(trainer: Evaluated) -> dict[str, float]:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
+MakeAlgorithm = Callable[[Any, dict[str, float]], "Algorithm"]
+
+
+def _sampled(algorithm: MakeAlgorithm) -> Method:
+    return Method(feed=task_feed, policy=sampled_policy, algorithm=algorithm, evaluate=held_out_rates)
+
+
+def _offline(algorithm: MakeAlgorithm) -> Method:
+    return Method(feed=preference_feed, policy=offline_policy, algorithm=algorithm, evaluate=held_out_preferences)
+
 
 def _limit(config: Config) -> int:
     return config.rollout.max_completion_length
 
 
-SAMPLED: dict[str, Any] = {"feed": task_feed, "policy": sampled_policy, "evaluate": held_out_rates}
-OFFLINE: dict[str, Any] = {"feed": preference_feed, "policy": offline_policy, "evaluate": held_out_preferences}
 METHODS: dict[type, Method] = {
-    PolicyGradient: Method(
-        algorithm=lambda c, rewards: GRPO(c.algo, max_completion_length=_limit(c), rewards=rewards), **SAMPLED
-    ),
-    ppo.PPO: Method(
-        algorithm=lambda c, rewards: PPO(c.algo, max_completion_length=_limit(c), rewards=rewards), **SAMPLED
-    ),
-    preference.OnlineDPO: Method(algorithm=lambda c, _: DPO(c.algo), **SAMPLED),
-    preference.OnlineKTO: Method(algorithm=lambda c, _: KTO(c.algo), **SAMPLED),
-    preference.DPO: Method(algorithm=lambda c, _: DPO(c.algo), **OFFLINE),
-    preference.KTO: Method(algorithm=lambda c, _: KTO(c.algo), **OFFLINE),
+    PolicyGradient: _sampled(lambda c, rewards: GRPO(c.algo, max_completion_length=_limit(c), rewards=rewards)),
+    ppo.PPO: _sampled(lambda c, rewards: PPO(c.algo, max_completion_length=_limit(c), rewards=rewards)),
+    preference.OnlineDPO: _sampled(lambda c, _: DPO(c.algo)),
+    preference.OnlineKTO: _sampled(lambda c, _: KTO(c.algo)),
+    preference.DPO: _offline(lambda c, _: DPO(c.algo)),
+    preference.KTO: _offline(lambda c, _: KTO(c.algo)),
     BCoderOptions: Method(
         feed=program_feed,
         policy=q_policy,
@@ -216,18 +227,12 @@ METHODS: dict[type, Method] = {
         evaluate=held_out_rates,
     ),
 }
-"""By the class of `config.algo`."""
-
+"""The row of a configuration is that of the class of its `algo`."""
 
 RANKERS = {"bcoder": Ranker}
-"""By the `--rerank` of `llmrl eval`."""
-
-
-def method_of(algo: AlgoOptions) -> Method:
-    """The kind of run that these options are for."""
-    return METHODS[type(algo)]
+"""What can rank samples, by the `--rerank` of `llmrl eval`."""
 
 
 def make_algorithm(config: RunConfig, rewards: dict[str, float] | None = None) -> Algorithm:
-    """The algorithm of a configuration; `rewards` are the weights by name."""
-    return method_of(config.algo).algorithm(config, rewards or {})
+    """Return the algorithm of a configuration; `rewards` are the weights by name."""
+    return METHODS[type(config.algo)].algorithm(config, rewards or {})

@@ -1,6 +1,6 @@
 """Stages 1 to 3 ahead of the learner: rollouts of later batches run while it updates, none older than allowed.
 
-Tasks out of a sampler, scored groups out of the queue. With max_staleness 0 it holds nothing between two batches.
+With max_staleness 0 the queue holds nothing between two batches.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ WINDOW = 1 / 3
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A group that was begun and has not been handed over."""
+    """A group that was begun and has not been taken."""
 
     position: int
     task: Task
     mine: bool
-    """This process collects it; the others learn of it when it is handed over."""
+    """Whether this process collects it; the others receive it when it is taken."""
     work: asyncio.Task[RolloutGroup] | None = None
-    """None until it runs, and where it is not ours."""
+    """None until it runs, and on the processes that do not collect it."""
 
     @property
     def ready(self) -> bool:
@@ -57,10 +57,10 @@ class RolloutQueue:
 
     Args:
         sampler: where tasks come from.
-        collect: rollouts, scored, of one task at its position in the run.
+        collect: returns the scored rollouts of one task at its position in the run.
         num_prompts: P.
-        max_staleness: k; None where no policy writes the completions, so that their age means nothing.
-        max_steps: of the run; nothing is begun that it will not train on.
+        max_staleness: k; None if no policy writes the completions, so that their age means nothing.
+        max_steps: steps of the run; nothing is begun that it will not train on.
         parallel: the processes.
         ledger: records every task that is begun (on the main process).
     """
@@ -86,12 +86,12 @@ class RolloutQueue:
         self.entries: list[Entry] = []
 
     async def take(self, count: int, *, step: int, version: int) -> list[RolloutGroup]:
-        """The next `count` groups, in task order, once they are finished; others go on behind them.
+        """Return the next `count` groups, in task order, once they are finished; later ones keep running.
 
         Args:
             count: at most `num_prompts`.
-            step: of the run, from 1.
-            version: of the policy that will be trained on them.
+            step: the step of the run, from 1.
+            version: the version of the policy that will be trained on them.
 
         Raises:
             RunFailed: a rollout is older than `max_staleness` allows.
@@ -104,7 +104,8 @@ class RolloutQueue:
             self._raise_failures()
         self._raise_failures()
         self.entries = [entry for entry in self.entries if entry not in chosen]
-        groups = self._share({entry.position: entry.work.result() for entry in chosen if entry.work is not None})
+        mine = [(entry.position, entry.work.result()) for entry in chosen if entry.work is not None]
+        groups = dict(self.parallel.gather_objects(mine))
         taken = [groups[position] for position in sorted(groups)]
         oldest = max(staleness(taken, version), default=0)
         if self.max_staleness is not None and oldest > self.max_staleness:
@@ -136,8 +137,8 @@ class RolloutQueue:
             self.entries.append(Entry(position, task, mine=k % self.world == self.rank))
 
     def _choose(self, count: int) -> list[Entry] | None:
-        """The oldest `count` finished groups that the window lets through, or None while they are too few."""
-        left, chosen = list(self.entries), []
+        """Return the oldest `count` finished groups inside the window, or None while there are too few."""
+        left, chosen = list(self.entries), list[Entry]()
         while len(chosen) < count:
             end = left[0].position + self.window
             entry = next((entry for entry in left if entry.position < end and entry.ready), None)
@@ -152,11 +153,8 @@ class RolloutQueue:
             if entry.work is not None and entry.work.done():
                 entry.work.result()
 
-    def _share(self, groups: dict[int, RolloutGroup]) -> dict[int, RolloutGroup]:
-        return dict(self.parallel.gather_objects(list(groups.items())))
-
     async def close(self) -> None:
-        """Cancel what is under way and wait until it has ended."""
+        """Cancel the groups under way and wait for their end."""
         works = [entry.work for entry in self.entries if entry.work is not None]
         self.entries = []
         for work in works:
@@ -164,7 +162,7 @@ class RolloutQueue:
         await asyncio.gather(*works, return_exceptions=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tasks under way: their rollouts are drawn again after a resume, each at its own position."""
+        """Return the tasks under way. A resumed run draws their rollouts again, at the same positions."""
         return {"under_way": [[entry.position, entry.task.id] for entry in self.entries]}
 
     def load_state_dict(self, state: dict[str, Any], tasks: Mapping[str, Task]) -> None:
@@ -174,6 +172,6 @@ class RolloutQueue:
 
 
 def on_device(device: torch.device, function: Callable[..., T], *args: Any) -> T:
-    """Call `function` with `device` as this thread's own: each thread begins with the first GPU."""
+    """Call `function` with `device` as this thread's current one: every new thread starts with the first GPU."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return function(*args)

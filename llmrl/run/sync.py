@@ -27,7 +27,7 @@ CLEAR_CHANGE = 10
 
 
 class WeightSync:
-    """Pushes weights, and after every push compares log-probabilities on a fixed probe sequence.
+    """Push weights, and after every push compare log-probabilities on a fixed probe sequence.
 
     Args:
         policy: the model being trained.

@@ -1,13 +1,16 @@
-"""The loop: prompt -> rollout -> verify -> advantage -> loss -> weight sync, and round again."""
+"""The loop: prompt -> rollout -> verify -> advantage -> loss -> weight sync. Start reading at `Trainer.fit`.
+
+What differs between kinds of run is behind `source` and `algorithm`, which the table in `methods.py` chooses.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
 from llmrl.config import RunConfig
@@ -18,11 +21,13 @@ from llmrl.run.pipeline import RolloutQueue, on_device
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates
 from llmrl.train.selfcheck import check_forward
-from llmrl.types import RolloutGroup, Task, TrainBatch
+from llmrl.types import Receipt, RolloutGroup, Task, TrainBatch
+
+T = TypeVar("T")
 
 
 class Trainer:
-    """One run, from Python or from a recipe. What is given here takes the place of what `args` says.
+    """One run, from Python or from a recipe. The other arguments override what `args` says.
 
     Example:
         >>> Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward=my_reward, train_dataset="openai/gsm8k").train()
@@ -32,13 +37,13 @@ class Trainer:
         model: hub id, folder, or a loaded transformers model.
         reward: a function, a spec, or a list of them.
         train_dataset: hub id, file, a datasets.Dataset, rows, or a list of Task.
-        eval_dataset: the same, held out.
+        eval_dataset: held-out tasks, in any of these forms.
         processing_class: the tokenizer of a loaded model.
         peft_config: a peft.LoraConfig or `llmrl.config.LoraConfig`.
         algorithm: the name of a preset.
 
     Raises:
-        UserError: the arguments or the data are wrong. Raised before a model is loaded.
+        UserError: the arguments or the data are wrong. It is raised before a model loads.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Trainer:
             The metrics of the last step.
 
         Raises:
-            RunFailed: continuing would have trained on wrong data or served wrong weights.
+            RunFailed: to continue would be to train on wrong data or to serve wrong weights.
         """
 
         async def run() -> dict[str, float]:
@@ -100,7 +105,7 @@ class Trainer:
         return run_async(run())
 
     async def fit(self) -> dict[str, float]:
-        """`train` for callers that are asynchronous themselves: use it inside `async with trainer:`."""
+        """Do what `train` does, for asynchronous callers: `async with trainer: await trainer.fit()`."""
         max_steps = self.config.train.max_steps
         metrics = self._last_metrics()
         self.console.start("training", total=max_steps, done=self.first_step)
@@ -108,34 +113,26 @@ class Trainer:
             clock = Clock()
             self.source.begin_step(step, max_steps=max_steps, epoch=self.sampler.position / max(1, len(self.tasks)))
             groups, drawn = await self._draw(step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
-            self.source.check(drawn)
             clock.lap("rollout")
-            await self.source.rest()
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
-            stats = await self._update(batch)  # 5 loss (rollouts of later batches go on, where max_staleness allows)
+            stats = await self._update(batch)  # 5 loss
             clock.lap("update")
             self.policy_version += 1
             receipt = await self.source.serve(self.policy_version)  # 6 weight sync
             clock.lap("sync")
             self.sampler.update(drawn)
-            metrics = self.source.metrics(drawn, batch.policy_version) | batch.metrics | stats
-            metrics["rollout/drawn_groups"] = float(len(drawn))
-            for line in self.algorithm.observe(metrics):
-                self.console.say(line)
-            if receipt is not None:
-                metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
-                metrics["time/receipt_s"] = receipt.proof_seconds
+            metrics = self._measure(batch, drawn, stats, receipt)
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             metrics |= await self._evaluate(step + 1)
             self._finish_step(step + 1, drawn, metrics)
         self.console.stop()
         self._save_model()
-        self.parallel.barrier()  # right before the end, or a process may tear the group down early
+        self.parallel.barrier()  # a process that left earlier would end the process group under the others
         self.parallel.finish()
         return metrics
 
     async def __aenter__(self) -> Trainer:
-        """Check the forward pass, resume if asked to, serve the weights, and start the verifiers."""
+        """Check the forward pass, open the source, resume if asked to, and serve the weights."""
         try:
             check_forward(self.policy, packing=self.config.train.packing)
             for note in await self.source.open(self.learner):
@@ -159,13 +156,13 @@ class Trainer:
     async def evaluate(
         self, tasks: Sequence[Task], *, num_generations: int = 1, temperature: float = 0.0, salt: str = "eval"
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """Pass rates of the policy on held-out tasks (shared by all processes), and the rollouts behind them."""
+        """Return the policy's pass rates on held-out tasks, and the rollouts behind them. Every process calls it."""
         groups = await self.collect(tasks, num_generations=num_generations, temperature=temperature, salt=salt)
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num_generations]
         return pass_rates(groups, accuracy=self.source.accuracy, ks=ks), groups
 
     async def collect(self, tasks: Sequence[Task], **options: Any) -> list[RolloutGroup]:
-        """Groups of held-out tasks, on every process; each process collects its share of them."""
+        """Return the groups of held-out tasks. Each process collects its share, and all get everything."""
         mine = list(range(self.parallel.rank, len(tasks), self.parallel.world))
         groups = await self.source.collect([tasks[k] for k in mine], mine, **options)
         everyone = dict(self.parallel.gather_objects(list(zip(mine, groups, strict=True))))
@@ -174,19 +171,23 @@ class Trainer:
     # --- parts of a step ---
 
     async def _draw(self, step: int) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
-        """(groups to train on, all groups drawn): the same, unless dynamic sampling draws further ones."""
+        """Return the groups to train on, and all groups drawn. They differ only with dynamic sampling."""
 
         async def draw(num_prompts: int) -> list[RolloutGroup]:
             return await self.queue.take(num_prompts, step=step, version=self.policy_version)
 
         num_prompts, max_batches = self.config.rollout.num_prompts, self.algorithm.needs.sampling_batches
         if max_batches == 1:
-            groups = await draw(num_prompts)
-            return groups, groups
-        return await collect_informative(draw, num_prompts, max_batches=max_batches, accuracy=self.source.accuracy)
+            groups = drawn = await draw(num_prompts)
+        else:
+            groups, drawn = await collect_informative(
+                draw, num_prompts, max_batches=max_batches, accuracy=self.source.accuracy
+            )
+        self.source.check(drawn)
+        return groups, drawn
 
     async def _collect_group(self, task: Task, position: int) -> RolloutGroup:
-        """One scored group, with the reward of a greedy completion where the algorithm asks for it."""
+        """Return one scored group, with the reward of a greedy completion if the algorithm needs it."""
         (group,) = await self.source.collect([task], [position])
         if self.algorithm.needs.greedy_reward:
             options: dict[str, Any] = {"num_generations": 1, "temperature": 0.0, "salt": "greedy"}
@@ -196,10 +197,24 @@ class Trainer:
         return group
 
     async def _update(self, batch: TrainBatch) -> dict[str, float]:
-        """Stage 5, on a thread of its own where rollouts go on meanwhile."""
+        """Run stage 5, on a thread of its own if rollouts of later batches may go on meanwhile."""
+        await self.source.rest()
         if not self.source.max_staleness:
             return self.learner.update(batch, self.algorithm)
         return await asyncio.to_thread(on_device, self.parallel.device, self.learner.update, batch, self.algorithm)
+
+    def _measure(
+        self, batch: TrainBatch, drawn: list[RolloutGroup], stats: dict[str, float], receipt: Receipt | None
+    ) -> dict[str, float]:
+        """Gather the metrics of a step, and let the algorithm adapt to them."""
+        metrics = self.source.metrics(drawn, batch.policy_version) | batch.metrics | stats
+        metrics["rollout/drawn_groups"] = float(len(drawn))
+        for line in self.algorithm.observe(metrics):
+            self.console.say(line)
+        if receipt is not None:
+            metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
+            metrics["time/receipt_s"] = receipt.proof_seconds
+        return metrics
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         every = self.config.eval.steps
@@ -208,7 +223,7 @@ class Trainer:
         return await self.method.evaluate(self)
 
     def _finish_step(self, step: int, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
-        """Write the record of a step, warn, and save a checkpoint when one is due."""
+        """Record the step, show warnings, and save a checkpoint when one is due."""
         warnings = self.health.observe(metrics, groups)
         if self.record is not None and self.ledger is not None:
             self.ledger.trained(step, groups)
@@ -223,7 +238,7 @@ class Trainer:
     # --- resuming, saving ---
 
     def _resume(self) -> None:
-        """Go back to where `train.resume_from_checkpoint` says, the run's files too."""
+        """Restore what `train.resume_from_checkpoint` names, and cut the run's files back to that step."""
         wanted = self.config.train.resume_from_checkpoint
         if not wanted:
             return
@@ -270,11 +285,11 @@ class Trainer:
         )
 
     def _save_model(self) -> None:
-        """model/ in the run directory: the trained model (or adapter) and its tokenizer, ready for from_pretrained."""
+        """Save the trained model (or adapter) and its tokenizer in model/, ready for `from_pretrained`."""
         if self.parallel.is_main:
             folder = self.output_dir / "model"
             self.policy.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)  # pyright: ignore[reportUnknownMemberType]
             self.console.say(f"model saved in {folder}")
         self.parallel.barrier()
 
@@ -301,23 +316,14 @@ class Clock:
         return times | {"time/step_s": total, "perf/tokens_per_s": tokens / total}
 
 
-def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end, also where an event loop is already running (a notebook): then in a thread of its own."""
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end. In a notebook, whose event loop is already running, use a thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["value"] = asyncio.run(coroutine)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, name="llmrl")
-    thread.start()
-    thread.join()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
+    pool = ThreadPoolExecutor(1, "llmrl")
+    try:
+        return pool.submit(asyncio.run, coroutine).result()
+    finally:
+        pool.shutdown(wait=False)  # an interrupt of the notebook must not wait for the run

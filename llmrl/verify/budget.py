@@ -1,4 +1,4 @@
-"""How many rollouts may go without a score before what is left is a biased sample."""
+"""The budgets for rollouts without a score: beyond them, the scored ones are a biased sample."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from llmrl.verify.options import VerifyConfig
 def check_scores(rollouts: Sequence[Rollout], options: VerifyConfig, *, what: str) -> None:
     """Stop when too many rollouts failed to be scored, or were not judged.
 
-    An error (of a reward, an environment or the engine) counts against `max_unscored_frac`; an abstention, where a
-    reward could not judge, against `max_abstained_frac` alone. One of either kind is always allowed.
+    An error (of a reward, an environment or the engine) counts against `max_unscored_frac` alone, and an abstention,
+    where a reward could not judge, against `max_abstained_frac` alone. One of either kind is always allowed.
 
     Args:
-        rollouts: of a step, or of an evaluation.
+        rollouts: the rollouts of a step, or of an evaluation.
         options: the two budgets.
-        what: the rollouts as the message calls them, such as "rollouts of this step".
+        what: what the message calls the rollouts, such as "rollouts of this step".
 
     Raises:
-        RunFailed: with the counts, and the first errors or the tasks that were not judged.
+        RunFailed: a budget is exceeded. The message has the counts, and the first errors or the tasks not judged.
     """
     total = len(rollouts)
     errors = [error for r in rollouts if (error := r.error or (r.score.error if r.score else None))]

@@ -130,7 +130,7 @@ def train_ours(case: Pairs, model: str, rows: list, folder: Path, hook: Any, num
         "data.shuffle": False,
         "track.console": "quiet",
         "track.save_rollouts": "none",
-        **({"preference.precompute_ref_log_probs": True} if case.precompute else {}),
+        **({"algo.precompute_ref_log_probs": True} if case.precompute else {}),
     }
     tokenizer = tokenizer_of(model)
     trainer = Trainer(arguments, model=model, processing_class=tokenizer, train_dataset=rows, algorithm="dpo")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,17 @@ def train_ours(work: Work, num_steps: int, hook: StepHook) -> list[dict[str, flo
     from llmrl import Trainer
 
     # The schedule is constant, so the step too many changes nothing; its checkpoint falls after the last mark.
-    work.config.train.max_steps = num_steps + 1
-    trainer = Trainer(work.config, processing_class=work.tokenizer, reward=work.reward, train_dataset=work.rows)
+    config = replace(work.config, train=replace(work.config.train, max_steps=num_steps + 1))
+    trainer = Trainer(config, processing_class=work.tokenizer, reward=work.reward, train_dataset=work.rows)
     next_tasks, begun = trainer.sampler.next, iter(range(num_steps + 1))
 
     def next_with_hook(count: int) -> Any:
-        hook(next(begun), trainer.policy.module.model)
+        hook(next(begun), trainer.policy.causal_lm)
         return next_tasks(count)
 
     trainer.sampler.next = next_with_hook
     trainer.train()
-    lines = (Path(work.config.train.output_dir) / "metrics.jsonl").read_text().splitlines()[:num_steps]
+    lines = (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()[:num_steps]
     keys = {
         "reward": "reward/mean",
         "tokens": "rollout/num_tokens",
@@ -97,10 +98,13 @@ def train_trl(work: Work, num_steps: int, hook: StepHook, *, micro_batches: int 
 
 def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
     """`work.config` in TRL's words: the whole batch sampled at once, one update per batch, nothing recomputed."""
-    from llmrl.algo.presets import resolve
     from trl import GRPOConfig
 
-    rollout, algo, train = work.config.rollout, resolve(work.config.algo), work.config.train
+    from llmrl.algo.policy_gradient.options import Clip, Group, PolicyGradient
+
+    rollout, algo, train = work.config.rollout, work.config.algo, work.config.train
+    assert isinstance(algo, PolicyGradient)
+    assert isinstance(algo.loss, Clip) and isinstance(algo.baseline, Group)
     num_rollouts = rollout.num_prompts * rollout.num_generations
     return GRPOConfig(
         output_dir=train.output_dir,
@@ -112,9 +116,9 @@ def trl_config(work: Work, num_steps: int, micro_batches: int) -> Any:
         num_generations=rollout.num_generations,
         max_completion_length=rollout.max_completion_length,
         temperature=rollout.temperature,
-        loss_type=algo.loss_type,
-        scale_rewards=algo.scale_rewards,
-        epsilon=algo.epsilon,
+        loss_type=algo.aggregation,
+        scale_rewards=algo.baseline.scale,
+        epsilon=algo.loss.epsilon,
         beta=algo.beta,
         num_iterations=algo.num_iterations,
         learning_rate=train.learning_rate,

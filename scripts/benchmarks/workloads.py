@@ -9,22 +9,13 @@ import importlib.util
 import random
 import string
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY
-from llmrl.config import (
-    AlgoConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrackConfig,
-    TrainConfig,
-    parse,
-)
+from llmrl.algo.policy_gradient.options import PolicyGradient
+from llmrl.config import Config, DataConfig, ModelConfig, RolloutConfig, TrackConfig, TrainConfig, parse
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " "
 NEVER = "<|never|>"
@@ -71,7 +62,7 @@ def synthetic_work(case: Synthetic, folder: Path, *, seed: int, output_dir: Path
             num_generations=case.num_generations,
             max_completion_length=case.completion_length,
         ),
-        algo=AlgoConfig(loss_type="dapo", scale_rewards="group"),
+        algo=PolicyGradient(aggregation="dapo"),
         train=TrainConfig(output_dir=str(output_dir), seed=seed, learning_rate=case.learning_rate, save_steps=0),
         track=TrackConfig(console="quiet"),
     )
@@ -148,9 +139,8 @@ def quickstart_config(*arguments: str) -> Config:
     """Return the recipe's configuration, with dotted overrides."""
     file = REPOSITORY / "recipes" / "quickstart.yaml"
     config = parse(["--config", str(file), *arguments], config_class=quickstart().QuickstartConfig)
-    spec = config.rewards[0].fn
-    config.rewards[0] = RewardConfig(fn=str(REPOSITORY / spec), args=config.rewards[0].args)
-    return config
+    (reward,) = config.rewards
+    return replace(config, rewards=[replace(reward, fn=str(REPOSITORY / reward.fn))])
 
 
 def warm_start(folder: Path) -> Path:
@@ -165,9 +155,12 @@ def natural_work(folder: Path, *, seed: int, output_dir: Path) -> Work:
     """Return the work of GRPO on additions, from the warm-started model in `folder`, with the recipe's settings."""
     recipe = quickstart()
     config = quickstart_config("--train.output_dir", str(output_dir), "--train.seed", str(seed))
-    config.model.path = str(folder)
-    config.train.save_steps = 0
-    config.track.console = "quiet"
+    config = replace(
+        config,
+        model=replace(config.model, path=str(folder)),
+        train=replace(config.train, save_steps=0),
+        track=replace(config.track, console="quiet"),
+    )
     rows = recipe.rows(recipe.pairs(held_out=False))
     from transformers import AutoTokenizer
 

@@ -19,15 +19,14 @@ import torch
 
 from llmrl import Trainer
 from llmrl.config import (
-    AlgoConfig,
     Config,
     DataConfig,
-    EvalConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
     TrackConfig,
     TrainConfig,
+    preset,
 )
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.tiny import build_tiny_model, char_tokenizer
@@ -44,10 +43,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "lite_ppo": {"name": "lite_ppo"},
     "gspo": {"name": "gspo"},
     "cispo": {"name": "cispo"},
-    "passk": {"name": "passk", "passk_k": 4},
-    "thr p=0": {"name": "thr", "thr_p": 0.0},
-    "thr p=+0.1": {"name": "thr", "thr_p": 0.1},
-    "thr p=-0.1": {"name": "thr", "thr_p": -0.1},
+    "passk": {"name": "passk", "baseline": {"k": 4}},
+    "thr p=0": {"name": "thr", "token_weighting": {"p": 0.0}},
+    "thr p=+0.1": {"name": "thr", "token_weighting": {"p": 0.1}},
+    "thr p=-0.1": {"name": "thr", "token_weighting": {"p": -0.1}},
 }
 """Presets unchanged, except for two mini-batches each: with one, ratios are 1 and nothing is clipped."""
 
@@ -92,11 +91,10 @@ def make_config(folder: str, model: str, seed: int, algo: dict[str, Any]) -> Con
         data=DataConfig(path="additions", prompt_format="text"),
         rollout=RolloutConfig(num_prompts=16, num_generations=8, max_completion_length=48),
         rewards=[RewardConfig(fn="rewards/math_answer.py:math_answer", args={"strict_single_box": True})],
-        algo=AlgoConfig(**{"num_mini_batches": 2} | algo),
+        algo=preset(**{"num_mini_batches": 2} | algo),
         train=TrainConfig(
             output_dir=folder, seed=seed, max_steps=10_000, learning_rate=3e-4, adam_beta2=0.95, warmup_steps=5
         ),
-        eval=EvalConfig(),
         track=TrackConfig(console="quiet", save_rollouts="none"),
     )
 
@@ -199,7 +197,7 @@ async def run(model: str, seed: int, algo: dict[str, Any], budget: int) -> dict[
                 batch = trainer.algorithm.prepare(groups, policy_version=step)
                 stats = trainer.learner.update(batch, trainer.algorithm)
                 step += 1
-                await trainer.sync.push(step)
+                await trainer.source.serve(step)
                 rewards = [r.score.reward for g in drawn for r in g.rollouts if r.score is not None]
                 curve.append([tokens, sum(rewards) / len(rewards), stats.get("policy/entropy", 0.0)])
             after = await measure(trainer)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from llmrl.algo.policy_gradient.algorithm import GRPO
-from llmrl.config import AlgoConfig, TrainConfig
+from llmrl.algo.policy_gradient.options import PolicyGradient, Thr
+from llmrl.config import TrainConfig
 from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
 from llmrl.tiny import build_tiny_model
@@ -26,7 +27,7 @@ from llmrl.train.selfcheck import check_forward
 from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
 
 VOCABULARY, PROMPT, COMPLETION, GROUPS, SIZE, REPETITIONS = 32_000, 64, 96, 4, 8, 8
-ARMS: dict[str, dict[str, Any]] = {"grpo": {}, "thr": {"token_weighting": "thr", "thr_p": 0.1}}
+ARMS: dict[str, dict[str, Any]] = {"grpo": {}, "thr": {"token_weighting": Thr(p=0.1)}}
 
 
 def make_groups(seed: int) -> list[RolloutGroup]:
@@ -63,7 +64,7 @@ def build(num_steps: int) -> tuple[Learner, dict[str, GRPO]]:
         num_kv_heads=6,
         seed=0,
     )
-    configs = {name: AlgoConfig(num_mini_batches=num_steps, **options) for name, options in ARMS.items()}
+    configs = {name: PolicyGradient(num_mini_batches=num_steps, **options) for name, options in ARMS.items()}
     train = TrainConfig(max_tokens_per_micro_batch=2048, learning_rate=1e-6)
     policy = Policy(model, temperature=1.0, keep_reference=False)
     check_forward(policy)

@@ -217,6 +217,7 @@ def translated(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
             found |= {outer: None} if not any(p.startswith(f"{outer}.") for p in found) else {}
     if found.get("algo.dynamic_sampling") is True:
         del found["algo.dynamic_sampling"]
+    assert not (algo.get("dynamic_sampling") is False and "algo.dynamic_sampling.max_batches" in found)
     return found
 
 

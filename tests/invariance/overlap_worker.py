@@ -37,10 +37,10 @@ def main(folder: str, max_steps: str, checkpoint: str | None = None) -> None:
         "track.console": "quiet",
     }
     run = Trainer(settings, model="tiny:qwen2", reward=letters, train_dataset=ROWS)
-    assert run.accelerator.num_processes == 2, run.accelerator.num_processes
+    assert run.parallel.world == 2, run.parallel.world
     run.train()
     weights = torch.cat([parameter.detach().flatten() for parameter in run.policy.module.parameters()])
-    torch.save(weights, f"{folder}/weights_{run.accelerator.process_index}.pt")
+    torch.save(weights, f"{folder}/weights_{run.parallel.rank}.pt")
 
 
 if __name__ == "__main__":

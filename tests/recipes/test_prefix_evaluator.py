@@ -5,20 +5,32 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from llmrl.config import PrefixEvaluatorConfig
-from llmrl.config.ircoco import resolve_evaluator
+from llmrl.config import from_dotted, to_dict
 from llmrl.data.chat import Chat
 from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, char_tokenizer
-from llmrl.train.prefix_evaluator import Example, generate, label_files, label_samples, train_evaluator
 from llmrl.types import Task
 from llmrl.verify.checks.text import edit_similarity, sentence_bleu
 from llmrl.verify.models.prefix_evaluator import PrefixEvaluator
+from llmrl.verify.spec import load_file
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "ircoco"
+if TYPE_CHECKING:
+    from recipes.ircoco import train as RECIPE
+    from recipes.ircoco.evaluator import Example, generate, label_files, label_samples, train_evaluator
+    from recipes.ircoco.options import FilePrefixes, PolicyStart, PrefixEvaluatorConfig, RandomStart, SamplePrefixes
+else:
+    RECIPE, EVALUATOR, OPTIONS = (load_file(FOLDER / f"{name}.py") for name in ("train", "evaluator", "options"))
+    Example, generate, train_evaluator = EVALUATOR.Example, EVALUATOR.generate, EVALUATOR.train_evaluator
+    label_files, label_samples = EVALUATOR.label_files, EVALUATOR.label_samples
+    FilePrefixes, SamplePrefixes = OPTIONS.FilePrefixes, OPTIONS.SamplePrefixes
+    RandomStart, PolicyStart = OPTIONS.RandomStart, OPTIONS.PolicyStart
+    PrefixEvaluatorConfig = OPTIONS.PrefixEvaluatorConfig
 
 TOKENIZER = char_tokenizer("abcdefgh\n")
 STOP = TOKENIZER.eos_token_id
@@ -56,7 +68,7 @@ def greedy(model: Any, ids: list[int], limit: int) -> list[int]:
 
 
 def options(**given: Any) -> PrefixEvaluatorConfig:
-    return resolve_evaluator(PrefixEvaluatorConfig(num_examples=40, **given))
+    return PrefixEvaluatorConfig(num_examples=40, **given)
 
 
 def test_greedy_continuations_of_unlike_length(model: Any, chat: Chat) -> None:
@@ -71,7 +83,8 @@ def test_greedy_continuations_of_unlike_length(model: Any, chat: Chat) -> None:
 def test_labels_of_files(model: Any, chat: Chat) -> None:
     files = [chat.encode(str(task.messages[0].get("content")) + task.answer) for task in TASKS]
     for quality in ("edit_similarity", "bleu"):
-        given = options(quality=quality, num_next_tokens=3, min_prefix_length=2, max_prefix_length=6)
+        prefixes = FilePrefixes(num_next_tokens=3, min_prefix_length=2, max_prefix_length=6)
+        given = options(quality=quality, prefixes=prefixes)
         examples = label_files(model, chat, TASKS, given, seed=0)
         assert len(examples) == 40 and {len(e.ids) for e in examples} == {2, 3, 4, 5, 6}
         for example in examples:
@@ -85,7 +98,7 @@ def test_labels_of_files(model: Any, chat: Chat) -> None:
 
 
 def test_labels_of_samples(model: Any, chat: Chat) -> None:
-    examples = label_samples(model, chat, TASKS, options(prefixes="samples"), max_completion_length=6, seed=0)
+    examples = label_samples(model, chat, TASKS, options(prefixes=SamplePrefixes()), max_completion_length=6, seed=0)
     prompts = {tuple(chat.render(task.messages)): task.answer for task in TASKS}
     written = set()
     for example in examples:
@@ -99,7 +112,7 @@ def test_labels_of_samples(model: Any, chat: Chat) -> None:
 
 
 def test_files_too_short_to_be_cut(model: Any, chat: Chat) -> None:
-    with pytest.raises(UserError, match="shorter than evaluator.min_prefix_length 10"):
+    with pytest.raises(UserError, match="shorter than evaluator.prefixes.min_prefix_length 10"):
         label_files(model, chat, TASKS, options(), seed=0)
 
 
@@ -111,9 +124,8 @@ def test_it_learns_and_is_an_ordinary_classifier(start: str, model: Any, tmp_pat
     draw = random.Random(0)
     rows = [draw.choices(range(4), k=draw.randint(2, 8)) for _ in range(600)]
     examples = [Example(ids, len(ids), ids.count(1) / len(ids)) for ids in rows]
-    given: dict[str, Any] = {"start": start, "num_epochs": 12, "learning_rate": 5e-3}
-    if start == "random":
-        given |= {"hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    begin = PolicyStart() if start == "policy" else RandomStart(hidden_size=32, num_layers=1, num_heads=2)
+    given: dict[str, Any] = {"start": begin, "num_epochs": 12, "learning_rate": 5e-3}
     state = torch.get_rng_state()
     report = train_evaluator(examples, TOKENIZER, options(**given), tmp_path, policy=model, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -131,9 +143,7 @@ def test_places_that_are_fitted(model: Any, tmp_path: Path) -> None:
     """Two qualities behind the same prompt: after it, their mean is the best guess; after what they differ in, each."""
     examples = [Example([1, 2, 3, 4], 2, 0.0), Example([1, 2, 5, 6], 2, 1.0)] * 100
     given: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_layers": 1,
-        "num_heads": 2,
+        "start": RandomStart(hidden_size=32, num_layers=1, num_heads=2),
         "num_epochs": 12,
         "learning_rate": 5e-3,
     }
@@ -146,23 +156,42 @@ def test_places_that_are_fitted(model: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prefixes": "samples", "num_next_tokens": 5}, "num_next_tokens is only read with evaluator.prefixes files"),
-        ({"min_prefix_length": 20, "max_prefix_length": 10}, "max_prefix_length 10 is below min_prefix_length 20"),
-        ({"num_examples": 5}, "a tenth is held out"),
-        ({"hidden_size": 30}, "no multiple of twice evaluator.num_heads 4"),
-        ({"start": "policy", "num_layers": 2}, "num_layers is only read with evaluator.start random"),
-        ({"num_heads": 0}, "evaluator.num_heads is 0: must be above 0"),
-        ({"learning_rate": -1.0}, "evaluator.learning_rate is -1.0"),
-        ({"weight_decay": -1.0}, "must not be negative"),
+        (
+            {"prefixes": "samples", "prefixes.num_next_tokens": 5},
+            "evaluator.prefixes.num_next_tokens: not read by what was chosen, but by kind files",
+        ),
+        (
+            {"prefixes.min_prefix_length": 20, "prefixes.max_prefix_length": 10},
+            "evaluator.prefixes.max_prefix_length 10 is below min_prefix_length 20",
+        ),
+        ({"num_examples": 5}, "evaluator.num_examples is 5: must be at least 20"),
+        (
+            {"start.hidden_size": 30},
+            "evaluator.start.hidden_size 30 is not a multiple of twice evaluator.start.num_heads 4",
+        ),
+        (
+            {"start": "policy", "start.num_layers": 2},
+            "evaluator.start.num_layers: not read by what was chosen, but by kind random",
+        ),
+        ({"start.num_heads": 0}, "evaluator.start.num_heads is 0: must be at least 1"),
+        ({"learning_rate": -1.0}, "evaluator.learning_rate is -1.0: must be above 0"),
+        ({"weight_decay": -1.0}, "evaluator.weight_decay is -1.0: must be at least 0"),
     ],
 )
 def test_contradictory_options_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        resolve_evaluator(PrefixEvaluatorConfig(**given))
+        RECIPE.check_arguments(parsed(given))
     assert message in str(error.value)
 
 
-def test_gaps_are_filled_where_they_are_read() -> None:
-    files, samples = PrefixEvaluatorConfig(), PrefixEvaluatorConfig(prefixes="samples")
-    assert resolve_evaluator(files).num_next_tokens == 10 and resolve_evaluator(samples).num_next_tokens is None
-    assert resolve_evaluator(resolve_evaluator(files)) == resolve_evaluator(files)
+def parsed(given: dict[str, Any]) -> Any:
+    """Return the recipe's configuration with these options of the evaluator."""
+    return from_dotted({f"evaluator.{name}": value for name, value in given.items()}, RECIPE.IRCoCoRun)
+
+
+def test_an_option_is_there_where_it_is_read() -> None:
+    files, samples = parsed({}).evaluator, parsed({"prefixes": "samples"}).evaluator
+    assert files.prefixes == FilePrefixes(num_next_tokens=10, min_prefix_length=10, max_prefix_length=256)
+    assert samples.prefixes == SamplePrefixes() and not hasattr(samples.prefixes, "num_next_tokens")
+    assert files.start == RandomStart(hidden_size=256, num_layers=4, num_heads=4)
+    assert parsed(to_dict(files)).evaluator == files

@@ -53,14 +53,14 @@ def test_one_digit_is_refused(recipe: ModuleType, monkeypatch: pytest.MonkeyPatc
 def test_vapo_from_a_short_warm_start(
     recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = {"warm_start.min_steps": 10, "warm_start.max_steps": 20, "train.max_steps": 4, "critic.warmup_steps": 2}
+    short = {"warm_start.min_steps": 10, "warm_start.max_steps": 20, "train.max_steps": 4, "algo.warmup.steps": 2}
     options = [text for name, value in short.items() for text in (f"--{name}", str(value))]
     config = str(RECIPES / "quickstart_vapo.yaml")
     given = ["quickstart", "--config", config, "--train.output_dir", str(tmp_path / "run"), *options]
     monkeypatch.setattr(sys, "argv", given)
     monkeypatch.chdir(RECIPES.parent)
     recipe.main()
-    assert "value pre-training stops at critic.warmup_steps after 2 steps" in capsys.readouterr().out
+    assert "value pre-training stops at algo.warmup.steps after 2 steps" in capsys.readouterr().out
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["value/warmup_steps"] for row in rows] == [1, 2, 2, 2]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

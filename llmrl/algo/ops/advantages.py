@@ -134,12 +134,12 @@ def pass_at_k_advantages(correct: Float[Tensor, "P G"], k: int) -> Float[Tensor,
     References:
         Chen et al. 2025, arXiv:2508.10751, section 2.4 (analytic form).
     """
-    rows = []
-    for row in correct.tolist():
-        outcomes = [value for value in row if not math.isnan(value)]
-        right, wrong = _pass_at_k_pair(len(outcomes), sum(value < 1 for value in outcomes), k)
-        rows.append([0.0 if math.isnan(value) else right if value >= 1 else wrong for value in row])
-    return torch.tensor(rows, dtype=torch.float32, device=correct.device)
+    rows = torch.zeros_like(correct)
+    for row, outcomes in zip(rows, correct, strict=True):
+        scored = ~torch.isnan(outcomes)
+        right, wrong = _pass_at_k_pair(int(scored.sum()), int((outcomes < 1).sum()), k)
+        row[scored] = torch.where(outcomes[scored] >= 1, right, wrong)
+    return rows
 
 
 def _pass_at_k_pair(count: int, wrong: int, k: int) -> tuple[float, float]:

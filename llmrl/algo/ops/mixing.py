@@ -33,18 +33,18 @@ def mixed_rewards(groups: list[RolloutGroup], alpha: float, rubric_norm: RubricN
     Raises:
         RunFailed: no rollout has both parts.
     """
-    rows = []
+    rows: list[list[float]] = []
     for group in groups:
         outcomes, rubrics = ([_part(rollout, name) for rollout in group.rollouts] for name in (OUTCOME, RUBRIC))
-        rows.append(
-            [math.nan if r is None else r for r in mix_rewards(outcomes, rubrics, alpha=alpha, rubric_norm=rubric_norm)]
-        )
-    if all(math.isnan(value) for row in rows for value in row):
+        mixed = mix_rewards(outcomes, rubrics, alpha=alpha, rubric_norm=rubric_norm)
+        rows.append([math.nan if reward is None else reward for reward in mixed])
+    rewards = torch.tensor(rows, dtype=torch.float32)
+    if torch.isnan(rewards).all():
         raise RunFailed(
-            f"algo.rubric_alpha mixes the score parts {OUTCOME!r} and {RUBRIC!r}, and no rollout has both: use a "
-            "reward that gives them, such as rewards/citation_rubric.py:citation_rubric, or set algo.rubric_alpha 0"
+            f"algo.rubric mixes the score parts {OUTCOME!r} and {RUBRIC!r}, and no rollout has both: use a reward "
+            "that gives them, such as rewards/citation_rubric.py:citation_rubric, or set algo.rubric null"
         )
-    return torch.tensor(rows, dtype=torch.float32)
+    return rewards
 
 
 def _part(rollout: Rollout, name: str) -> float | None:

@@ -63,7 +63,7 @@ def influence(
     errors: Float[Tensor, "T V"], hidden: Float[Tensor, "T H"], matrix: Float[Tensor, "V H"]
 ) -> Float[Tensor, " T"]:
     """s_k = g_k^T M h_k, the influence of each token."""
-    return torch.linalg.vecdot(errors @ matrix, hidden)
+    return torch.linalg.vecdot(errors @ matrix, hidden)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def threshold(

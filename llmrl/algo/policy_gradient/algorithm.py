@@ -1,6 +1,6 @@
-"""GRPO and its family: rewards of groups -> advantages -> a policy-gradient loss. Which member is a matter of options.
+"""GRPO and its family: rewards of groups -> advantages -> a policy-gradient loss. The options choose the member.
 
-The order of operations: reward (C-GRPO mixing, overlong punishment) -> baseline and scale -> [`refine`, where the
+The order of operations: reward (C-GRPO mixing, overlong penalty) -> baseline and scale -> [`refine`, where the
 policy's own view of its tokens is needed: KL in the reward, token baselines, whitening, Token Hidden Reward, entropy
 and covariance masks] -> loss (ratio, policy loss, off-policy mask, KL penalty, entropy bonus) -> aggregation.
 """
@@ -21,7 +21,7 @@ from llmrl.algo.ops.mixing import mixed_rewards
 from llmrl.algo.ops.reduce import GROUP_TOKENS, aggregate
 from llmrl.algo.options import sampling_batches
 from llmrl.algo.policy_gradient import refine as steps
-from llmrl.algo.policy_gradient.options import (
+from llmrl.algo.policy_gradient.choices import (
     Bypass,
     Cispo,
     Clip,
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 
 
 class PolicyLoss(Algorithm):
-    """What all members share, whatever gives them advantages: the loss, the adaptive KL, and the last refinements.
+    """What GRPO's family and PPO share: the loss, the adaptive KL, and the last refinements.
 
     Args:
-        options: what is chosen.
-        max_completion_length: tokens of a rollout, Dr. GRPO's constant and the limit of the overlong punishment.
-        rewards: weight by name of reward; the first above 0 is the accuracy. Without any, the reward itself is.
+        options: the choices.
+        max_completion_length: tokens of a rollout; Dr. GRPO's constant, and the limit of the overlong penalty.
+        rewards: weight of each reward by name; the first above 0 is the accuracy. Without any, the reward itself is.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PolicyLoss(Algorithm):
         self.beta = options.beta
 
     def _needs(self) -> Needs:
-        """What the loss reads; a subclass adds to it."""
+        """Return what the loss reads; a subclass adds to it."""
         o = self.loss_options
         full = o.kl_in_loss is not None and o.kl_in_loss.estimator == "full"
         entropies, covariance = o.top_entropy_quantile < 1, isinstance(o.loss, ClipCov | KlCov)
@@ -92,10 +92,10 @@ class PolicyLoss(Algorithm):
     # --- stage 4 ---
 
     def shaped_rewards(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        """Rewards as the advantage sees them: punished for length. NaN without a score."""
-        return self._punished(reward_matrix(groups), groups)
+        """Return rewards with the overlong penalty; NaN without a score."""
+        return self._with_length_penalty(reward_matrix(groups), groups)
 
-    def _punished(self, rewards: Float[Tensor, "P G"], groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+    def _with_length_penalty(self, rewards: Float[Tensor, "P G"], groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
         if not self.loss_options.overlong_buffer:
             return rewards
         limit = self.max_completion_length
@@ -103,7 +103,7 @@ class PolicyLoss(Algorithm):
         return rewards + adv.overlong_penalty(lengths(groups), limit=limit, buffer=buffer)
 
     def correct(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        """1 for rollouts whose accuracy is at least 1, 0 for others, NaN without a score."""
+        """Return 1 for rollouts whose accuracy is at least 1, 0 for others, NaN without a score."""
         name = next((name for name, weight in self.rewards.items() if weight > 0), None)
         accuracy = reward_matrix(groups, name)
         return torch.where(torch.isnan(accuracy), torch.nan, (accuracy >= 1).float())
@@ -124,7 +124,7 @@ class PolicyLoss(Algorithm):
     # --- between 4 and 5 ---
 
     def _hold_back(self, view: View) -> None:
-        """The last refinements: which tokens keep their advantage."""
+        """Run the last refinements, which choose the tokens that keep their advantage."""
         o = self.loss_options
         if o.top_entropy_quantile < 1:
             steps.keep_high_entropy(view, o.top_entropy_quantile)
@@ -135,7 +135,7 @@ class PolicyLoss(Algorithm):
         view.finish(range(len(view.batch.groups)))
 
     def observe(self, metrics: dict[str, float]) -> list[str]:
-        """Adapt beta to the measured KL, where it is adaptive."""
+        """Adapt beta to the measured KL, if `kl.target` is set."""
         penalty, measured = self.loss_options.kl, metrics.get("kl/ref")
         if penalty is not None and penalty.target is not None and measured is not None:
             self.beta = kl.adapted_beta(
@@ -144,7 +144,7 @@ class PolicyLoss(Algorithm):
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """The adaptive coefficient."""
+        """Return the adaptive coefficient."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class PolicyLoss(Algorithm):
     # --- stage 5 ---
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: policy loss, corrected where off-policy, plus KL penalty, aggregated; minus the entropy bonus."""
+        """Aggregate the policy loss, corrected where off-policy, and the KL penalty; subtract the entropy bonus."""
         o, logprobs = self.loss_options, outputs.logprobs
         # Without old_logprobs the policy is the one that took the batch: the ratio is 1, its gradient is not zero.
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -168,7 +168,7 @@ class PolicyLoss(Algorithm):
             mode = f"{o.sampler.of}_{o.sampler.outside}"
             weights, found = corrections.of_batch(mode, o.sampler.bounds, old_logprobs, batch, counts)
             metrics |= found
-        if weights is not None and isinstance(o.loss, Vespo):  # they enter its ratio, which is the whole sequence's
+        if weights is not None and isinstance(o.loss, Vespo):  # VESPO's ratio is the sequence's: they enter it
             old_logprobs, weights = old_logprobs - weights.clamp(min=losses.MIN_WEIGHT).log(), None
         token_losses = self._policy_loss(ratio, logprobs, old_logprobs, batch)
         if weights is not None:
@@ -215,7 +215,7 @@ class PolicyLoss(Algorithm):
     def _penalty(
         self, estimator: Literal["k2", "k3", "abs", "full"], outputs: ForwardOutputs, batch: MicroBatch
     ) -> Float[Tensor, " M"]:
-        """The divergence from the reference, estimated from the drawn token or exact."""
+        """Return the divergence from the reference, exact or estimated from the drawn token."""
         found = outputs.kl if estimator == "full" else batch.ref_logprobs
         if found is None:
             raise ValueError("beta > 0 needs ref_logprobs in the batch, or kl in the outputs")
@@ -236,7 +236,7 @@ class GRPO(PolicyLoss):
     """Group Relative Policy Optimization and its relatives.
 
     Args:
-        options: what is chosen.
+        options: the choices.
         max_completion_length, rewards: as in `PolicyLoss`.
 
     References:
@@ -263,16 +263,16 @@ class GRPO(PolicyLoss):
     # --- stage 4 ---
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: every rollout's advantage, and one sample per rollout."""
+        """Set every rollout's advantage, and lay out one sample per rollout."""
         rewards, baseline = self.shaped_rewards(groups), self.options.baseline
         self.num_rollouts = rewards.numel()
         if isinstance(baseline, TokenRewards):
             metrics = self._pay_tokens(groups, rewards, baseline.gamma)
         else:
             metrics = {"advantage/zero_variance_frac": adv.flat_groups(rewards).float().mean().item()}
-            for group, row in zip(groups, self.advantages(rewards, groups).tolist(), strict=True):
+            for group, row in zip(groups, self.advantages(rewards, groups), strict=True):
                 for rollout, advantage in zip(group.rollouts, row, strict=True):
-                    rollout.advantage = advantage
+                    rollout.advantage = advantage.item()
         batch = TrainBatch(
             samples=self._samples(groups),
             num_groups=len(groups),
@@ -286,13 +286,13 @@ class GRPO(PolicyLoss):
         return batch
 
     def shaped_rewards(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        """Rewards as the advantage sees them: mixed (C-GRPO), punished for length. NaN without a score."""
+        """Return rewards, mixed with the rubric (C-GRPO), with the overlong penalty; NaN without a score."""
         rubric = self.options.rubric
         rewards = reward_matrix(groups) if rubric is None else mixed_rewards(groups, rubric.alpha, rubric.norm)
-        return self._punished(rewards, groups)
+        return self._with_length_penalty(rewards, groups)
 
     def advantages(self, rewards: Float[Tensor, "P G"], groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        """One advantage per rollout from rewards that are shaped (and, by `refine`, reduced by the KL)."""
+        """Return one advantage per rollout from shaped rewards (which `refine` may have reduced by the KL)."""
         o = self.options.baseline
         if isinstance(o, EachReward):
             weights = {name: weight for name, weight in self.rewards.items() if weight > 0}
@@ -319,11 +319,11 @@ class GRPO(PolicyLoss):
             Li et al. 2024, arXiv:2401.16637 (IRCoCo: gamma 0, rewards that are differences of an evaluator's scores).
         """
         everything = [torch.zeros(0)]
-        for group, row in zip(groups, rewards.tolist(), strict=True):
+        for group, row in zip(groups, rewards, strict=True):
             for rollout, reward in zip(group.rollouts, row, strict=True):
-                paid = torch.from_numpy(token_rewards(rollout, reward, dense=True))
+                paid = torch.as_tensor(token_rewards(rollout, reward.item(), dense=True))
                 everything.append(adv.returns_to_go(paid, gamma))
-                rollout.advantage = everything[-1].tolist()
+                rollout.advantage = everything[-1].numpy().tolist()
         tokens = torch.cat(everything)
         return {"advantage/mean": tokens.mean().item(), "advantage/std": tokens.std(correction=0).item()}
 
@@ -334,8 +334,8 @@ class GRPO(PolicyLoss):
         return samples
 
     def _set_influence_weights(self, samples: list[Sample], groups: list[RolloutGroup]) -> None:
-        """THR's 1 / response length (NTHR's 1) for tokens of correct responses, 0 for others and for groups whose
-        responses are all correct: those are not reweighted.
+        """Weigh tokens of correct responses: 1 / length for THR, 1 for NTHR. All others weigh 0, and so do groups whose
+        responses are all correct, since they are not reweighted.
         """
         correct, total = self.correct(groups), lengths(groups)
         mixed = ~adv.flat_groups(correct)
@@ -349,7 +349,7 @@ class GRPO(PolicyLoss):
     # --- between 4 and 5 ---
 
     def refine(self, batch: TrainBatch) -> None:
-        """Change advantages by what the policy that took the batch thinks of its tokens; see `refine.py`."""
+        """Apply the steps of `refine.py` that the options choose, in the order of the module's docstring."""
         o, view = self.options, View(batch)
         if o.kl_in_reward is not None:
             if isinstance(o.baseline, NoBaseline | TokenRewards):
@@ -369,7 +369,7 @@ class GRPO(PolicyLoss):
         self._hold_back(view)
 
     def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
-        """Token Hidden Reward in one group."""
+        """Apply Token Hidden Reward to one group."""
         assert self.options.token_weighting is not None
         view, p = View(batch, samples), samples[0].group
         (correct,) = self.correct([batch.groups[p]])

@@ -104,7 +104,7 @@ class EachReward:
     kind: Literal["each_reward"] = "each_reward"
 
 
-BaselineConfig = (
+Baseline = Annotated[
     Group
     | Batch
     | NoBaseline
@@ -114,11 +114,11 @@ BaselineConfig = (
     | Greedy
     | OptimalToken
     | PassK
-    | EachReward
-)
-Scaled = (Group, Batch, NoBaseline)
+    | EachReward,
+    KIND,
+]
+Scaled = Group | Batch | NoBaseline
 """The baselines with a choice of scale."""
-Baseline = Annotated[BaselineConfig, KIND]
 
 
 # --- the loss of a token ---
@@ -225,8 +225,7 @@ class KlCov:
     """Weight of |logprobs - old_logprobs| on those tokens."""
 
 
-PolicyLossConfig = Clip | Cispo | Sapo | Gmpo | Vespo | ClipCov | KlCov
-PolicyLoss = Annotated[PolicyLossConfig, KIND]
+PolicyLoss = Annotated[Clip | Cispo | Sapo | Gmpo | Vespo | ClipCov | KlCov, KIND]
 
 
 # --- the penalty to the reference ---
@@ -263,8 +262,7 @@ class KlInReward:
     """As in kind loss."""
 
 
-KlConfig = KlInLoss | KlInReward
-Kl = Annotated[KlConfig, KIND]
+Kl = Annotated[KlInLoss | KlInReward, KIND]
 
 
 # --- a sampler that is not quite the policy ---
@@ -305,13 +303,12 @@ class Bypass:
 
 @option
 class Uncorrected:
-    """No correction, also where rollouts are stale."""
+    """No correction, even for stale rollouts."""
 
     kind: Literal["none"] = "none"
 
 
-SamplerConfig = Correction | Bypass | Uncorrected
-Sampler = Annotated[SamplerConfig, KIND]
+Sampler = Annotated[Correction | Bypass | Uncorrected, KIND]
 
 
 # --- which tokens count how much ---
@@ -350,8 +347,7 @@ class Nthr:
     """As in kind thr."""
 
 
-TokenWeightingConfig = Thr | Nthr
-TokenWeighting = Annotated[TokenWeightingConfig, KIND]
+TokenWeighting = Annotated[Thr | Nthr, KIND]
 
 
 @option

@@ -1,7 +1,7 @@
-"""Dynamic sampling: draw groups until enough of them carry signal. Groups in, groups to train on out.
+"""Dynamic sampling: draw groups until enough of them carry signal.
 
 A group whose accuracies are all equal has advantage 0 everywhere. The filter looks at accuracy, not at the shaped
-reward: a length punishment would make nearly every group look mixed.
+reward: a length penalty would make nearly every group look mixed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ async def collect_informative(
     without signal fill the rest: they cost no forward pass and keep the denominators what they would have been.
 
     Args:
-        draw: gives scored groups of so many further tasks.
-        num_groups: of the batch.
+        draw: returns the scored groups of the given number of further tasks.
+        num_groups: groups of a batch.
         max_batches: cap on the groups drawn, in batches.
         accuracy: name of the score part to filter on; "" is the reward.
 
@@ -40,7 +40,7 @@ async def collect_informative(
         drawn += new
         informative += [is_mixed(group, accuracy) for group in new]
     spare = num_groups - sum(informative)
-    chosen = []
+    chosen: list[RolloutGroup] = []
     for group, has_signal in zip(drawn, informative, strict=True):
         if has_signal or spare > 0:
             chosen.append(group)
@@ -49,7 +49,7 @@ async def collect_informative(
 
 
 def is_mixed(group: RolloutGroup, accuracy: str) -> bool:
-    """Whether the scored rollouts of a group differ in accuracy."""
+    """Return whether the scored rollouts of a group differ in accuracy."""
     values = {value for rollout in group.rollouts if (value := _accuracy(rollout, accuracy)) is not None}
     return len(values) > 1
 

@@ -1,8 +1,7 @@
-"""Between stages 4 and 5: steps that change advantages by what the policy that took the batch thinks of its tokens.
+"""Between stages 4 and 5: steps that adjust advantages by old log-probabilities, entropies or influences.
 
-In: a batch whose samples carry old log-probabilities, entropies or influences. Out: the same batch with advantages per
-token. Each step is a function of a `View`; an algorithm chooses which of them it takes. All of them look at the whole
-batch, so micro-batches and processes change nothing; the arithmetic is in `llmrl/algo/ops`.
+Each step changes the advantages of a `View` in place, and each algorithm chooses its steps. They see the whole batch,
+so micro-batches and processes change nothing. The arithmetic is in `llmrl/algo/ops`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from llmrl.algo.ops import advantages as adv
 from llmrl.algo.ops import kl, masks
 from llmrl.algo.ops import token_hidden_reward as thr
-from llmrl.algo.policy_gradient.options import Thr
+from llmrl.algo.policy_gradient.choices import Thr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from llmrl.algo.policy_gradient.options import TokenWeightingConfig
+    from llmrl.algo.policy_gradient.choices import TokenWeighting
     from llmrl.types import Sample, TrainBatch
 
 INFLUENCE, INFLUENCE_WEIGHTS = "influence", "influence_weights"
@@ -34,10 +33,7 @@ Key = tuple[int, int]
 
 
 class View:
-    """A batch, or some `samples` of it, by rollout.
-
-    A rollout may be several samples (a rewritten context); `rollouts` holds the samples of each, in order.
-    """
+    """A batch, or some `samples` of it, by rollout. A rollout with a rewritten context is several samples, in order."""
 
     def __init__(self, batch: TrainBatch, samples: list[Sample] | None = None) -> None:
         self.batch = batch
@@ -47,23 +43,23 @@ class View:
             self.rollouts.setdefault((sample.group, sample.index), []).append(sample)
 
     def with_signal(self) -> list[Sample]:
-        """The samples with an advantage other than 0."""
+        """Return the samples with an advantage other than 0."""
         return [sample for sample in self.samples if np.any(sample.advantages)]
 
     def set_advantages(self, samples: list[Sample], values: Float[Tensor, " M"]) -> None:
         """Set the advantages of `samples` from one stream over all of them."""
-        for sample, part in zip(samples, values.split([s.num_tokens for s in samples]), strict=True):
+        for sample, part in zip(samples, split(values, samples), strict=True):
             sample.advantages = part.numpy().astype(np.float32)
 
     def divergences(self) -> dict[Key, Float[Tensor, " M"]]:
-        """k1 of every token of each rollout; its mean is logged."""
+        """Return the k1 estimate for every token of each rollout, and log its mean."""
         found = {key: kl.k1(stream(s, "old_logprobs"), stream(s, "ref_logprobs")) for key, s in self.rollouts.items()}
         tokens = torch.cat(list(found.values())) if found else torch.zeros(1)
         self.batch.metrics["kl/ref"] = tokens.mean().item()
         return found
 
     def finish(self, groups: Iterable[int]) -> None:
-        """Drop the streams that were used. Rollouts record what was trained on: one number, or one per token."""
+        """Drop the used streams, and record each rollout's final advantage: one number, or one per token."""
         for sample in self.samples:
             for name in (INFLUENCE, ENTROPIES, COLLISIONS):
                 sample.extras.pop(name, None)
@@ -76,20 +72,25 @@ class View:
 
 
 def stream(samples: list[Sample], name: str) -> Tensor:
-    """A stream of several samples, concatenated."""
+    """Return a stream of several samples, concatenated."""
     values = [s.extras[name] if name in s.extras else getattr(s, name) for s in samples]
-    return torch.from_numpy(np.concatenate(values))
+    return torch.as_tensor(np.concatenate(values))
+
+
+def split(values: Tensor, samples: list[Sample]) -> tuple[Tensor, ...]:
+    """Undo the concatenation of `stream`."""
+    return torch.split(values, [sample.num_tokens for sample in samples])
 
 
 def subtract_kl_from_tokens(view: View, beta: float) -> None:
-    """KL in the reward of every token, without a baseline: the advantage is the return to go."""
+    """Put the KL into the reward of every token. There is no baseline: the advantage is the return to go."""
     divergence = view.divergences()
     for key, samples in view.rollouts.items():
         view.set_advantages(samples, stream(samples, "advantages") - beta * adv.returns_to_go(divergence[key]))
 
 
 def subtract_kl(view: View, beta: float, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """`rewards` minus beta times the KL of the whole rollout, where it is known."""
+    """Return `rewards` minus beta times the KL of the whole rollout, where it is known."""
     divergence, rewards = view.divergences(), rewards.clone()
     for p, group in enumerate(view.batch.groups):
         for g, rollout in enumerate(group.rollouts):
@@ -107,7 +108,7 @@ def spread(view: View, advantages: Float[Tensor, "P G"]) -> None:
 
 
 def token_baseline(view: View, rewards: Float[Tensor, "P G"]) -> None:
-    """The optimal token baseline, in the groups that have signal."""
+    """Subtract the optimal token baseline in the groups that have signal."""
     for p, group in enumerate(view.batch.groups):
         keys = [(p, r.index) for r in group.rollouts if (p, r.index) in view.rollouts]
         keys = [key for key in keys if COLLISIONS in view.rollouts[key][0].extras]
@@ -124,20 +125,20 @@ def token_baseline(view: View, rewards: Float[Tensor, "P G"]) -> None:
 
 
 def whiten(view: View) -> None:
-    """Mean 0 and deviation 1 over all tokens of the batch."""
+    """Give the advantages of all tokens of the batch mean 0 and deviation 1."""
     if view.samples:
         view.set_advantages(view.samples, adv.whiten(stream(view.samples, "advantages")))
 
 
 def keep_high_entropy(view: View, quantile: float) -> None:
-    """Advantage 0 (so no policy loss) for all but the tokens of highest entropy among those that carry signal."""
+    """Set advantage 0 (so no policy loss) for all but the tokens of highest entropy among those with signal."""
     if samples := view.with_signal():
         keep = masks.high_entropy_mask(stream(samples, ENTROPIES), quantile)
         view.set_advantages(samples, stream(samples, "advantages") * keep)
 
 
 def drop_covariant(view: View, fraction: float) -> None:
-    """Clip-Cov: advantage 0 for tokens drawn among those with a high covariance."""
+    """Set advantage 0 for tokens drawn among those with a high covariance (Clip-Cov)."""
     if samples := view.with_signal():
         advantages, covariance = _covariance(view, samples)
         generator = torch.Generator().manual_seed(view.batch.policy_version)
@@ -146,37 +147,37 @@ def drop_covariant(view: View, fraction: float) -> None:
 
 
 def mark_covariant(view: View, fraction: float) -> None:
-    """KL-Cov: a stream with 1 where the loss penalizes movement."""
+    """Add the stream that is 1 where the loss penalizes movement (KL-Cov)."""
     for sample in view.samples:
         sample.extras[KL_COV] = np.zeros_like(sample.advantages)
     if samples := view.with_signal():
         _, covariance = _covariance(view, samples)
         chosen = masks.kl_cov_selection(covariance, fraction).float()
-        for sample, values in zip(samples, chosen.split([s.num_tokens for s in samples]), strict=True):
+        for sample, values in zip(samples, split(chosen, samples), strict=True):
             sample.extras[KL_COV] = values.numpy()
 
 
 def _covariance(view: View, samples: list[Sample]) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-    """(advantages, covariances) of the tokens of `samples`."""
+    """Return the advantages and covariances of the tokens of `samples`."""
     advantages = stream(samples, "advantages")
     covariance = masks.token_covariance(stream(samples, "old_logprobs"), advantages)
     view.batch.metrics["advantage/covariance"] = covariance.mean().item()
     return advantages, covariance
 
 
-def weigh_tokens(view: View, p: int, options: TokenWeightingConfig, correct: Float[Tensor, " G"]) -> None:
-    """Token Hidden Reward or NTHR: a factor on every token of group `p`, if it was scored.
+def weigh_tokens(view: View, p: int, options: TokenWeighting, correct: Float[Tensor, " G"]) -> None:
+    """Multiply the advantages of group `p` by Token Hidden Reward or NTHR, if its influences were computed.
 
     Args:
         view: holds the samples of the group.
-        p: the group.
+        p: index of the group.
         options: the rule.
         correct: 1 for correct rollouts of the group, 0 for others, NaN without a score.
     """
     group = view.batch.groups[p]
     scored = {r.index: view.rollouts[p, r.index] for r in group.rollouts if (p, r.index) in view.rollouts}
     scored = {index: samples for index, samples in scored.items() if INFLUENCE in samples[0].extras}
-    right = {r.index: value == 1 for r, value in zip(group.rollouts, correct.tolist(), strict=True)}
+    right = {r.index: value.item() == 1 for r, value in zip(group.rollouts, correct, strict=True)}
     if not any(right[index] for index in scored):
         return
     influences = {index: stream(samples, INFLUENCE) for index, samples in scored.items()}
@@ -194,12 +195,12 @@ def weigh_tokens(view: View, p: int, options: TokenWeightingConfig, correct: Flo
             weights = torch.ones_like(score) if is_right else thr.nthr_weights(influence, eta=eta, above=above)
         samples = scored[rollout.index]
         view.set_advantages(samples, stream(samples, "advantages") * weights)
-        rollout.token_scores[options.kind] = score.tolist()
+        rollout.token_scores[options.kind] = score.numpy().tolist()
         _count(view.batch, int((weights != 0).sum()), len(weights))
 
 
 def thr_p(options: Thr, policy_version: int) -> float:
-    """THR's p at this policy version."""
+    """Return THR's p at this policy version."""
     return thr.scheduled_p(policy_version, start=options.p, end=options.p_end, steps=options.p_steps)
 
 

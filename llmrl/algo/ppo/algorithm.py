@@ -1,8 +1,7 @@
-"""PPO: a critic's values in place of a group's mean. Rewards of tokens -> advantages and targets -> two losses.
+"""PPO: GRPO's policy loss with advantages from a critic in place of a group's mean.
 
-It is GRPO's policy loss with everything that goes with it; what differs is where advantages come from. `prepare` lays
-out the reward of every token. Once the learner has filled in the critic's values (and log-probabilities, for a KL
-penalty in the reward), `refine` makes advantages and the critic's targets of them.
+`prepare` lays out the reward of every token. The learner fills in the critic's values (and log-probabilities, for a KL
+penalty in the reward), and `refine` computes advantages and the critic's targets from them.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 REWARDS, OLD_VALUES, RETURNS, LM_WEIGHTS = "token_rewards", "old_values", "returns", "lm_weights"
-"""Extra streams: what is paid for each token; the critic's view before the update; its target; weights of the
+"""Extra streams: the reward of each token, the critic's values before the update, its targets, and the weights of the
 language-model loss."""
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-"""Of the advantages before whitening, in the metrics."""
+"""Quantiles of the advantages before whitening that are logged."""
 SETTLED_OVER = 8
 """Batches whose mean explained variance ends value pre-training."""
 
@@ -39,7 +38,7 @@ class PPO(PolicyLoss):
     """Proximal Policy Optimization with a learned critic, and VAPO.
 
     Args:
-        options: what is chosen.
+        options: the choices.
         max_completion_length, rewards: as in `PolicyLoss`.
 
     References:
@@ -60,12 +59,12 @@ class PPO(PolicyLoss):
     # --- stage 4 ---
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: the reward of every token, and one sample per rollout; advantages come with `refine`."""
+        """Lay out the reward of every token, and one sample per rollout; `refine` sets the advantages."""
         rewards = self.shaped_rewards(groups)
         self.num_rollouts = rewards.numel()
-        for group, row in zip(groups, rewards.tolist(), strict=True):
+        for group, row in zip(groups, rewards, strict=True):
             for rollout, reward in zip(group.rollouts, row, strict=True):
-                rollout.advantage = token_rewards(rollout, reward, dense=self.options.use_token_rewards).tolist()
+                rollout.advantage = token_rewards(rollout, reward.item(), dense=self.options.use_token_rewards).tolist()
         samples = self._samples(groups)
         for s in samples:
             s.extras[REWARDS], s.advantages = s.advantages, np.zeros_like(s.advantages)
@@ -81,7 +80,7 @@ class PPO(PolicyLoss):
         )
 
     def refine(self, batch: TrainBatch) -> None:
-        """Advantages and the critic's targets from token rewards and values; then what GRPO does to advantages."""
+        """Compute advantages and the critic's targets, then refine the advantages as GRPO does."""
         if not batch.samples:
             return
         view = View(batch)
@@ -91,7 +90,7 @@ class PPO(PolicyLoss):
         self._hold_back(view)
 
     def _estimate(self, view: View) -> None:
-        """Advantages (lambda of the policy) and targets (lambda of the critic) of all rollouts at once."""
+        """Compute advantages with the policy's lambda and targets with the critic's, for all rollouts at once."""
         rollouts, o, metrics = list(view.rollouts.values()), self.options.value, view.batch.metrics
         rewards = values.pad([stream(samples, REWARDS) for samples in rollouts])
         if self.options.kl_in_reward is not None:
@@ -111,8 +110,7 @@ class PPO(PolicyLoss):
         outcomes = old_values + values.gae(rewards, old_values, gamma=o.gamma, lam=1.0)
         for k, samples in enumerate(rollouts):
             view.set_advantages(samples, advantages[k, : lengths[k]])
-            parts = targets[k, : lengths[k]].split([s.num_tokens for s in samples])
-            for sample, part in zip(samples, parts, strict=True):
+            for sample, part in zip(samples, steps.split(targets[k, : lengths[k]], samples), strict=True):
                 sample.extras[RETURNS] = part.numpy().astype(np.float32)
         tokens = torch.arange(rewards.shape[1]) < lengths[:, None]
         self._measure(metrics, advantages[tokens], old_values[tokens], outcomes[tokens])
@@ -122,7 +120,7 @@ class PPO(PolicyLoss):
             del sample.extras[REWARDS]
 
     def _weigh_correct(self, batch: TrainBatch) -> None:
-        """Weights with which the mean over all tokens of the batch is the mean over tokens of correct rollouts."""
+        """Set the weights that turn the mean over all tokens of the batch into that over correct rollouts' tokens."""
         correct, samples = self.correct(batch.groups), batch.samples
         right = {
             (p, rollout.index)
@@ -136,7 +134,7 @@ class PPO(PolicyLoss):
             s.extras[LM_WEIGHTS] = np.full_like(s.advantages, weight if (s.group, s.index) in right else 0.0)
 
     def _measure(self, metrics: dict[str, float], advantages: Tensor, old_values: Tensor, outcomes: Tensor) -> None:
-        """How well the critic predicted the `outcomes` (rewards still to come), and what advantages look like."""
+        """Log how well the critic predicted `outcomes` (the rewards still to come), and the advantages' quantiles."""
         levels = np.quantile(advantages.numpy(), QUANTILES)
         if self.options.warmup is not None:
             metrics["value/warmup_steps"] = float(len(self.warmup_variances) + self.policy_frozen)
@@ -153,8 +151,9 @@ class PPO(PolicyLoss):
     # --- stage 5 ---
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: GRPO's loss on these advantages, the critic's error, and the language-model loss on correct
-        rollouts. While the policy is frozen, the critic's error alone.
+        """Add up GRPO's loss on these advantages, the critic's error, and the language-model loss on correct rollouts.
+
+        While the policy is frozen, the loss is the critic's error alone.
         """
         if outputs.values is None:
             raise ValueError("PPO needs the critic's values")
@@ -195,18 +194,18 @@ class PPO(PolicyLoss):
 
     @property
     def passes(self) -> int:
-        """Passes over the batch at hand: value pre-training has its own number."""
+        """Passes over the current batch: value pre-training has its own number."""
         warmup = self.options.warmup
         return warmup.iterations if self.policy_frozen and warmup is not None else self.num_iterations
 
     @property
     def num_frozen_updates(self) -> int:
-        """Optimizer steps of value pre-training, if it takes all of its steps."""
+        """Optimizer steps of value pre-training, if it does not end early."""
         warmup = self.options.warmup
         return 0 if warmup is None else warmup.steps * warmup.iterations * self.num_mini_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """GRPO's, and where value pre-training stands."""
+        """Return GRPO's state and the progress of value pre-training."""
         return super().state_dict() | {
             "policy_frozen": self.policy_frozen,
             "warmup_variances": self.warmup_variances,
@@ -219,5 +218,5 @@ class PPO(PolicyLoss):
 
 
 def _extra(batch: MicroBatch, name: str) -> Tensor:
-    """A stream that every sample carries; a micro-batch without samples has none."""
+    """Return a stream that every sample carries; a micro-batch without samples carries none."""
     return batch.extras[name] if len(batch.advantages) else batch.advantages

@@ -1,17 +1,17 @@
-"""Options of PPO: the policy's loss, and how advantages and targets are made of a critic's values.
+"""Options of PPO: the policy's loss, and how a critic's values become advantages and targets.
 
-What the critic is made of stands in `llmrl/model/options.py`.
+The critic's own options are in `llmrl/model/options.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Annotated
 
 from annotated_types import Le
 
 from llmrl.algo.options import Setting
-from llmrl.algo.policy_gradient.options import Clip, PolicyLossOptions
+from llmrl.algo.policy_gradient.choices import Clip
+from llmrl.algo.policy_gradient.options import PolicyLossOptions
 from llmrl.option import Count, NotNegative, Positive, Share, option
 
 
@@ -61,20 +61,20 @@ class PPO(PolicyLossOptions):
     """Where a verifier gives dense rewards, pay these instead of the reward at the end."""
     positive_lm_coef: NotNegative = 0.0
     """Weight of the language-model loss on correct rollouts (VAPO); 0 is off."""
-    value: ValueOptions = field(default_factory=ValueOptions)
-    """How advantages and targets are made of values."""
+    value: ValueOptions = ValueOptions()
+    """How values become advantages and targets."""
     warmup: Warmup | None = None
     """Value pre-training. Default: none."""
 
     def findings(self) -> list[str]:
-        """Contradictions that no single option can see, one line each, with the fix."""
+        """Return what is wrong among these options: one line each, with the fix."""
         found = self.loss_findings("a critic")
         if self.value.lam is not None and self.value.length_alpha is not None:
             found.append("algo.value.lam and algo.value.length_alpha are two ways to say the same: set one to null")
         return found
 
     def findings_with(self, setting: Setting) -> list[str]:
-        """Contradictions with the other sections, one line each, with the fix."""
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
         found = setting.mini_batch_findings(self.num_mini_batches)
         if self.warmup is not None and self.warmup.steps >= setting.max_steps:
             found.append(
@@ -82,10 +82,6 @@ class PPO(PolicyLossOptions):
                 "the policy: they are steps of it; lower it, or raise train.max_steps"
             )
         return found
-
-    def cautions(self) -> list[str]:
-        """What may well be meant, but rarely is."""
-        return self.loss_cautions()
 
     @property
     def lam(self) -> float | None:

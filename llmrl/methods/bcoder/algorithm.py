@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrl.methods.bcoder.options import BCoderOptions
-    from llmrl.types import Counts, ForwardOutputs, MicroBatch, Rollout, RolloutGroup
+    from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup
 
 REWARDS, REAL = "rewards", "real"
-"""Streams: the reward of each token; 1 on the tokens of right programs that were given, 0 on sampled ones."""
+"""Streams: the reward of each token; 1 on the tokens of right programs of the dataset, 0 on those of samples."""
 
 
 class BCoder(Algorithm):
     """B-Coder's two stages.
 
     Args:
-        options: what is chosen.
+        options: the choices.
         max_completion_length: recorded in the batch.
 
     References:
@@ -44,7 +44,7 @@ class BCoder(Algorithm):
         self.needs = Needs(every_sample=True, policy_streams=True)
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: the reward of each token of each program, and which programs are given and right."""
+        """Lay out the reward of each token of each program, and mark the right programs of the dataset."""
         for group in groups:
             for rollout in group.rollouts:
                 rollout.advantage = 0.0
@@ -55,7 +55,7 @@ class BCoder(Algorithm):
             assert rollout.score is not None and rollout.score.reward is not None
             rewards = np.zeros(sample.num_tokens, np.float32)
             rewards[-1] = rollout.score.reward
-            real = np.full(sample.num_tokens, float(is_real(rollout)), np.float32)
+            real = np.full(sample.num_tokens, float(rollout.score.info["real"]), np.float32)
             sample.extras = {REWARDS: rewards, REAL: real}
         return TrainBatch(
             samples=samples,
@@ -67,9 +67,9 @@ class BCoder(Algorithm):
         )
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_V, or L_ft = q_coef L_Q + adv_coef L_adv + ce_coef L_ce (section 4.4), each a mean over programs.
+        """Compute L_V, or L_ft = q_coef L_Q + adv_coef L_adv + ce_coef L_ce (section 4.4), each a mean over programs.
 
-        L_adv and L_ce are means over the given programs (a share `real_frac` of all) of sums over their tokens.
+        L_adv and L_ce are means over right programs of the dataset (a share `real_frac` of all) of sums over tokens.
         """
         o, ids = self.options, batch.sequence_ids
         assert outputs.values is not None
@@ -93,8 +93,3 @@ class BCoder(Algorithm):
             total = q_coef * q_loss + adv_coef * adv_loss + ce_coef * ce_loss
             metrics |= {"loss/adv": adv_loss.detach(), "loss/ce": ce_loss.detach()}
         return total, metrics
-
-
-def is_real(rollout: Rollout) -> bool:
-    """Whether a program was given as right, and not sampled."""
-    return rollout.score is not None and bool(rollout.score.info.get("real", False))

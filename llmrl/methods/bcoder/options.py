@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Annotated, Literal
 
 from llmrl.algo.options import Setting
@@ -32,8 +31,7 @@ class PolicyStage:
     programs."""
 
 
-StageConfig = ValueStage | PolicyStage
-Stage = Annotated[StageConfig, KIND]
+Stage = Annotated[ValueStage | PolicyStage, KIND]
 
 
 @option
@@ -45,7 +43,7 @@ class BCoderOptions:
 
     name: str = "bcoder"
     """The preset."""
-    stage: Stage = field(default_factory=ValueStage)
+    stage: Stage = ValueStage()
     """Which of the two stages this run is."""
     alpha: Positive = 1.0
     """Temperature: A = alpha (l - max l)."""
@@ -76,7 +74,7 @@ class BCoderOptions:
         )
 
     def findings(self) -> list[str]:
-        """Contradictions that no single option can see, one line each, with the fix."""
+        """Return what is wrong among these options: one line each, with the fix."""
         if isinstance(self.stage, PolicyStage) and self.real_frac == 0 and any(self.coefs[1:]):
             return [
                 "algo.stage.adv_coef and ce_coef are terms of right programs, but algo.real_frac is 0: set them to 0 "
@@ -85,25 +83,22 @@ class BCoderOptions:
         return []
 
     def findings_with(self, setting: Setting) -> list[str]:
-        """Contradictions with the other sections, one line each, with the fix."""
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
         size = setting.num_generations or 1
-        rules = [
-            (
+        rules = {
+            f"algo.real_frac {self.real_frac} of rollout.num_generations {size} is not a whole number of programs: "
+            "change either":
                 self.real_frac * size % 1 != 0,
-                f"algo.real_frac {self.real_frac} of rollout.num_generations {size} is not a whole number of programs: "
-                "change either",
-            ),
-            (setting.max_staleness > 0, "rollout.max_staleness is not read by algo.name bcoder: leave it out"),
-            (setting.temperature != 1.0, "rollout.temperature is not read by algo.name bcoder: leave it out"),
-            (
+            "rollout.max_staleness is not read by algo.name bcoder: leave it out": setting.max_staleness > 0,
+            "rollout.temperature is not read by algo.name bcoder: leave it out": setting.temperature != 1.0,
+            "model.lora is given, but algo.stage value trains the value head alone: leave it out":
                 isinstance(self.stage, ValueStage) and setting.has_adapters,
-                "model.lora is given, but algo.stage value trains the value head alone: leave it out",
-            ),
-        ]
-        return [text for wrong, text in rules if wrong] + setting.mini_batch_findings(self.num_mini_batches)
+        }  # fmt: skip
+        found = [text for text, wrong in rules.items() if wrong]
+        return found + setting.mini_batch_findings(self.num_mini_batches)
 
     def cautions(self) -> list[str]:
-        """What may well be meant, but rarely is."""
+        """Return what is allowed but rarely intended."""
         return []
 
 

@@ -1,7 +1,8 @@
-"""B-Coder's Q function: a policy whose logits are advantages, and the value heads beside it.
+"""B-Coder's Q function: a policy whose logits are advantages, and its value heads.
 
-In: packed rows. Out, for every trained token: its advantage, that of the anchor token, and the value of the state.
-The folder of a trained model holds, beside the model, `bcoder/heads.safetensors` and `bcoder/bcoder.json`.
+For every trained token it computes the token's advantage, that of the anchor token, and the value of the state. The
+anchor is the greedy token of the model before training. The folder of a trained model holds, beside the model,
+`bcoder/heads.safetensors` and `bcoder/bcoder.json`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 FOLDER, HEADS, DESCRIPTION = "bcoder", "heads.safetensors", "bcoder.json"
 ANCHORS, BASE_VALUES = "anchors", "base_values"
-"""Streams of a sample: the greedy token of the model before training, and V_phi there (before the cap)."""
+"""Streams of a sample: the anchor tokens, and V_phi of their states (before the cap)."""
 
 
 class ValueHead(nn.Module):
-    """A hidden state -> a number before `capped_value`; at first the same for all states, a value of 0."""
+    """A hidden state -> the input of `capped_value`. At first it is `bias` for all states."""
 
     def __init__(self, size: int, width: int, *, bias: float = 0.0) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class QModule(PolicyModule):
         anchors: Int[Tensor, " M"] | None = None,
         base_values: Float[Tensor, " M"] | None = None,
     ) -> dict[str, Any]:
-        """Fields of `ForwardOutputs`; in `extras` l(target) - max l and, without gradient, l(anchor) - max l."""
+        """Return the fields of `ForwardOutputs`; `extras` has l(target) - max l and (no gradient) l(anchor) - max l."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "policy"):
             hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
             logprobs, entropy = self._head(hidden, targets)
@@ -99,13 +100,13 @@ class QModule(PolicyModule):
         return token_logprobs(hidden, self.head(), targets)
 
     def heads(self) -> dict[str, Tensor]:
-        """The parameters of the value heads, by name."""
+        """Return the parameters of the value heads, by name."""
         state = self.state_dict()
         names = ("value_head.", "residual_head.", "residual_anchor.")
         return {name: tensor.detach().contiguous() for name, tensor in state.items() if name.startswith(names)}
 
     def load_heads(self, folder: Path) -> None:
-        """Take the value heads of a saved model."""
+        """Load the value heads of a saved model."""
         state = load_file(folder / FOLDER / HEADS)
         missing = self.load_state_dict(state, strict=False)
         if missing.unexpected_keys or set(self.heads()) - state.keys():
@@ -117,9 +118,9 @@ class QPolicy(Policy):
 
     Args:
         model: the language model; in stage policy that of a run of stage value.
-        options: the algorithm's.
+        options: the algorithm's options.
         base_model: folder of the model before training.
-        chat: `prompt_format` and `chat_template`, which ranking needs too.
+        chat: `prompt_format` and `chat_template`, saved for ranking.
     """
 
     def __init__(self, model: nn.Module, options: BCoderOptions, *, base_model: str, chat: dict[str, Any]) -> None:
@@ -136,18 +137,18 @@ class QPolicy(Policy):
                 self.set_reference(copy.deepcopy(model))
 
     def set_reference(self, model: nn.Module) -> None:
-        """Take `model` for the one before training."""
+        """Use `model` as the one before training."""
         self._reference = PolicyModule(model, temperature=1.0).eval().requires_grad_(False)
 
     def forward(self, batch: MicroBatch, **_: Any) -> ForwardOutputs:
-        """Log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
+        """Return log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
         anchors, base_values = batch.extras[ANCHORS].long(), batch.extras[BASE_VALUES]
         rows = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
         return ForwardOutputs(**self.wrapped(*rows, anchors, base_values))
 
     @torch.no_grad()
     def streams(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """The greedy token and V_phi (before the cap) of the model before training; they never change."""
+        """Return the anchors, and V_phi before the cap; both are of the model before training and never change."""
         module = self._reference or self.module
         with self.without_adapter():
             hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
@@ -156,7 +157,7 @@ class QPolicy(Policy):
         return {ANCHORS: greedy.float(), BASE_VALUES: self.module.value_head(hidden)}
 
     def save_pretrained(self, folder: Path) -> None:
-        """The model (or adapter), the value heads, and what ranking with them has to know."""
+        """Save the model (or adapter), the value heads, and what ranking needs to know about them."""
         super().save_pretrained(folder)
         (folder / FOLDER).mkdir(exist_ok=True)
         save_file(self.module.heads(), folder / FOLDER / HEADS)
@@ -166,10 +167,10 @@ class QPolicy(Policy):
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:
-    """What a B-Coder run wrote beside its model.
+    """Read the description that a B-Coder run saved with its model.
 
     Raises:
-        UserError: `folder` is not the model/ folder of one.
+        UserError: `folder` is not the model/ folder of such a run.
     """
     file = Path(folder) / FOLDER / DESCRIPTION
     if not file.is_file() or not file.with_name(HEADS).is_file():
@@ -180,10 +181,10 @@ def read_description(folder: Path | str) -> dict[str, Any]:
 
 
 def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat]:
-    """A trained Q function, and what renders prompts for it.
+    """Load a trained Q function, and the renderer of its prompts.
 
     Raises:
-        UserError: `folder` holds none, or the model that it was trained from is gone.
+        UserError: `folder` has no value heads, or the model that they were trained from is gone.
     """
     from llmrl.data.chat import Chat
     from llmrl.model.load import load_generation_config, load_model, load_tokenizer
@@ -208,7 +209,7 @@ def load_q(folder: Path, *, device: str) -> tuple[QPolicy, Chat]:
 
 
 def saved_options(description: dict[str, Any]) -> BCoderOptions:
-    """The options that a model was trained with."""
+    """Return the options that a model was trained with."""
     return TypeAdapter(BCoderOptions).validate_python(description["options"])
 
 

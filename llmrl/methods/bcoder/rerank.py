@@ -1,4 +1,4 @@
-"""Putting the samples of a task in order: programs of any model in, scores out, and how often the first one is right.
+"""Rank the samples of a task: programs of any model in, scores out.
 
 Example:
     >>> ranker = Ranker.load("runs/bcoder/policy/model")
@@ -24,14 +24,14 @@ RANK_TOKENS = 16_384
 
 
 class Ranker:
-    """Ranks programs by the reward that a trained Q function implies for them, summed over their tokens.
+    """Rank programs by the reward that a trained Q function implies for them, summed over their tokens.
 
     Args:
         q: a B-Coder policy.
         chat: renders prompts for it.
-        gamma: discount per token it was trained with.
-        alpha: temperature it was trained with.
-        exact: bootstrap from the greedy token of the model before training, as in training, instead of from V.
+        gamma: discount per token that it was trained with.
+        alpha: temperature that it was trained with.
+        exact: bootstrap from the anchor token, as in training, instead of from V.
     """
 
     def __init__(self, q: QPolicy, chat: Chat, *, gamma: float, alpha: float, exact: bool = False) -> None:
@@ -39,10 +39,10 @@ class Ranker:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu", exact: bool = False) -> Ranker:
-        """From the model/ folder of a run with `algo.name bcoder`.
+        """Load the model/ folder of a run with `algo.name bcoder`.
 
         Raises:
-            UserError: there are no value heads in it, or the model it was trained from is gone.
+            UserError: it has no value heads, or the model that they were trained from is gone.
         """
         from llmrl.methods.bcoder.policy import load_q
 
@@ -59,13 +59,13 @@ class Ranker:
     def rank(
         self, messages: list[Message], programs: Sequence[str], *, finished: Sequence[bool] | None = None
     ) -> list[int]:
-        """Indices of `programs`, the best first; arguments as for `scores`."""
+        """Return the indices of `programs`, the best first; the arguments are those of `scores`."""
         return order(self.scores(messages, programs, finished=finished))
 
     def scores(
         self, messages: list[Message], programs: Sequence[str], *, finished: Sequence[bool] | None = None
     ) -> list[float]:
-        """Recovered reward of each program, the higher the better; comparable within one task only.
+        """Return the recovered reward of each program: higher is better. Compare them within one task only.
 
         Args:
             messages: the task, as the policy sees it.
@@ -79,7 +79,7 @@ class Ranker:
         return self._scores(samples)
 
     def score_groups(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
-        """Scores of all rollouts, by the text of their last message."""
+        """Return the scores of all rollouts, by the text of their last message."""
         return [
             self.scores(
                 group.task.messages,

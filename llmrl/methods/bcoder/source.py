@@ -1,6 +1,6 @@
-"""Programs that were sampled and scored before -> groups of rollouts. No engine runs unless held-out tasks are sampled.
+"""Stored programs as groups of rollouts. An engine starts only if there are held-out tasks to sample for.
 
-Rows carry `samples` (as `llmrl eval --save_samples` writes them) and a column with a right program.
+Rows have `samples`, as `llmrl eval --save_samples` writes them, and a column with a right program.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class ProgramFeed(TaskFeed):
 
     Args:
         parts, names: as for `TaskFeed`.
-        options: B-Coder's.
+        options: B-Coder's options.
 
     Raises:
-        UserError: rows without samples, or without a right program.
+        UserError: a row has no samples, or unusable ones.
     """
 
     def __init__(self, *parts: Any, options: BCoderOptions, **names: Any) -> None:
@@ -40,7 +40,7 @@ class ProgramFeed(TaskFeed):
         self.options = options
 
     def source(self, start_engine: StartEngine) -> Source:
-        """Stored programs; with held-out tasks also the engine that samples for them."""
+        """Return the stored programs; if there are held-out tasks, start the engine that samples for them."""
         live = self.collector(start_engine) if self.eval_tasks else None
         return StoredPrograms(
             self.chat, self.options, num_generations=self.rollout.num_generations, seed=self.seed, live=live
@@ -48,14 +48,14 @@ class ProgramFeed(TaskFeed):
 
 
 class StoredPrograms(Source):
-    """Draws each task's programs from its row: a share `real_frac` of the group is its right program.
+    """Draw each task's programs from its row; a share `real_frac` of the group is the row's right program.
 
     Args:
         chat: renders prompts and encodes programs.
-        options: B-Coder's.
+        options: B-Coder's options.
         num_generations: programs of each task.
-        seed: of the run.
-        live: samples for held-out tasks; None where there are none.
+        seed: seed of the run.
+        live: samples for held-out tasks; None if there are none.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class StoredPrograms(Source):
     async def collect(
         self, tasks: list[Task], positions: list[int], *, salt: str = "train", **options: Any
     ) -> list[RolloutGroup]:
-        """G programs of each task: right ones first, then samples, drawn without replacement while there are enough.
+        """Return G programs of each task: right ones, then samples, without replacement while there are enough.
 
-        For other uses than training the policy samples, from its weights of now.
+        For uses other than training, the policy samples with its current weights.
         """
         if salt == "train":
             return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
         assert self.live is not None, "held-out tasks are sampled, but there is no engine"
-        if self.served != self.version:  # pushed only when somebody samples: training asks the engine for nothing
+        if self.served != self.version:  # training samples nothing, so weights are pushed only when they are needed
             await self.live.serve(self.version)
             self.served = self.version
         return await self.live.collect(tasks, positions, salt=salt, **options)
 
     async def open(self, learner: Learner) -> list[str]:
-        """Start the verifiers, where held-out tasks are scored."""
+        """Start the verifiers, if there are held-out tasks to score."""
         return await self.live.open(learner) if self.live is not None else []
 
     async def rest(self) -> None:
-        """Let the engine, if there is one, give its device memory to the learner."""
+        """Lend the device memory of the engine, if there is one, to the learner."""
         if self.live is not None:
             await self.live.rest()
 
     async def serve(self, version: int) -> Receipt | None:
-        """Note the version; it is pushed when held-out tasks are sampled."""
+        """Note the version; `collect` pushes it before it samples."""
         self.version = version
         return None
 
@@ -101,7 +101,7 @@ class StoredPrograms(Source):
             await self.live.close()
 
     def group(self, task: Task, position: int) -> RolloutGroup:
-        """The programs that `task` contributes at `position` of the run."""
+        """Return the programs of `task` at `position` of the run."""
         size = self.num_generations
         num_real = round(self.options.real_frac * size)
         random = np.random.Generator(np.random.Philox(key=request_seed(self.seed, "stored", position, 0)))
@@ -151,15 +151,15 @@ class StoredPrograms(Source):
 
 
 def _samples(task: Task) -> list[dict[str, Any]]:
-    """The scored samples of a task."""
+    """Return the scored samples of a task."""
     return [sample for sample in task.meta["samples"] if sample.get("reward") is not None]
 
 
 def check_rows(tasks: list[Task]) -> None:
-    """Look at the rows before a model is loaded.
+    """Check the rows before a model loads.
 
     Raises:
-        UserError: rows without samples, samples without text or reward, or with one above R_max.
+        UserError: a row has no samples, or a sample has no text, no reward, or a reward above R_max.
     """
     for task in tasks:
         samples = task.meta.get("samples")

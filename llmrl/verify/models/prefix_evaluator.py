@@ -110,7 +110,7 @@ class PrefixEvaluator:
         if "".join(own.split()) != "".join(text.split()):
             raise UserError(
                 f"evaluator {self.path!r}: it does not have the policy's tokenizer: {text[:80]!r} is {own[:80]!r} "
-                "in its own. Train an evaluator for this policy (recipes/ircoco.py)"
+                "in its own. Train an evaluator for this policy (recipes/ircoco/train.py)"
             )
 
     @functools.cached_property

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from llmrl.algo.critic_presets import (
-    CRITIC_PRESETS,
-    READ_WITH,
-    critic_contradictions,
-    describe_critic,
-    resolve_critic,
-)
-from llmrl.algo.presets import FAMILIES
 
+from llmrl.algo.policy_gradient.options import Clip
 from llmrl.algo.ppo.algorithm import LM_WEIGHTS, OLD_VALUES, PPO, RETURNS, REWARDS, SETTLED_OVER, token_rewards
-from llmrl.config import AlgoConfig, Config, CriticConfig, LoraConfig, RewardConfig, validate
+from llmrl.algo.ppo.options import PPO as PPOOptions
+from llmrl.algo.ppo.options import PRESETS
+from llmrl.config import PRESETS as ALL_PRESETS
+from llmrl.config import AdapterCritic, Config, LoraConfig, check, complete, findings, from_dotted
+from llmrl.config.describe import describe
 from llmrl.errors import UserError
 from llmrl.run.methods import make_algorithm
 from llmrl.train.packing import build_micro_batch
@@ -33,24 +30,23 @@ from llmrl.types import (
     Task,
     TrainBatch,
     Turn,
-)  # fmt: skip
+)
 
 TASK = Task(id="t", messages=[])
 
 
-def make_config(*, name: str = "ppo", critic: dict[str, Any] | None = None, lora: bool = False, **algo: Any) -> Config:
-    config = Config(algo=AlgoConfig(name=name, **algo))  # pyright: ignore
-    config.critic = None if critic is None else CriticConfig(**critic)
-    config.model.path, config.data.path = "m", "d"
-    config.model.lora = LoraConfig(r=4) if lora else None
-    config.rewards = [RewardConfig(fn="rewards/r.py:r")]
-    return config
+def make_config(*, name: str = "ppo", critic: Any = None, lora: bool = False, limit: int = 512, **algo: Any) -> Config:
+    """A completed configuration; the parser refuses what an option class does not read."""
+    given: dict[str, Any] = {"model.path": "m", "data.path": "d", "rollout.max_completion_length": limit}
+    given |= {"rewards": [{"fn": "rewards/r.py:r"}], "algo": {"name": name, **algo}}
+    given |= {"critic": critic} if critic is not None else {}
+    given |= {"model.lora": {"r": 4}} if lora else {}
+    return from_dotted(given)
 
 
-def ppo(*, name: str = "ppo", critic: dict[str, Any] | None = None, **algo: Any) -> PPO:
-    config = make_config(name=name, critic=critic, **({"whiten_advantages": False} | algo))
-    config.rollout.max_completion_length = 10
-    validate(config)
+def ppo(*, name: str = "ppo", critic: Any = None, **algo: Any) -> PPO:
+    config = make_config(name=name, critic=critic, limit=10, **({"whiten": False} | algo))
+    check(config)
     found = make_algorithm(config)
     assert isinstance(found, PPO)
     return found
@@ -112,7 +108,7 @@ def test_the_length_punishment_is_paid_at_the_end() -> None:
 @pytest.mark.parametrize("extends", [True, False], ids=["one sample", "a sample per turn"])
 def test_observations_are_skipped_when_bootstrapping(extends: bool) -> None:
     """The value behind turn 1's last token is the one before turn 2's first, however the context was rewritten."""
-    algorithm = ppo(critic={"gamma": 0.5, "lam": 0.5})
+    algorithm = ppo(value={"gamma": 0.5, "lam": 0.5})
     batch = refined(algorithm, [rollout(2, 1, reward=8.0, extends=extends)], [[1, 2, 4]] if extends else [[1, 2], [4]])
     assert len(batch.samples) == (1 if extends else 2)
     assert np.concatenate([s.advantages for s in batch.samples]).tolist() == [0.25, 1.0, 4.0]
@@ -123,16 +119,16 @@ def test_observations_are_skipped_when_bootstrapping(extends: bool) -> None:
 
 def test_policy_and_critic_have_lambdas_of_their_own() -> None:
     given, old = [rollout(3, reward=1.0)], [[0.5, 0.25, 0.5]]
-    batch = refined(ppo(critic={"lam": 0.0, "lam_critic": 1.0}), given, old)
+    batch = refined(ppo(value={"lam": 0.0, "lam_critic": 1.0}), given, old)
     assert batch.samples[0].advantages.tolist() == [-0.25, 0.25, 0.5], "one step ahead"
     assert batch.samples[0].extras[RETURNS].tolist() == [1.0, 1.0, 1.0], "what came in the end"
-    both = refined(ppo(critic={"lam": 0.0}), given, old)
+    both = refined(ppo(value={"lam": 0.0}), given, old)
     assert both.samples[0].extras[RETURNS].tolist() == [0.25, 0.5, 1.0]
 
 
 def test_lambda_by_length() -> None:
     """alpha 0.5: a rollout of 4 tokens has lambda 0.5, one of 2 has 0."""
-    batch = refined(ppo(critic={"length_alpha": 0.5}), [rollout(4), rollout(2, index=1)], [[0.0] * 4, [0.0] * 2])
+    batch = refined(ppo(value={"length_alpha": 0.5}), [rollout(4), rollout(2, index=1)], [[0.0] * 4, [0.0] * 2])
     assert batch.samples[0].advantages.tolist() == [0.125, 0.25, 0.5, 1.0]
     assert batch.samples[1].advantages.tolist() == [0.0, 1.0]
     assert batch.metrics["value/lambda"] == 0.25
@@ -140,8 +136,7 @@ def test_lambda_by_length() -> None:
 
 
 def test_kl_in_the_reward() -> None:
-    options = {"beta": 0.5, "kl_in": "reward", "kl_estimator": "k1"}
-    algorithm = ppo(critic={"lam": 1.0}, **options)
+    algorithm = ppo(value={"lam": 1.0}, kl={"kind": "reward", "beta": 0.5})
     assert algorithm.needs.ref_logprobs and algorithm.needs.old_logprobs
     batch = refined(algorithm, [rollout(3)], [[0.0] * 3], old_logprobs=-1.0, ref_logprobs=-1.5)
     np.testing.assert_allclose(batch.samples[0].advantages, [1 - 0.75, 1 - 0.5, 1 - 0.25])
@@ -149,7 +144,7 @@ def test_kl_in_the_reward() -> None:
 
 
 def test_advantages_are_whitened_and_targets_are_not() -> None:
-    batch = refined(ppo(whiten_advantages=True), [rollout(3), rollout(2, reward=0.0, index=1)], [[0.5] * 3, [0.5] * 2])
+    batch = refined(ppo(whiten=True), [rollout(3), rollout(2, reward=0.0, index=1)], [[0.5] * 3, [0.5] * 2])
     advantages = np.concatenate([s.advantages for s in batch.samples])
     assert advantages.mean() == pytest.approx(0, abs=1e-6)
     assert advantages.std(ddof=1) == pytest.approx(1, abs=1e-6)
@@ -219,11 +214,11 @@ GRAD_POLICY = [0.0, 0.0, 2.0 / 4, 3.0 / 4]
 GRAD_VALUE = [-0.9 / 4, 0.0, -1.5 / 4, -1.0 / 4]
 
 
-@pytest.mark.parametrize(("critic", "weight"), [({}, 1.0), ({"kind": "shared", "vf_coef": 0.25}, 0.25)])
-def test_losses_and_gradients_by_hand(critic: dict[str, Any], weight: float) -> None:
+@pytest.mark.parametrize(("options", "weight"), [({}, 1.0), ({"critic": "shared", "value": {"coef": 0.25}}, 0.25)])
+def test_losses_and_gradients_by_hand(options: dict[str, Any], weight: float) -> None:
     out = outputs()
     assert out.values is not None
-    loss, metrics = ppo(critic=critic).loss(out, micro_batch(), COUNTS)
+    loss, metrics = ppo(**options).loss(out, micro_batch(), COUNTS)
     assert loss.item() == pytest.approx(POLICY + weight * VALUE, abs=1e-6)
     assert metrics["value/loss"].item() == pytest.approx(VALUE, abs=1e-6)
     assert metrics["value/clip_frac"].item() == pytest.approx(1 / 4)
@@ -259,7 +254,7 @@ def test_a_micro_batch_without_samples_has_a_loss_of_zero() -> None:
 
 
 def test_the_policy_waits_until_the_critic_has_settled() -> None:
-    algorithm = ppo(critic={"lam": 0.0, "warmup_steps": 12, "warmup_explained_variance": 0.5})
+    algorithm = ppo(value={"lam": 0.0}, warmup={"steps": 12, "explained_variance": 0.5})
     assert algorithm.policy_frozen
     out = outputs()
     assert out.values is not None
@@ -279,104 +274,119 @@ def test_the_policy_waits_until_the_critic_has_settled() -> None:
     assert "settled after 10 steps, explained variance 0.60" in line
     assert refined(algorithm, [rollout(2)], [[0.5, 0.5]]).metrics["value/warmup_steps"] == 10
     assert algorithm.observe({"value/explained_variance": 0.0}) == [] and not algorithm.policy_frozen
-    other = ppo(critic={"warmup_steps": 9})
+    other = ppo(warmup={"steps": 9})
     other.load_state_dict(algorithm.state_dict())
     assert not other.policy_frozen and other.warmup_variances[-1] == 0.9
 
 
 def test_pre_training_ends_at_its_limit() -> None:
-    algorithm = ppo(critic={"warmup_steps": 2})
+    algorithm = ppo(warmup={"steps": 2})
     assert algorithm.observe({"value/explained_variance": 0.9}) == []
     (line,) = algorithm.observe({"value/explained_variance": 0.9})
-    assert "stops at critic.warmup_steps after 2 steps" in line and not algorithm.policy_frozen
+    assert "stops at algo.warmup.steps after 2 steps" in line and not algorithm.policy_frozen
     assert SETTLED_OVER > 2
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CRITIC_PRESETS)
-def test_a_preset_is_sound_and_resolving_it_twice_changes_nothing(name: str) -> None:
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_sound_and_completing_it_twice_changes_nothing(name: str) -> None:
     config = make_config(name=name)
-    validate(config)
-    config.critic = resolve_critic(config)
-    assert resolve_critic(config) == config.critic
-    validate(config)
-    for option, value in CRITIC_PRESETS[name].items():
-        assert getattr(config.critic, option) == value
+    check(config)
+    assert complete(config) == config
+    assert config.algo == PRESETS[name]
     assert config.critic is not None and config.critic.learning_rate == config.train.learning_rate
 
 
 def test_presets_with_a_critic_are_those_of_the_family() -> None:
-    assert {name for name, family in FAMILIES.items() if family == "ppo"} == set(CRITIC_PRESETS)
-    options = {f.name for f in dataclasses.fields(CriticConfig)}
-    assert set(READ_WITH) <= options and all(set(row) <= options for row in CRITIC_PRESETS.values())
+    assert {name for name, options in ALL_PRESETS.items() if isinstance(options, PPOOptions)} == set(PRESETS)
+    assert {name for name in ALL_PRESETS if complete(Config(algo=ALL_PRESETS[name])).critic} == set(PRESETS)  # pyright: ignore
 
 
 def test_vapo() -> None:
-    algorithm = ppo(name="vapo")
-    c = algorithm.config
-    assert (c.epsilon, c.epsilon_high, c.positive_lm_coef, c.loss_type, c.beta) == (0.2, 0.28, 0.1, "dapo", 0.0)
-    critic = algorithm.critic
-    assert (critic.length_alpha, critic.lam, critic.lam_critic, critic.warmup_steps) == (0.05, None, 1.0, 50)
-    assert ppo(name="vapo", critic={"lam": 0.9}).critic.length_alpha is None, "what is given wins"
+    o = ppo(name="vapo").options
+    assert isinstance(o.loss, Clip)
+    assert (o.loss.epsilon, o.loss.high, o.positive_lm_coef, o.aggregation, o.beta) == (0.2, 0.28, 0.1, "dapo", 0.0)
+    assert o.warmup is not None
+    assert (o.value.length_alpha, o.lam, o.value.lam_critic, o.warmup.steps) == (0.05, None, 1.0, 50)
+    given = ppo(name="vapo", value={"lam": 0.9, "length_alpha": None}).options
+    assert given.lam == 0.9, "what is given wins"
 
 
-def test_a_lambda_by_length_that_is_small_for_every_answer_is_told() -> None:
+def test_a_lambda_by_length_that_is_small_for_every_answer_is_reported() -> None:
     """alpha 0.05: at most 32 tokens give lambda 1 - 1 / 1.6, 40 tokens 0.5."""
-    config = make_config(name="vapo")
-    config.rollout.max_completion_length = 32
-    _, caution = describe_critic(config)
+    *_, caution = describe(make_config(name="vapo", limit=32))
     assert "with at most 32 tokens lambda is at most 0.38" in caution
-    config.rollout.max_completion_length = 40
-    assert len(describe_critic(config)) == 1
-    assert len(describe_critic(make_config(name="ppo"))) == 1
+    assert not any("tokens lambda" in line for line in describe(make_config(name="vapo", limit=40)))
+    _, critic = describe(make_config(name="ppo"))
+    assert critic == "critic separate: learning_rate 1e-06"
 
 
 def test_an_adapter_critic_takes_the_policys_shape() -> None:
     config = make_config(critic={"kind": "adapter"}, lora=True)
-    found = resolve_critic(config)
-    assert found is not None and found.lora == config.model.lora
+    assert isinstance(config.critic, AdapterCritic) and config.critic.lora == config.model.lora == LoraConfig(r=4)
+
+
+def test_a_shared_trunk_weighs_the_value_loss() -> None:
+    def weight(critic: Any, **algo: Any) -> float | None:
+        options = make_config(critic=critic, **algo).algo
+        assert isinstance(options, PPOOptions)
+        return options.value.coef
+
+    assert weight("shared") == 0.1
+    assert weight("shared", value={"coef": 0.3}) == 0.3
+    assert weight({"kind": "shared", "train_trunk": False}) is None
+    assert weight("separate") is None
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("options", "message"),
     [
-        (make_config(name="grpo", critic={}), "critic is given, but algo.name grpo has none"),
-        (make_config(name="grpo", baseline="critic"), "no other preset has a critic"),
-        (make_config(baseline="group"), "take the critic's values for their baseline"),
-        (make_config(multi_objective_aggregation="normalize_then_sum"), "the critic's values for their baseline"),
-        (make_config(scale_rewards="group"), "algo.scale_rewards 'group' is given, but only read with"),
-        (make_config(name="grpo", positive_lm_coef=0.1), "only read with baseline critic"),
-        (make_config(importance_sampling_level="sequence"), "baseline critic gives every token its own advantage"),
-        (make_config(policy_loss="gmpo"), "policy_loss gmpo takes one per sequence"),
-        (make_config(dynamic_sampling=True), "those do carry a gradient"),
-        (make_config(token_weighting="thr"), "not a critic's"),
-        (make_config(rubric_alpha=0.3), "which a critic cannot know"),
-        (make_config(beta=0.1, kl_in="reward"), "only k1 is sound there"),
-        (make_config(positive_lm_coef=-1.0), "must not be negative"),
-        (make_config(critic={"kind": "adapter"}), "the policy is trained whole: set model.lora"),
-        (make_config(critic={"kind": "shared", "path": "x"}), "critic.path 'x' is given, but only read with"),
-        (make_config(critic={"train_trunk": True}), "only read with critic.kind shared"),
-        (make_config(critic={"kind": "shared", "train_trunk": False, "vf_coef": 1.0}), "shared and train_trunk"),
-        (make_config(critic={"lam": 0.9, "length_alpha": 0.1}), "only read with critic.length_alpha unset"),
-        (make_config(critic={"warmup_explained_variance": 0.5}), "critic.warmup_steps above 0"),
-        (make_config(critic={"warmup_iterations": 2}), "critic.warmup_steps above 0"),
-        (make_config(critic={"warmup_steps": 2, "warmup_iterations": 0}), "must be at least 1"),
-        (make_config(critic={"gamma": 1.5}), "critic.gamma is 1.5: must lie between 0 and 1"),
-        (make_config(critic={"value_clip": -0.1}), "critic.value_clip is -0.1: must not be negative"),
-        (make_config(critic={"length_alpha": 0.0}), "must be above 0"),
-        (make_config(critic={"warmup_steps": 100}), "leaves nothing of train.max_steps 100"),
+        ({"name": "grpo", "critic": {"kind": "separate"}}, "critic.kind: algo.name grpo does not read it"),
+        ({"name": "grpo", "baseline": "critic"}, "algo.baseline.kind 'critic': not one of group, batch, none"),
+        ({"baseline": "group"}, "algo.baseline: not read by what was chosen, but by algo.name grpo"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "now algo.baseline.kind each_reward"),
+        ({"scale_rewards": "group"}, "algo.scale_rewards: now algo.baseline.scale"),
+        ({"name": "grpo", "positive_lm_coef": 0.1}, "but by algo.name ppo, algo.name vapo"),
+        ({"loss": {"ratio": "sequence"}}, "but a critic gives every token its own advantage"),
+        ({"loss": "gmpo"}, "algo.loss gmpo takes one advantage per sequence, but a critic gives every token its own"),
+        ({"dynamic_sampling": {}}, "algo.dynamic_sampling: not read by what was chosen, but by algo.name grpo"),
+        ({"token_weighting": "thr"}, "algo.token_weighting: not read by what was chosen, but by algo.name grpo"),
+        ({"rubric": {"alpha": 0.3}}, "algo.rubric: not read by what was chosen, but by algo.name grpo"),
+        ({"kl": {"kind": "reward", "estimator": "k3"}}, "algo.kl.estimator: not read by what was chosen, but by kind"),
+        ({"positive_lm_coef": -1.0}, "algo.positive_lm_coef is -1.0: must be at least 0"),
+        ({"critic": {"kind": "adapter"}}, "the policy is trained whole: set model.lora"),
+        ({"critic": {"kind": "shared", "path": "x"}}, "critic.path: not read by what was chosen, but by kind separate"),
+        ({"critic": {"train_trunk": True}}, "critic.train_trunk: not read by what was chosen, but by kind shared"),
+        (
+            {"critic": {"kind": "shared", "train_trunk": False}, "value": {"coef": 1.0}},
+            "algo.value.coef 1.0 weighs the value loss beside the policy loss on a shared trunk",
+        ),
+        ({"value": {"coef": 1.0}}, "on a shared trunk: set critic.kind shared"),
+        (
+            {"value": {"lam": 0.9, "length_alpha": 0.1}},
+            "algo.value.lam and algo.value.length_alpha are two ways",
+        ),
+        ({"name": "vapo", "value": {"lam": 0.9}}, "set one to null"),
+        ({"critic": {"warmup_explained_variance": 0.5}}, "now algo.warmup.explained_variance"),
+        ({"critic": {"warmup_iterations": 2}}, "critic.warmup_iterations: now algo.warmup.iterations"),
+        ({"warmup": {"steps": 2, "iterations": 0}}, "algo.warmup.iterations is 0: must be at least 1"),
+        ({"warmup": {"steps": 0}}, "algo.warmup.steps is 0: must be at least 1"),
+        ({"value": {"gamma": 1.5}}, "algo.value.gamma is 1.5: must be at most 1"),
+        ({"value": {"clip": -0.1}}, "algo.value.clip is -0.1: must be at least 0"),
+        ({"value": {"length_alpha": 0.0}}, "algo.value.length_alpha is 0.0: must be above 0"),
+        ({"warmup": {"explained_variance": 1.5}}, "algo.warmup.explained_variance is 1.5: must be at most 1"),
+        ({"warmup": {"steps": 100}}, "leaves nothing of train.max_steps 100"),
     ],
 )
-def test_contradictions_are_told_at_parse_time(config: Config, message: str) -> None:
+def test_contradictions_are_reported_at_parse_time(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match="configuration:") as caught:
-        validate(config)
+        check(make_config(**options))
     assert message in str(caught.value)
 
 
 def test_one_rollout_per_task_is_enough() -> None:
     config = make_config()
-    config.rollout.num_generations = 1
-    validate(config)
-    assert critic_contradictions(config) == []
+    config = replace(config, rollout=replace(config.rollout, num_generations=1))
+    assert findings(config) == []

@@ -10,21 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llmrl.config.algo import AlgoConfig
 from safetensors.torch import load_file
 
 from llmrl import Trainer
 from llmrl.cli import run
-from llmrl.config import BCoderConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, validate
+from llmrl.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    check,
+    findings,
+    from_dotted,
+    preset,
+)
 from llmrl.data.chat import Chat
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.engines.base import FakeEngine
 from llmrl.errors import UserError
 from llmrl.methods.bcoder import bellman
 from llmrl.methods.bcoder.algorithm import REAL, REWARDS, BCoder
+from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
 from llmrl.methods.bcoder.policy import ANCHORS, BASE_VALUES, QPolicy
 from llmrl.methods.bcoder.rerank import Ranker
-from llmrl.methods.bcoder.source import StoredCollector
+from llmrl.methods.bcoder.source import StoredPrograms
+from llmrl.rollout.collector import Collector
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.track.files import read_jsonl
 from llmrl.train.packing import build_micro_batch
@@ -86,7 +97,7 @@ def stages(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     """The model/ folders of both stages."""
     folder = tmp_path_factory.mktemp("stages")
     first = trained(folder / "value", base)
-    return first, trained(folder / "policy", str(first), bcoder__stage="policy")
+    return first, trained(folder / "policy", str(first), algo__stage="policy")
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,16 +107,16 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 # --- stored programs --------------------------------------------------------------------------------------------------
 
 
-def collector(tmp_rows: list[dict[str, Any]], *, size: int = 4, real_frac: float = 0.5) -> StoredCollector:
+def source(*, size: int = 4, real_frac: float = 0.5) -> StoredPrograms:
     chat = Chat(byte_tokenizer(), prompt_format="text")
-    options = RolloutConfig(num_generations=size, max_completion_length=16)
+    rollout = RolloutConfig(num_generations=size, max_completion_length=16)
     engine = FakeEngine(lambda prompt, sampling: [65, sampling.stop_token_ids[0]])
-    rubric = Rubric([lambda completion: 0.0])
-    return StoredCollector(engine, chat, rubric, options, seed=0, bcoder=BCoderConfig(real_frac=real_frac))
+    live = Collector(engine, chat, Rubric([lambda completion: 0.0]), rollout, seed=0)
+    return StoredPrograms(chat, BCoderOptions(real_frac=real_frac), num_generations=size, seed=0, live=live)
 
 
 def test_groups_of_stored_programs() -> None:
-    found = collector(rows())
+    found = source()
     tasks = tasks_from_rows(rows(), DataConfig(), "t")
     [group] = asyncio.run(found.collect(tasks[:1], [0]))
     assert [r.score.info["real"] for r in group.rollouts] == [True, True, False, False]  # type: ignore[union-attr]
@@ -119,7 +130,7 @@ def test_groups_of_stored_programs() -> None:
 
 
 def test_evaluation_still_samples() -> None:
-    [group] = asyncio.run(collector(rows()).collect(tasks_from_rows(rows(), DataConfig(), "t")[:1], [0], salt="eval"))
+    [group] = asyncio.run(source().collect(tasks_from_rows(rows(), DataConfig(), "t")[:1], [0], salt="eval"))
     assert group.rollouts[0].completion == "A"
 
 
@@ -149,9 +160,9 @@ def test_a_row_without_its_right_program_is_named(base: str, tmp_path: Path) -> 
 
 def test_streams_and_loss_by_hand() -> None:
     """One right and one sampled program; the loss of both stages from numbers that are given."""
-    config = BCoderConfig(stage="policy", gamma=0.5, q_coef=1.0, adv_coef=0.1, ce_coef=0.5)
-    algorithm = BCoder(config, max_completion_length=16)
-    found = collector(rows(), size=2)
+    stage = PolicyStage(q_coef=1.0, adv_coef=0.1, ce_coef=0.5)
+    algorithm = BCoder(BCoderOptions(stage=stage, gamma=0.5), max_completion_length=16)
+    found = source(size=2)
     groups = asyncio.run(found.collect(tasks_from_rows(rows(), DataConfig(), "t")[:1], [0]))
     batch = algorithm.prepare(groups, policy_version=0)
     right, sampled = batch.samples
@@ -192,12 +203,13 @@ def test_streams_and_loss_by_hand() -> None:
     assert metrics["loss/adv"].item() == pytest.approx(0.3)
     assert metrics["loss/ce"].item() == pytest.approx(3.0)
     assert total.item() == pytest.approx(q_loss + 0.1 * 0.3 + 0.5 * 3.0, rel=1e-5)
-    value_stage = BCoder(BCoderConfig(gamma=0.5), max_completion_length=16)
+    value_stage = BCoder(BCoderOptions(gamma=0.5), max_completion_length=16)
     assert value_stage.loss(outputs, micro, counts)[0].item() == pytest.approx(q_loss, rel=1e-5)
 
 
 def policy_of(model: Any, stage: str = "value", base: str = "nowhere") -> QPolicy:
-    return QPolicy(model, BCoderConfig(stage=stage), base_model=base, chat={})  # type: ignore[arg-type]
+    options = BCoderOptions(stage=PolicyStage() if stage == "policy" else ValueStage())
+    return QPolicy(model, options, base_model=base, chat={})
 
 
 def test_advantages_and_anchors_are_those_of_all_logits(seed: int) -> None:
@@ -233,10 +245,11 @@ def test_the_advantage_differentiates_through_the_maximum(seed: int, stages: tup
     batch.extras = policy.streams(batch)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
     (policy.forward(batch).extras["advantages"] * weights).sum().backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     (bellman.advantage(model(ids[None]).logits[0, 2:6], ids[3:]) * weights).sum().backward()
-    assert all(torch.allclose(ours[name], p.grad, atol=1e-5) for name, p in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, ours[name], rtol=1e-5, atol=1e-5)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -275,14 +288,14 @@ def test_anchors_and_base_values_stay_those_of_the_first_stage(stages: tuple[Pat
 
 @pytest.mark.slow
 def test_adapters_leave_the_base_as_the_anchor(stages: tuple[Path, Path], tmp_path: Path) -> None:
-    second = trained(tmp_path / "lora", str(stages[0]), bcoder__stage="policy", model__lora={"r": 4})
+    second = trained(tmp_path / "lora", str(stages[0]), algo__stage="policy", model__lora={"r": 4})
     scores = Ranker.load(second).scores([{"role": "user", "content": "task 1"}], ["return 1", "("])
     assert len(set(scores)) == 2
 
 
 @pytest.mark.slow
 def test_a_resumed_stage_equals_an_undisturbed_one(stages: tuple[Path, Path], tmp_path: Path) -> None:
-    more = {"bcoder__stage": "policy", "train__lr_scheduler_type": "constant"}
+    more = {"algo__stage": "policy", "train__lr_scheduler_type": "constant"}
     whole = trained(tmp_path / "whole", str(stages[0]), train__max_steps=4, **more)
     trained(tmp_path / "parts", str(stages[0]), train__max_steps=2, **more)
     resumed = {"train__resume_from_checkpoint": "last", "train__max_steps": 4}
@@ -295,12 +308,12 @@ def test_a_resumed_stage_equals_an_undisturbed_one(stages: tuple[Path, Path], tm
 @pytest.mark.slow
 def test_q_learns_which_programs_pass(base: str, tmp_path: Path) -> None:
     """With outcomes alone (no right programs given) the recovered reward orders the outcome classes."""
-    more = {"bcoder.real_frac": 0, "rollout.num_generations": 4, "rollout.num_prompts": 8}
+    more = {"algo.real_frac": 0, "rollout.num_generations": 4, "rollout.num_prompts": 8}
     first = trained(tmp_path / "value", base, **more, train__max_steps=60)
-    second = trained(tmp_path / "policy", str(first), **more, bcoder__stage="policy", train__max_steps=60,
+    second = trained(tmp_path / "policy", str(first), **more, algo__stage="policy", train__max_steps=60,
                      train__learning_rate=3e-3)  # fmt: skip
     programs = [sample["completion"] for sample in rows()[0]["samples"]]
-    task = [{"role": "user", "content": "task 3"}]
+    task: list[Any] = [{"role": "user", "content": "task 3"}]
     exact = Ranker.load(second, exact=True)
     assert exact.rank(task, programs) == [0, 1, 2, 3]
     assert exact.scores(task, programs) == pytest.approx(OUTCOMES, abs=0.6), "what it recovers are the rewards"
@@ -326,56 +339,74 @@ def digits(completion: str) -> float:
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
-def configuration(**bcoder: Any) -> Config:
+def configuration(**algo: Any) -> Config:
     return Config(
         model=ModelConfig(path="m"),
         data=DataConfig(path="d"),
         rollout=RolloutConfig(num_generations=2),
         rewards=[RewardConfig(fn="rewards/length.py:length")],
-        algo=AlgoConfig(name="bcoder"),
-        bcoder=BCoderConfig(**bcoder),
+        algo=preset("bcoder", **algo),
     )
 
 
 @pytest.mark.parametrize(
-    ("bcoder", "said"),
+    ("algo", "said"),
     [
-        ({"adv_coef": 0.1}, "only read with bcoder.stage policy"),
-        ({"stage": "policy", "value_hidden_size": 8}, "only read with bcoder.stage value"),
-        ({"alpha": 0.0}, "bcoder.alpha"),
-        ({"gamma": 1.5}, "bcoder.gamma"),
-        ({"real_frac": 0.3}, "no whole number of programs"),
-        ({"stage": "policy", "real_frac": 0.0, "ce_coef": 0.5}, "terms of right programs"),
-        ({"stage": "policy", "q_coef": -1.0}, "must not be negative"),
+        ({"stage": {"adv_coef": 0.1}}, "algo.stage.adv_coef: not read by what was chosen, but by kind policy"),
+        ({"stage": {"kind": "policy", "hidden_size": 8}}, "algo.stage.hidden_size: not read .* but by kind value"),
+        ({"alpha": 0.0}, "algo.alpha is 0.0: must be above 0"),
+        ({"gamma": 1.5}, "algo.gamma is 1.5: must be at most 1"),
+        ({"real_frac": 0.3}, "not a whole number of programs"),
+        ({"stage": {"kind": "policy", "ce_coef": 0.5}, "real_frac": 0.0}, "terms of right programs"),
+        ({"stage": {"kind": "policy", "q_coef": -1.0}}, "algo.stage.q_coef is -1.0: must be at least 0"),
+        ({"stage": {"hidden_size": 0}}, "algo.stage.hidden_size is 0: must be at least 1"),
     ],
 )
-def test_options_that_contradict_each_other(bcoder: dict[str, Any], said: str) -> None:
+def test_options_that_contradict_each_other(algo: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        validate(configuration(**bcoder))
+        check(configuration(**algo))
+
+
+def test_without_right_programs_their_terms_are_off() -> None:
+    assert BCoderOptions(stage=PolicyStage()).coefs == (1.0, 0.1, 0.5)
+    assert BCoderOptions(stage=PolicyStage(), real_frac=0.0).coefs == (1.0, 0.0, 0.0)
+    assert findings(configuration(stage="policy", real_frac=0.0)) == []
 
 
 def test_options_of_other_algorithms_and_bcoder_elsewhere() -> None:
-    config = configuration()
-    config.algo.loss_type = "dapo"
-    with pytest.raises(UserError, match="does not read it"):
-        validate(config)
-    config = configuration()
-    config.algo.name = "grpo"
-    with pytest.raises(UserError, match="bcoder is given, but algo.name grpo does not read it"):
-        validate(config)
+    with pytest.raises(UserError, match="algo.aggregation: not read by what was chosen, but by algo.name grpo"):
+        configuration(aggregation="dapo")
+    with pytest.raises(UserError, match="algo.stage: not read by what was chosen, but by algo.name bcoder"):
+        preset("grpo", stage="value")
+    with pytest.raises(UserError, match="bcoder.stage: now algo.stage.kind"):
+        from_dotted({"bcoder.stage": "value"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rollout.max_staleness": 1}, "rollout.max_staleness is not read by algo.name bcoder"),
+        ({"rollout.temperature": 0.9}, "rollout.temperature is not read by algo.name bcoder"),
+        ({"model.lora": {}}, "algo.stage value trains the value head alone"),
+    ],
+)
+def test_options_of_other_sections_that_it_does_not_read(given: dict[str, Any], said: str) -> None:
+    base = {"model.path": "m", "data.path": "d", "algo": "bcoder", "rewards": [{"fn": "r.py:r"}]}
+    with pytest.raises(UserError, match=said):
+        check(from_dotted(base | given))
 
 
 def test_the_second_stage_wants_the_first(base: str, stages: tuple[Path, Path], tmp_path: Path) -> None:
     def start(model: str, **more: Any) -> None:
-        options = settings(tmp_path / "run", bcoder__stage="policy", **more)
+        options = settings(tmp_path / "run", algo__stage="policy", **more)
         Trainer(options, model=model, reward=lambda completion: 0.0, train_dataset=rows())
 
     with pytest.raises(UserError, match="no value heads there"):
         start(base)
-    with pytest.raises(UserError, match="second stage"):
+    with pytest.raises(UserError, match="is of stage policy; algo.stage policy starts from stage value"):
         start(str(stages[1]))
-    with pytest.raises(UserError, match=r"bcoder.gamma is 0.5, but .* was trained with 0.999"):
-        start(str(stages[0]), bcoder__gamma=0.5)
+    with pytest.raises(UserError, match=r"algo.gamma is 0.5, but .* was trained with 0.999"):
+        start(str(stages[0]), algo__gamma=0.5)
 
 
 def test_the_record_shows_the_programs(stages: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""IRCoCo's evaluator, made: tasks and a model in, prefixes with their quality, and a classifier fitted to them out.
+"""Make IRCoCo's evaluator: label prefixes of tasks with a model, and fit a classifier to them.
 
 References:
     Li et al. 2024, arXiv:2401.16637, section 3.2.
@@ -21,13 +21,17 @@ from llmrl.tiny import build_tiny_model
 from llmrl.verify.checks.text import edit_similarity, sentence_bleu
 from llmrl.verify.models.classifier import pad_right
 from llmrl.verify.models.prefix_evaluator import PrefixEvaluator
+from llmrl.verify.spec import load_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmrl.config import PrefixEvaluatorConfig
     from llmrl.data.chat import Chat
     from llmrl.types import Task
+    from recipes.ircoco.options import FilePrefixes, PrefixEvaluatorConfig, RandomStart
+else:  # by path: a recipe may be run as a file, installed, or loaded by a test
+    OPTIONS = load_file(Path(__file__).resolve().with_name("options.py"))
+    FilePrefixes, RandomStart = OPTIONS.FilePrefixes, OPTIONS.RandomStart
 
 GENERATE_ROWS = 128
 HELD_OUT_FRAC = 0.1
@@ -36,7 +40,7 @@ REPORT = "evaluator.json"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids, and a quality (0 to 1) that is to be predicted after each of them from the `num_context`-th on."""
+    """Token ids, and a quality (0 to 1) to predict after each of them from the `num_context`-th on."""
 
     ids: list[int]
     num_context: int
@@ -46,40 +50,54 @@ class Example:
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def label_files(model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, seed: int) -> list[Example]:
-    """Prompts with their answers, cut anywhere; how well the model's greedy next tokens match the true ones.
+def label_files(
+    model: PreTrainedModel, chat: Chat, tasks: list[Task], options: PrefixEvaluatorConfig, *, seed: int
+) -> list[Example]:
+    """Return prompts with their answers, cut anywhere, labeled by how well the model's greedy next tokens match the
+    true ones.
 
     Args:
         model: the policy before training.
         chat: renders the tasks' prompts.
         tasks: with the true completion as their answer.
-        options: a `PrefixEvaluatorConfig` without gaps (`resolve_evaluator`).
-        seed: of tasks and cuts.
+        options: with `prefixes` of kind files.
+        seed: fixes the choice of tasks and cuts.
 
     Raises:
         UserError: no task is long enough to be cut.
     """
-    draw, limit = random.Random(seed), options.num_next_tokens
+    prefixes = options.prefixes
+    assert isinstance(prefixes, FilePrefixes)
+    draw, limit = random.Random(seed), prefixes.num_next_tokens
     files = [chat.render(task.messages) + chat.encode(str(task.answer)) for task in tasks]
-    files = [file for file in files if len(file) > options.min_prefix_length]
+    shortest, longest = prefixes.min_prefix_length, prefixes.max_prefix_length
+    files = [file for file in files if len(file) > shortest]
     if not files:
-        shortest = options.min_prefix_length
-        raise UserError(f"every prompt with its answer is shorter than evaluator.min_prefix_length {shortest}")
+        raise UserError(
+            f"every prompt with its answer is shorter than evaluator.prefixes.min_prefix_length {shortest}: lower it"
+        )
     chosen = draw.choices(files, k=options.num_examples)
-    ends = [draw.randint(options.min_prefix_length, min(options.max_prefix_length, len(file) - 1)) for file in chosen]
-    prefixes = [file[:end] for file, end in zip(chosen, ends, strict=True)]
-    made = generate(model, chat, prefixes, max_new_tokens=limit)
+    ends = [draw.randint(shortest, min(longest, len(file) - 1)) for file in chosen]
+    cut = [file[:end] for file, end in zip(chosen, ends, strict=True)]
+    made = generate(model, chat, cut, max_new_tokens=limit)
     return [
         Example(prefix, len(prefix), quality(tokens, file[len(prefix) :][:limit], chat, options))
-        for prefix, tokens, file in zip(prefixes, made, chosen, strict=True)
+        for prefix, tokens, file in zip(cut, made, chosen, strict=True)
     ]
 
 
 def label_samples(
-    model: PreTrainedModel, chat: Chat, tasks: list[Task], options: Any, *, max_completion_length: int, seed: int
+    model: PreTrainedModel,
+    chat: Chat,
+    tasks: list[Task],
+    options: PrefixEvaluatorConfig,
+    *,
+    max_completion_length: int,
+    seed: int,
 ) -> list[Example]:
-    """Completions that the model drew at temperature 1, and how well they match the answer: predicted after the prompt
-    and after each of their tokens. Arguments as in `label_files`.
+    """Return completions that the model drew at temperature 1, labeled by how well they match the answer.
+
+    The label is to be predicted after the prompt and after each token of the completion. Arguments as in `label_files`.
     """
     draw = random.Random(seed)
     chosen = draw.choices(tasks, k=options.num_examples)
@@ -92,7 +110,7 @@ def label_samples(
 
 
 def quality(written: list[int], true: list[int], chat: Chat, options: PrefixEvaluatorConfig) -> float:
-    """How well `written` matches `true`, from 0 to 1. A stop token at its end does not count."""
+    """Return how well `written` matches `true`, from 0 to 1. A stop token at its end does not count."""
     if options.quality == "bleu":
         return sentence_bleu([token for token in written if token not in chat.stop_token_ids], true)
     return edit_similarity(chat.decode(written), chat.decode(true))
@@ -101,7 +119,7 @@ def quality(written: list[int], true: list[int], chat: Chat, options: PrefixEval
 def generate(
     model: PreTrainedModel, chat: Chat, prompts: list[list[int]], *, max_new_tokens: int, seed: int | None = None
 ) -> list[list[int]]:
-    """Continuations, a stop token included: greedy ones, or with a `seed` drawn at temperature 1."""
+    """Return continuations, their stop token included: greedy ones, or with a `seed` drawn at temperature 1."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[list[int]] = [[] for _ in prompts]
     sampling: dict[str, Any] = {"do_sample": False}
@@ -141,11 +159,11 @@ def train_evaluator(
     policy: PreTrainedModel,
     seed: int,
 ) -> dict[str, float]:
-    """Fit a classifier to the examples by mean squared error and save it in `folder`, with what it came to.
+    """Fit a classifier to the examples by mean squared error and save it in `folder`.
 
     Returns:
-        On the tenth that was held out: correlation and root mean squared error of prediction and quality, mean and
-        deviation of the quality. Also in `evaluator.json`.
+        Measured on the tenth that was held out: correlation and root mean squared error of prediction and quality, mean
+        and standard deviation of the quality. Also written to `evaluator.json`.
     """
     from transformers import Trainer, TrainingArguments
 
@@ -158,7 +176,7 @@ def train_evaluator(
 
         class Regression(Trainer):
             def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
-                """Squared error, a mean over all places that are predicted; transformers would look at one alone."""
+                """Return the mean squared error over all places to predict; transformers would use one alone."""
                 bare: Any = self.model  # on a machine with several GPUs `model` is a wrapper
                 hidden = bare.base_model(inputs["input_ids"], use_cache=False).last_hidden_state
                 errors = bare.score(hidden)[..., 0] - inputs["labels"][:, None]
@@ -201,31 +219,32 @@ def train_evaluator(
     return report
 
 
-def new_classifier(policy: PreTrainedModel, options: Any, *, pad_token_id: int) -> PreTrainedModel:
-    """A causal model with one output that knows the tokens of `policy`: with its weights, or random ones."""
+def new_classifier(policy: PreTrainedModel, options: PrefixEvaluatorConfig, *, pad_token_id: int) -> PreTrainedModel:
+    """Return a causal model with one output that knows the tokens of `policy`: with its weights, or random ones."""
     from transformers import AutoModelForSequenceClassification
 
-    if options.start == "policy":
-        settings = copy.deepcopy(policy.config)
-    else:
+    start = options.start
+    if isinstance(start, RandomStart):
         settings = build_tiny_model(
             "qwen2",
             vocab_size=policy.config.get_text_config().vocab_size,
-            hidden_size=options.hidden_size,
-            num_layers=options.num_layers,
-            num_heads=options.num_heads,
-            num_kv_heads=options.num_heads,
-            intermediate_size=4 * options.hidden_size,
+            hidden_size=start.hidden_size,
+            num_layers=start.num_layers,
+            num_heads=start.num_heads,
+            num_kv_heads=start.num_heads,
+            intermediate_size=4 * start.hidden_size,
         ).config
+    else:
+        settings = copy.deepcopy(policy.config)
     settings.num_labels, settings.pad_token_id = 1, pad_token_id
     model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
-    if options.start == "policy":
+    if not isinstance(start, RandomStart):
         model.base_model.load_state_dict(policy.base_model.state_dict())
     return model
 
 
 def measure(folder: Path, examples: list[Example]) -> dict[str, float]:
-    """How well the evaluator in `folder` predicts the quality of these examples, over all places of all of them."""
+    """Measure how well the evaluator in `folder` predicts the quality of these examples, over all their places."""
     found = PrefixEvaluator(str(folder)).values([example.ids for example in examples])
     predicted = np.concatenate([v[e.num_context - 1 :] for v, e in zip(found, examples, strict=True)])
     true = np.concatenate([np.full(len(e.ids) - e.num_context + 1, e.quality) for e in examples])

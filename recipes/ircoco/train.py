@@ -1,7 +1,7 @@
 """IRCoCo: an evaluator of prefixes pays every token of a code completion at once, in place of one reward at its end.
 
-    python recipes/ircoco.py --config recipes/ircoco_tiny.yaml           # all of it on one CPU core, in a few minutes
-    python recipes/ircoco.py --config recipes/ircoco_py150.yaml          # lines of Py150, one GPU
+    python recipes/ircoco/train.py --config recipes/ircoco_tiny.yaml     # all of it on one CPU core, in a few minutes
+    python recipes/ircoco/train.py --config recipes/ircoco_py150.yaml    # lines of Py150, one GPU
 
 1 measure the model on held-out completions                           before.json
 2 fit the evaluator to prefixes and what the model makes of them      evaluator/
@@ -12,9 +12,9 @@
 Without a model.path the task is made up (recipes/programs.py), and a tiny model is fine-tuned on buggy programs.
 Parts that are there already are not done again. `algo.name` is ircoco, or ppo (tokens are paid through a critic then).
 
-The whole is one process. To train on several, with an evaluator that is there (config.yaml in dense/ has the rewards):
+All of it runs in one process. To train on several, with an evaluator that is there (config.yaml in dense/ names it):
 
-    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo.py --config runs/ircoco/dense/config.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train.py --config runs/ircoco/dense/config.yaml
 """
 
 from __future__ import annotations
@@ -23,52 +23,69 @@ import asyncio
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from llmrl.algo.policy_gradient.options import NoBaseline, PolicyGradient, PolicyLossOptions, TokenRewards
+from llmrl.algo.ppo.options import PPO
 from llmrl.config import (
     MISSING,
-    AlgoConfig,
+    PRESETS,
+    AlgoOptions,
     Config,
     DataConfig,
     EvalRun,
-    PrefixEvaluatorConfig,
-    Preset,
     RewardConfig,
+    check,
+    complete,
     parse,
-    validate,
+    preset,
 )
-from llmrl.config.ircoco import resolve_evaluator
 from llmrl.errors import UserError, run_main
+from llmrl.option import Count, Positive, Share, option
 from llmrl.verify.spec import load_file
 
-PROGRAMS = load_file(Path(__file__).resolve().with_name("programs.py"))
-"""recipes/programs.py. Loaded by its path, because a recipe may be run as a file, installed, or loaded by a test."""
+HERE = Path(__file__).resolve()
+# Neighbors are loaded by their path, because a recipe may be run as a file, installed, or loaded by a test.
+if TYPE_CHECKING:
+    from recipes import programs
+    from recipes.ircoco.options import PrefixEvaluatorConfig, SamplePrefixes
+else:
+    programs, OPTIONS = load_file(HERE.parents[1] / "programs.py"), load_file(HERE.with_name("options.py"))
+    PrefixEvaluatorConfig, SamplePrefixes = OPTIONS.PrefixEvaluatorConfig, OPTIONS.SamplePrefixes
+
 REWARD = "rewards/ircoco.py:ircoco"
 NUM_SAMPLES = 4
 """Completions of each held-out task, beside the greedy one."""
+T = TypeVar("T")
 
 
-@dataclass
+@option
 class MadeUpConfig:
     """The made-up task and the model that is fine-tuned for it."""
 
-    num_tasks: int = 400
-    num_held_out: int = 150
-    mistaken_frac: float = 0.5
+    num_tasks: Count = 400
+    """Tasks to train on."""
+    num_held_out: Count = 150
+    """Tasks to measure on."""
+    mistaken_frac: Share = 0.5
     """In the corpus: share of the lines of commonly mistaken words that are wrong ..."""
-    slip_frac: float = 0.0
+    slip_frac: Share = 0.0
     """... and share of all lines that are wrong in some other way."""
-    num_examples: int = 6400
-    max_steps: int = 400
+    num_examples: Count = 6400
+    """Programs of the corpus."""
+    max_steps: Count = 400
     """Of 16 examples each."""
-    learning_rate: float = 3e-3
-    hidden_size: int = 96
+    learning_rate: Positive = 3e-3
+    """Peak learning rate."""
+    hidden_size: Count = 96
+    """Width of the model."""
 
 
-@dataclass
+@option
 class IRCoCoRun(Config):
     """IRCoCo. `rewards` are the recipe's own."""
 
@@ -77,22 +94,25 @@ class IRCoCoRun(Config):
     made_up: MadeUpConfig = field(default_factory=MadeUpConfig)
     """Read when `model.path` is not given."""
     evaluator: PrefixEvaluatorConfig = field(default_factory=PrefixEvaluatorConfig)
+    """What pays the tokens."""
     boundary: Literal["token", "line"] = "token"
     """Where the evaluator is looked at: after every token, or where lines end."""
-    terminal: list[Preset] = field(default_factory=list)
+    terminal: list[str] = field(default_factory=list)
     """Presets that are trained too, for as many steps, on the true metric at the end of the completion. What else is
-    given under `algo` is theirs too."""
+    given under `algo` is theirs too, as far as they have it."""
 
 
 def main() -> None:
-    config: IRCoCoRun = parse(config_class=IRCoCoRun)
+    config = parse(config_class=IRCoCoRun)
     folder = Path(config.train.output_dir)
-    made_up = check(config)
-    config.evaluator = resolve_evaluator(config.evaluator)
+    made_up = check_arguments(config)
     if made_up:
-        config.model.path = str(folder / "warm_start")
-        config.data.path = str(folder / "tasks.jsonl")
-        config.held_out = dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl"))
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, path=str(folder / "warm_start")),
+            data=dataclasses.replace(config.data, path=str(folder / "tasks.jsonl")),
+            held_out=dataclasses.replace(config.data, path=str(folder / "held_out_tasks.jsonl")),
+        )
     runs = plan(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if made_up:
@@ -109,16 +129,16 @@ def main() -> None:
 # --- what will be done ------------------------------------------------------------------------------------------------
 
 
-def check(config: IRCoCoRun) -> bool:
-    """Whether task and model are made up.
+def check_arguments(config: IRCoCoRun) -> bool:
+    """Return whether task and model are made up.
 
     Raises:
-        UserError: fields that do not go together.
+        UserError: options that do not go together.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "recipes/ircoco.py runs in one process: start it with python. To train on several, with an evaluator that "
-            "is there: accelerate launch recipes/grpo.py --config OUTPUT_DIR/dense/config.yaml"
+            "recipes/ircoco/train.py runs in one process: start it with python. To train on several, with an evaluator "
+            "that is there: accelerate launch recipes/train.py --config OUTPUT_DIR/dense/config.yaml"
         )
     made_up = config.model.path == MISSING
     if made_up != (config.data.path == MISSING):
@@ -127,37 +147,74 @@ def check(config: IRCoCoRun) -> bool:
         raise UserError("held_out is not given: say which tasks are measured on (held_out.path)")
     if config.rewards:
         raise UserError(f"rewards is given, but this recipe trains on {REWARD}: leave it out")
+    if found := config.evaluator.findings():
+        raise UserError("configuration:\n" + "\n".join(f"  - {line}" for line in found))
     return made_up
 
 
 def plan(config: IRCoCoRun, folder: Path) -> dict[str, Config]:
-    """The runs: `dense`, and one for each preset in `terminal`.
+    """Return the runs: `dense`, and one for each preset in `terminal`.
 
     Raises:
         UserError: a run that could not begin, or whose algorithm does not pay single tokens.
     """
-    from llmrl.algo.presets import resolve
-
-    if not resolve(config.algo).use_token_rewards:
+    if not pays_tokens(config.algo):
         raise UserError(
-            f"algo.name {config.algo.name} does not pay single tokens, as IRCoCo does: use ircoco or ppo "
-            "(algo.use_token_rewards true)"
+            f"algo.name {config.algo.name} as it is given does not pay single tokens, as IRCoCo does: use ircoco "
+            "(algo.baseline token_rewards) or ppo (algo.use_token_rewards true)"
         )
     runs = {"dense": run_config(config, folder / "dense", config.algo)}
     for name in config.terminal:
-        paid_at_end = False if resolve(AlgoConfig(name=name)).use_token_rewards else None
-        algo = dataclasses.replace(config.algo, name=name, use_token_rewards=paid_at_end, gamma=None)
-        runs[f"terminal {name}"] = run_config(config, folder / f"terminal_{name}", algo)
+        runs[f"terminal {name}"] = run_config(config, folder / f"terminal_{name}", terminal(config.algo, name))
     for args in runs.values():
-        validate(args)
+        check(complete(args))
     return runs
 
 
-def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
+def pays_tokens(algo: AlgoOptions) -> bool:
+    """Return whether an algorithm pays each token its own reward."""
+    if isinstance(algo, PPO):
+        return algo.use_token_rewards
+    return isinstance(algo, PolicyGradient) and isinstance(algo.baseline, TokenRewards)
+
+
+def terminal(dense: AlgoOptions, name: str) -> AlgoOptions:
+    """Return the preset `name` with what was given for the run `dense`, but paid at the end of the completion.
+
+    Raises:
+        UserError: there is no such preset, or it is not one of policy gradients.
+    """
+    known = [known for known, options in PRESETS.items() if isinstance(options, PolicyLossOptions)]
+    if name not in known:
+        raise UserError(f"terminal: {name} is not one of {', '.join(known)}")
+    unpaid = ["baseline"] if isinstance(dense, PolicyGradient) else ["use_token_rewards"]
+    algo = carry_over(dense, preset(dense.name), preset(name), leave_out=unpaid)
+    if isinstance(algo, PPO):
+        return dataclasses.replace(algo, use_token_rewards=False)
+    if isinstance(algo, PolicyGradient) and isinstance(algo.baseline, TokenRewards):
+        return dataclasses.replace(algo, baseline=NoBaseline())
+    return algo
+
+
+def carry_over(given: Any, default: Any, target: T, *, leave_out: Sequence[str] = ()) -> T:
+    """Return `target` with the options in which `given` differs from `default`, as far as `target` has them."""
+    changed: dict[str, Any] = {}
+    for f in dataclasses.fields(cast("Any", target)):
+        if f.name in {"name", "kind", *leave_out} or not hasattr(given, f.name):
+            continue
+        mine, before, there = (getattr(options, f.name) for options in (given, default, target))
+        if mine != before:
+            nested = dataclasses.is_dataclass(there) and type(mine) is type(before)
+            changed[f.name] = carry_over(mine, before, there) if nested else mine
+    return dataclasses.replace(cast("Any", target), **changed)
+
+
+def run_config(config: IRCoCoRun, folder: Path, algo: AlgoOptions) -> Config:
+    """Return the configuration of one run in `folder`; it is continued where it was interrupted."""
     reward = {
         "evaluator": str(Path(config.train.output_dir) / "evaluator"),
         "boundary": config.boundary,
-        "pay_stop": config.evaluator.prefixes == "samples",
+        "pay_stop": isinstance(config.evaluator.prefixes, SamplePrefixes),
     }
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     unfinished = (folder / "metrics.jsonl").is_file() and not (folder / "model").is_dir()
@@ -166,7 +223,7 @@ def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
         **given
         | {
             "algo": algo,
-            "critic": config.critic if algo.name in ("ppo", "vapo") else None,
+            "critic": config.critic if isinstance(algo, PPO) else None,
             "rewards": [RewardConfig(fn=REWARD, args=reward)],
             "train": dataclasses.replace(config.train, output_dir=str(folder), resume_from_checkpoint=resume),
         }
@@ -177,21 +234,24 @@ def run_config(config: IRCoCoRun, folder: Path, algo: AlgoConfig) -> Config:
 
 
 def make_up(config: IRCoCoRun, folder: Path) -> None:
-    """Tasks, held-out tasks, and a model that gets some of them right."""
+    """Make tasks, held-out tasks, and a model that gets some of them right."""
     options, seed = vars(config.made_up).copy(), config.train.seed
     num_tasks, num_held_out = options.pop("num_tasks"), options.pop("num_held_out")
-    drawn = PROGRAMS.draw_programs(num_tasks + num_held_out, seed=seed)
-    for name, programs in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
-        rows = PROGRAMS.completion_rows(programs, seed=seed)
+    drawn = programs.draw_programs(num_tasks + num_held_out, seed=seed)
+    for name, chosen in (("tasks.jsonl", drawn[:num_tasks]), ("held_out_tasks.jsonl", drawn[num_tasks:])):
+        rows = programs.completion_rows(chosen, seed=seed)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    PROGRAMS.fine_tune_on_corpus(drawn[:num_tasks], Path(config.model.path), **options, seed=seed)
+    programs.fine_tune_on_corpus(drawn[:num_tasks], Path(config.model.path), **options, seed=seed)
 
 
 def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
-    """The evaluator's folder is there afterwards; how well it predicts."""
-    from llmrl.train.prefix_evaluator import REPORT, label_files, label_samples, train_evaluator
-
-    if not (folder / REPORT).is_file():
+    """Make the evaluator, unless it is there already. Return how well it predicts."""
+    if TYPE_CHECKING:
+        from recipes.ircoco import evaluator
+    else:
+        evaluator = load_file(HERE.with_name("evaluator.py"))
+    file = folder / evaluator.REPORT
+    if not file.is_file():
         from llmrl.data.chat import Chat, filter_long
         from llmrl.data.tasks import load_tasks
         from llmrl.model.load import load_generation_config, load_model, load_tokenizer
@@ -211,14 +271,14 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
         )
         tasks, _ = filter_long(tasks, chat, config.data.max_prompt_length)
         options = config.evaluator
-        print(f"evaluator: {options.num_examples} examples from {options.prefixes}", flush=True)
-        if options.prefixes == "files":
-            examples = label_files(model, chat, tasks, options, seed=seed)
-        else:
+        print(f"evaluator: {options.num_examples} examples from {options.prefixes.kind}", flush=True)
+        if isinstance(options.prefixes, SamplePrefixes):
             limit = config.rollout.max_completion_length
-            examples = label_samples(model, chat, tasks, options, max_completion_length=limit, seed=seed)
-        train_evaluator(examples, tokenizer, options, folder, policy=model, seed=seed)
-    report = json.loads((folder / REPORT).read_text())
+            examples = evaluator.label_samples(model, chat, tasks, options, max_completion_length=limit, seed=seed)
+        else:
+            examples = evaluator.label_files(model, chat, tasks, options, seed=seed)
+        evaluator.train_evaluator(examples, tokenizer, options, folder, policy=model, seed=seed)
+    report = json.loads(file.read_text())
     print(
         f"evaluator: correlation {report['correlation']:.3f}, rmse {report['rmse']:.3f} on held-out examples",
         flush=True,
@@ -227,7 +287,7 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
 
 
 def train(config: IRCoCoRun, args: Config) -> dict[str, float]:
-    """One run; what its model comes to on the held-out tasks."""
+    """Do one run. Return the scores of its model on the held-out tasks."""
     from llmrl import Trainer
 
     folder = Path(args.train.output_dir)
@@ -237,7 +297,7 @@ def train(config: IRCoCoRun, args: Config) -> dict[str, float]:
 
 
 def measure(config: IRCoCoRun, model: str, file: Path) -> dict[str, float]:
-    """Edit similarity and exact match on the held-out tasks, greedy and sampled; written to `file`, or read from it."""
+    """Return edit similarity and exact match on the held-out tasks, greedy and sampled; kept in `file`."""
     if not file.is_file():
         greedy = asyncio.run(scores(config, model, num_generations=1, temperature=0.0))
         sampled = asyncio.run(scores(config, model, num_generations=NUM_SAMPLES, temperature=1.0))
