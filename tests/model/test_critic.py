@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrl import Trainer
+from llmrl.model.parallel import Parallel
 from llmrl.run.checkpoint import load_checkpoint, save_checkpoint
 from llmrl.track.files import read_jsonl
 from llmrl.train.learner import Learner
@@ -109,7 +109,7 @@ def test_layout_changes_nothing(kind: str, lora: bool, arch: str, seed: int) -> 
 
 def frozen(kind: str, lora: bool, seed: int) -> Outcome:
     """Return the gradients of the value loss alone, those of the policy from before they are dropped."""
-    options = one_step(critic={"warmup_steps": 3, "lam_critic": 1.0})
+    options = one_step(algo={"warmup": {"steps": 3}, "value": {"lam_critic": 1.0}})
     return update(kind, lora, seed, **options)
 
 
@@ -120,7 +120,7 @@ def test_where_the_gradient_of_the_value_loss_goes(kind: str, lora: bool, seed: 
     if kind == "shared":
         assert set(critic) == {"critic.head.weight", "critic.head.bias"}
         assert any(gradient.abs().max() > 0 for gradient in policy.values())
-        detached = update(kind, lora, seed, **one_step(critic={"train_trunk": False, "warmup_steps": 3}))
+        detached = update(kind, lora, seed, **one_step(critic={"train_trunk": False}, algo={"warmup": {"steps": 3}}))
         assert not any(gradient.any() for gradient in sides(detached.gradients)[0].values())
     else:
         assert not any(gradient.any() for gradient in policy.values())
@@ -139,7 +139,7 @@ def test_a_separate_critic_may_be_trained_through_adapters(seed: int) -> None:
 @every_kind
 def test_before_the_first_policy_step_the_policy_does_not_move(kind: str, lora: bool, seed: int) -> None:
     """And Adam has not counted a step for it: its first step is the one it would have taken without pre-training."""
-    options = one_step(critic={"warmup_steps": 2, "train_trunk": None}, train={"weight_decay": 0.1})
+    options = one_step(algo={"warmup": {"steps": 2}}, train={"weight_decay": 0.1})
     learner, algorithm = make_ppo_learner(kind, lora=lora, **options)
     before = trained_parameters(learner)
     for step in range(2):
@@ -208,9 +208,7 @@ def test_policy_and_critic_do_not_see_each_others_adapters(
 ) -> None:
     """Log-probabilities, entropies and weights for engines are those of a policy without a critic; switching the
     policy's adapters off for the reference leaves the critic as it was."""
-    learner, algorithm = make_ppo_learner(
-        kind, lora=lora, **one_step(algo={"beta": 0.1, "kl_in": "reward", "kl_estimator": "k1"})
-    )
+    learner, algorithm = make_ppo_learner(kind, lora=lora, **one_step(algo={"kl": {"kind": "reward", "beta": 0.1}}))
     policy = learner.policy
     if checkpointing:
         policy.module.causal_lm.gradient_checkpointing_enable()
@@ -219,9 +217,7 @@ def test_policy_and_critic_do_not_see_each_others_adapters(
     weights = {name: tensor.clone() for name, tensor in policy.weights()}
     assert not any("critic" in name for name in weights)
     outcome = update_and_look(learner, algorithm, batch_of(algorithm, seed))
-    plain, same = make_ppo_learner(
-        kind, lora=lora, **one_step(algo={"beta": 0.1, "kl_in": "reward", "kl_estimator": "k1"})
-    )
+    plain, same = make_ppo_learner(kind, lora=lora, **one_step(algo={"kl": {"kind": "reward", "beta": 0.1}}))
     for name, tensor in plain.policy.weights():
         assert torch.equal(tensor, weights[name]), name
     assert_same(outcome, update_and_look(plain, same, batch_of(same, seed)))
@@ -245,9 +241,8 @@ def test_training_goes_on_with_the_same_bits(
     kind: str, lora: bool, warmup_steps: int, tmp_path: Path, seed: int
 ) -> None:
     """From a checkpoint after the second of four batches."""
-    options: dict[str, Any] = {"algo": {"num_mini_batches": 2, "num_iterations": 2}}
+    options: dict[str, Any] = {"algo": {"num_mini_batches": 2, "num_iterations": 2, "warmup": {"steps": warmup_steps}}}
     options["train"] = {"adam_epsilon": 1e-3, "max_steps": 4, "lr_scheduler_type": "linear"}
-    options["critic"] = {"warmup_steps": warmup_steps}
 
     def run(learner: Learner, algorithm: Any, steps: range) -> list[dict[str, float]]:
         reports = []
@@ -258,7 +253,7 @@ def test_training_goes_on_with_the_same_bits(
         return reports
 
     def files(action: Callable[..., Any], learner: Learner, **more: Any) -> Any:
-        return action(policy=learner.policy, learner=learner, accelerator=Accelerator(cpu=True), **more)
+        return action(policy=learner.policy, learner=learner, parallel=Parallel.alone(), **more)
 
     learner, algorithm = make_ppo_learner(kind, lora=lora, **options)
     run(learner, algorithm, range(2))
@@ -300,7 +295,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
         "rollout.max_completion_length": 8,
         "track.console": "quiet",
         "algo.name": "vapo",
-        "critic.warmup_steps": 1,
+        "algo.warmup.steps": 1,
         **{key.replace("__", "."): value for key, value in more.items()},
     }
 
@@ -338,7 +333,7 @@ def test_a_run_is_recorded_resumed_and_saved_without_its_critic(kind: str, lora:
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_it_learns(kind: str, tmp_path: Path, seed: int) -> None:
     """A random model is rewarded for letters, which go from one character in four to most of what it writes."""
-    more = {"algo__name": "ppo", "algo__num_mini_batches": 2, "critic__warmup_steps": None, "critic__kind": kind}
+    more = {"algo__name": "ppo", "algo__num_mini_batches": 2, "algo__warmup": None, "critic__kind": kind}
     more |= {"train__max_steps": 16, "train__save_steps": 0, "train__seed": seed, "rollout__num_prompts": 8}
     more |= {"train__learning_rate": 3e-3, "rollout__num_generations": 4}
     Trainer(settings(tmp_path / "run", **more), model="tiny:qwen2", reward=letters, train_dataset=ROWS).train()

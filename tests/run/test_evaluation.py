@@ -192,7 +192,7 @@ def test_adapters_are_evaluated_too(data: Path, tmp_path: Path) -> None:
         (["--rerank", "bcoder"], "--rerank_model RUN_DIR/model"),
         (["--rerank_model", "x"], "only read with --rerank bcoder"),
         (["--rerank_exact", "true"], "only read with --rerank bcoder"),
-        (["--rollout.num_prompts", "3"], "num_prompts is not read"),
+        (["--rollout.num_prompts", "3"], "rollout.num_prompts: there is no such option"),
         (["--rollout.top_p", "0"], "rollout.top_p"),
         (["--output", "/nowhere/at/all.json"], "there is no folder"),
         (["--train.max_steps", "3"], "train"),

@@ -291,7 +291,8 @@ def test_a_killed_server_costs_no_rollout_and_serves_the_current_version_when_it
         "track.console": "quiet",
     }
     trainer = Trainer(settings, reward=reward, train_dataset=tasks)
-    engine: Any = trainer.engine
+    source: Any = trainer.source
+    engine: Any = source.engine
 
     async def main() -> None:
         async with trainer:
@@ -305,7 +306,7 @@ def test_a_killed_server_costs_no_rollout_and_serves_the_current_version_when_it
                 await asyncio.sleep(0.1)
             back = engine.replicas.slots[1].replica
             assert await back.served_label() == engine.label and engine.version == 4
-            probe = [trainer.sync.probe]
+            probe = [source.push.__self__.probe]
             expected = trainer.policy.sequence_logprobs(probe)[0]
             assert (await back.logprobs(probe))[0] == pytest.approx(list(expected), abs=1e-4)
 
