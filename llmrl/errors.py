@@ -30,9 +30,15 @@ class RunFailed(LlmrlError):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run the `main` of a recipe or command; print an `LlmrlError` without a traceback and exit with its code."""
+    """Run the `main` of a recipe or command; print an `LlmrlError` without a traceback and exit with its code.
+
+    An interruption (Ctrl-C) is one line too, and exits with the code of a run that failed.
+    """
     try:
         main()
     except LlmrlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; continue with --train.resume_from_checkpoint last", file=sys.stderr, flush=True)
+        sys.exit(RunFailed.exit_code)

@@ -1,7 +1,7 @@
-"""Options: frozen dataclasses that check themselves, and choices among them that are told apart by a field `kind`.
+"""Options: frozen dataclasses that check themselves, and choices among them by a field `kind`.
 
-An option class lives in the package that reads it and is that class's one argument. Its types carry the ranges, its
-field docstrings are the `--help` and the tables in the documentation.
+An option class lives in the package that reads it and is the one argument of what reads it. Its types carry the
+ranges; its field docstrings are the text of `--help` and of the tables in the documentation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 T = TypeVar("T")
 
 MISSING = "???"
-"""Stands for a required text that nobody has set."""
+"""Value of a required text that is not set."""
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -32,10 +32,10 @@ def option(cls: type[T]) -> type[T]:
 
     Change one with `dataclasses.replace`, which checks again.
     """
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return cast("type[T]", pydantic_dataclass(kw_only=True, frozen=True, config=config)(cls))
 
 
 KIND = Field(discriminator="kind")
-"""Marks a choice among option classes by their field `kind`: `Annotated[A | B, KIND]`. The first is meant where none is
-named."""
+"""Marks a choice among option classes by their field `kind`: `Annotated[A | B, KIND]`. Without a `kind`, the first is
+meant."""

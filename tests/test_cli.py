@@ -11,7 +11,7 @@ import pytest
 
 from llmrl.cli import find_recipe, run
 from llmrl.config import check, load_config, parse, save_config
-from llmrl.errors import UserError
+from llmrl.errors import UserError, run_main
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,6 +146,18 @@ def test_processes_exit_with_2_and_no_traceback(rows: Path, tmp_path: Path) -> N
         assert found.stderr.startswith("error: ")
         assert "Traceback" not in found.stderr
         assert "max_step" in found.stderr
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: interrupted")
+    assert error.count("\n") == 1
 
 
 def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

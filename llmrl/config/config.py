@@ -102,17 +102,17 @@ ORDER = ("model", "data", "rollout", "rewards", "verify", "algo", "critic", "tra
 
 
 def run_class(algo: AlgoOptions) -> type[RunConfig]:
-    """The sections that a run of this algorithm has: those without an engine have fewer."""
+    """Return the class with the sections of a run of this algorithm: without an engine there are fewer."""
     return RunConfig if isinstance(algo, DPO | KTO) else Config
 
 
 def unread_sections(algo: AlgoOptions) -> set[str]:
-    """Sections of `Config` that this algorithm does not read."""
+    """Return the sections of `Config` that this algorithm does not read."""
     return set() if isinstance(algo, PPO) else {"critic"}
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fill the defaults that depend on other sections. Completing twice changes nothing."""
+    """Fill the defaults that depend on other sections. Doing it twice changes nothing."""
     algo = config.algo
     if not isinstance(config, Config):
         return config
@@ -131,20 +131,27 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def findings(config: RunConfig) -> list[str]:
-    """What types cannot express about a completed configuration, one line each, with the fix."""
-    found = config.algo.findings() + config.algo.findings_with(_setting(config))
-    if config.model.path in ("", MISSING):
-        found.append("model.path is not set: give a hub id or a local folder")
-    if config.data.path in ("", MISSING):
-        found.append("data.path is not set: give a hub id or a local file")
+    """Return what types cannot express about a completed configuration, one line each, with the fix."""
+    sampled = config if isinstance(config, Config) else None
+    setting = Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.lora is not None)
+    if sampled is not None:
+        setting = replace(
+            setting,
+            num_generations=sampled.rollout.num_generations,
+            temperature=sampled.rollout.temperature,
+            max_staleness=sampled.rollout.max_staleness,
+            rewards={f"{i} {reward.fn}": reward.weight for i, reward in enumerate(sampled.rewards)},
+            max_steps=config.train.max_steps,
+        )
+    found = config.algo.findings() + config.algo.findings_with(setting)
+    for name, part in (("model", config.model), ("data", config.data), ("eval.data", config.eval.data)):
+        if part is not None and part.path in ("", MISSING):
+            found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
     if config.eval.steps and config.eval.data is None:
         found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
-    if config.eval.data is not None:
-        if config.eval.data.path in ("", MISSING):
-            found.append("eval.data.path is not set: give a hub id or a local file")
-        if not config.eval.steps:
-            found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
-    return found + (_sampling_findings(config) if isinstance(config, Config) else [])
+    if config.eval.data is not None and not config.eval.steps:
+        found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
+    return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
 
 
 def check(config: RunConfig) -> None:
@@ -154,47 +161,25 @@ def check(config: RunConfig) -> None:
 
 
 def listed(found: list[str]) -> str:
-    """Findings as one message."""
-    if len(found) == 1:
-        return f"configuration: {found[0]}"
-    return "configuration:\n" + "\n".join(f"  - {line}" for line in found)
-
-
-def _setting(config: RunConfig) -> Setting:
-    """What the options of an algorithm have to fit to."""
-    if not isinstance(config, Config):
-        return Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.lora is not None)
-    return Setting(
-        num_prompts=config.rollout.num_prompts,
-        has_adapters=config.model.lora is not None,
-        num_generations=config.rollout.num_generations,
-        temperature=config.rollout.temperature,
-        max_staleness=config.rollout.max_staleness,
-        rewards={f"{i} {reward.fn}": reward.weight for i, reward in enumerate(config.rewards)},
-        max_steps=config.train.max_steps,
-    )
+    """Return findings as one message."""
+    return "configuration:" + (f" {found[0]}" if len(found) == 1 else "".join(f"\n  - {line}" for line in found))
 
 
 def _sampling_findings(c: Config) -> list[str]:
     found = [*c.rollout.findings(), *staleness_findings(c.rollout, c.rollout.max_staleness)]
-
-    def check(ok: bool, message: str) -> None:
-        if not ok:
-            found.append(message)
-
-    check(bool(c.rewards), "rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
+    if not c.rewards:
+        found.append("rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
     for i, reward in enumerate(c.rewards):
-        check(reward.fn not in ("", MISSING), f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")
-    check(
-        c.rollout.temperature > 0,
-        f"rollout.temperature is {c.rollout.temperature}: greedy rollouts are all alike and carry no signal; use 1.0",
-    )
-    check(
-        c.rollout.top_p == 1.0 and c.rollout.top_k == 0,
-        f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
-        "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0",
-    )
-    return found + _critic_findings(c)
+        if reward.fn in ("", MISSING):
+            found.append(f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")
+    if c.rollout.temperature == 0:
+        found.append("rollout.temperature is 0.0: greedy rollouts are all alike and carry no signal; use 1.0")
+    if c.rollout.top_p != 1 or c.rollout.top_k != 0:
+        found.append(
+            f"rollout.top_p {c.rollout.top_p} / top_k {c.rollout.top_k} cut the support that rollouts are drawn from, "
+            "which biases every probability ratio by the mass cut off; train with top_p 1 and top_k 0"
+        )
+    return found
 
 
 def _critic_findings(c: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Lines shown at the start: what the chosen algorithm does, what was changed, and what to be careful about."""
+"""Describe a run at its start: what the algorithm does, what was changed, and what to be careful about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HIDDEN = ("name", "weight")
 
 
 def describe(config: RunConfig) -> list[str]:
-    """The algorithm's line, its critic's, and cautions."""
+    """Return a line for the algorithm, one for its critic, and cautions."""
     algo = config.algo
     preset = _flat(plain(PRESETS[algo.name])) if algo.name in PRESETS else {}
     now, default = _flat(plain(algo)), _flat(plain(type(algo)()))

@@ -1,50 +1,69 @@
-"""What option classes look like from outside: their fields, the choices among them, types and defaults as text."""
+"""Read option classes: their fields, the choices among them, their types as text, their values for YAML."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
 WORDS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
+NAMES = {
+    NoneType: "null",
+    str: "text",
+    float: "number",
+    bool: "true | false",
+    dict: "mapping",
+    Callable: "function",
+    Any: "anything",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptionField:
     """One field of an option class."""
 
+    owner: type
     name: str
     hint: Any
-    """Its type with the ranges."""
+    """Type, with its ranges."""
     members: dict[str, type]
-    """The option classes it can hold, by `kind`; a single class without a kind stands under ""."""
+    """The option classes it can hold, by `kind`; the key of a class without a kind is ""."""
     many: bool
-    """It holds a list of them."""
+    """Whether it holds a list of them."""
     optional: bool
-    """It can be null."""
+    """Whether it can be null."""
     default: Any
     """`dataclasses.MISSING` where it has to be given."""
-    doc: str
-    """Its docstring on one line."""
+
+    @property
+    def doc(self) -> str:
+        """Its docstring on one line, from the class that defines it."""
+        classes = [cls for cls in self.owner.__mro__ if dataclasses.is_dataclass(cls)]
+        texts = (_docstrings(cls.__module__).get((cls.__name__, self.name)) for cls in classes)
+        return next(filter(None, texts), "")
 
     @property
     def takes_text(self) -> bool:
-        """It is a text, and brackets in it have no meaning."""
+        """Whether it is text, in which brackets are only characters."""
         return str in _parts(self.hint) and not any(get_origin(part) in (list, dict) for part in _parts(self.hint))
 
     @property
     def takes_number(self) -> bool:
-        """It is a number, so that true is a mistake and not 1."""
+        """Whether it is a number, so that true is a mistake and not 1."""
         parts = _parts(self.hint)
         return bool({int, float} & {p for p in parts if isinstance(p, type)}) and bool not in parts
 
     @property
     def takes_mapping(self) -> bool:
-        """It is a mapping with any keys."""
+        """Whether it is a mapping with any keys."""
         return Any in _parts(self.hint) or any(get_origin(part) is dict or part is dict for part in _parts(self.hint))
 
     @property
@@ -55,45 +74,49 @@ class OptionField:
 
 @cache
 def option_fields(cls: type) -> dict[str, OptionField]:
-    """The fields of an option class by name, without the `kind` that tells it apart."""
+    """Return the fields of an option class by name, `name` first, without the `kind` that tells it apart."""
     hints = get_type_hints(cls, include_extras=True)
-    ordered = sorted(dataclasses.fields(cls), key=lambda f: f.name != "name")  # the rest in their order
-    return {f.name: _field(f, hints[f.name], _docstring(cls, f.name)) for f in ordered if f.name != "kind"}
+    ordered = sorted(dataclasses.fields(cls), key=lambda f: f.name != "name")
+    return {f.name: _field(cls, f, hints[f.name]) for f in ordered if f.name != "kind"}
 
 
-def _docstring(cls: type, name: str) -> str:
-    """The docstring of a field, where it is defined: pydantic drops those of inherited fields."""
-    for base in cls.__mro__:
-        info = getattr(base, "__pydantic_fields__", {}).get(name)
-        if info is not None and info.description:
-            return info.description
-    return ""
-
-
-def _field(f: dataclasses.Field[Any], hint: Any, doc: str) -> OptionField:
-    classes, many = _option_classes(hint)
-    default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+def _field(owner: type, f: dataclasses.Field[Any], hint: Any) -> OptionField:
+    parts = _parts(hint)
+    lists = [part for part in parts if get_origin(part) is list]
+    classes = [c for c in (_parts(get_args(lists[0])[0]) if lists else parts) if dataclasses.is_dataclass(c)]
     return OptionField(
+        owner=owner,
         name=f.name,
         hint=hint,
-        members={kind_of(c): c for c in classes},
-        many=many,
-        optional=NoneType in _parts(hint),
-        default=default,
-        doc=" ".join(doc.split()),
+        members={kind_of(c): c for c in classes},  # pyright: ignore[reportArgumentType]
+        many=bool(lists),
+        optional=NoneType in parts,
+        default=_default(f),
     )
 
 
-def _option_classes(hint: Any) -> tuple[list[type], bool]:
-    parts = _parts(hint)
-    lists = [part for part in parts if get_origin(part) is list]
-    if lists:
-        return [c for c in _parts(get_args(lists[0])[0]) if dataclasses.is_dataclass(c)], True  # pyright: ignore
-    return [c for c in parts if dataclasses.is_dataclass(c)], False  # pyright: ignore
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+@cache
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
+    """Return (class, field) -> docstring of a module. Only `--help` needs them; pydantic would read them at import."""
+    found: dict[tuple[str, str], str] = {}
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, KeyError):  # no source, such as `python -c`
+        return found
+    for cls in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]:
+        for pair in pairwise(cls.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[cls.name, name] = " ".join(text.split())
+    return found
 
 
 def _parts(hint: Any) -> list[Any]:
-    """The members of a union, without annotations; a type that is not a union is its only member."""
+    """Return the members of a union, without annotations; for any other type, that type alone."""
     if get_origin(hint) is Annotated:
         return _parts(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -102,43 +125,31 @@ def _parts(hint: Any) -> list[Any]:
 
 
 def kind_of(cls: type) -> str:
-    """The value of the field `kind`, or ""."""
+    """Return the value of the field `kind`, or ""."""
     return next((str(f.default) for f in dataclasses.fields(cls) if f.name == "kind"), "")
 
 
 def type_text(hint: Any) -> str:
-    """A type as people read it: `int, at least 1`, `token | sequence`, `a choice by kind`."""
-    if get_origin(hint) is Annotated:
-        inner, *notes = get_args(hint)
-        ranges = [
-            f"{words} {getattr(note, name):g}"
-            for note in notes
-            for c, (words, name) in WORDS.items()
-            if type(note) is c
-        ]
-        return ", ".join([type_text(inner), *ranges])
-    origin, arguments = get_origin(hint), get_args(hint)
+    """Return a type as people read it: `int, at least 1`, `token | sequence`."""
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        notes = [(note, *WORDS[type(note)]) for note in arguments[1:] if type(note) in WORDS]
+        return ", ".join([type_text(arguments[0]), *(f"{words} {getattr(note, key):g}" for note, words, key in notes)])
     if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(type_text(a) for a in arguments))
+        return " | ".join(dict.fromkeys(map(type_text, arguments)))
     if origin is Literal:
         return " | ".join(map(str, arguments))
-    if origin is list:
+    if origin is list and arguments:
         return f"list of {type_text(arguments[0])}"
     if origin is tuple:
-        return "[" + ", ".join(type_text(a) for a in arguments) + "]"
-    if origin is dict:
-        return "mapping"
-    if origin is Callable or hint is Callable:
-        return "function"
+        return f"[{', '.join(map(type_text, arguments))}]"
     if dataclasses.is_dataclass(hint):
         return kind_of(hint) or "options"  # pyright: ignore[reportArgumentType]
-    return {NoneType: "null", str: "text", float: "number", bool: "true | false", Any: "anything"}.get(hint) or getattr(
-        hint, "__name__", str(hint)
-    )
+    return NAMES.get(origin) or getattr(hint, "__name__", str(hint))
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, OptionField]]:
-    """(dotted path, field) of everything inside an option class, all members of its choices included."""
+    """Yield (dotted path, field) for everything inside an option class, all members of its choices included."""
     for name, field in option_fields(cls).items():
         yield prefix + name, field
         if not field.many:
@@ -147,7 +158,7 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, OptionField]]:
 
 
 def plain(value: Any, base: Any = dataclasses.MISSING) -> Any:
-    """An option as plain values, ready for YAML: nulls only where `base` (default: the class) says otherwise."""
+    """Return an option as plain values, ready for YAML: nulls only where `base` (default: the class) says otherwise."""
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, dict):
@@ -162,7 +173,3 @@ def plain(value: Any, base: Any = dataclasses.MISSING) -> Any:
         if inner is not None or otherwise is not None:
             found[f.name] = plain(inner, otherwise)
     return found
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default

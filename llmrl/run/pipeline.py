@@ -97,7 +97,7 @@ class RolloutQueue:
             RunFailed: a rollout is older than `max_staleness` allows.
         """
         ahead = min(self.ahead, (self.max_steps - step) * self.num_prompts)
-        self._begin(count + ahead - len(self.entries), step)
+        self._begin(count + ahead, step)
         while (chosen := self._choose(count)) is None:
             running = [entry.work for entry in self.entries if entry.work is not None and not entry.work.done()]
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -116,15 +116,18 @@ class RolloutQueue:
         return taken
 
     def _begin(self, count: int, step: int) -> None:
-        """Issue `count` further tasks, and start everything that does not run yet (also what was resumed)."""
-        while count > 0:
-            size = min(count, self.num_prompts)
+        """Have the `count` oldest groups under way: first those that a checkpoint left, then further tasks.
+
+        A run that is resumed with a smaller max_staleness or num_prompts has more of them left than may be under way at
+        once. The others wait, or they would be too old when their turn comes.
+        """
+        while (missing := count - len(self.entries)) > 0:
+            size = min(missing, self.num_prompts)
             position, tasks = self.sampler.position, self.sampler.next(size)
             if self.ledger is not None:
                 self.ledger.issued(step, position, tasks)
             self._add([(position + k, task) for k, task in enumerate(tasks)])
-            count -= size
-        for entry in self.entries:
+        for entry in self.entries[:count]:
             if entry.mine and entry.work is None:
                 entry.work = asyncio.ensure_future(self.collect(entry.task, entry.position))  # pyright: ignore
 

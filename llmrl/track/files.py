@@ -36,14 +36,22 @@ class JsonlFile:
             self._file.write(lines.encode("utf-8", errors="backslashreplace"))
             self._file.flush()
         except OSError as error:
-            raise RunFailed(
-                f"{self.path} cannot be written ({error}); free space or choose another output_dir"
-            ) from error
+            raise self._failed(error) from error
 
     def sync(self) -> int:
-        """Flush the file to disk and return its length in bytes, which a checkpoint keeps."""
-        os.fsync(self._file.fileno())
+        """Flush the file to disk and return its length in bytes, which a checkpoint keeps.
+
+        Raises:
+            RunFailed: the disk turns out to be full, which some file systems report only now.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
         return self._file.tell()
+
+    def _failed(self, error: OSError) -> RunFailed:
+        return RunFailed(f"{self.path} cannot be written ({error}); free space or choose another output_dir")
 
     def truncate(self, length: int) -> None:
         """Drop everything that was written after a checkpoint, so that no line appears twice after resuming.

@@ -228,15 +228,38 @@ def test_what_is_under_way_is_begun_again_after_a_resume() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("max_staleness", "num_prompts"), [(0, 4), (1, 4), (0, 3)])
+def test_a_resume_that_works_less_ahead_keeps_to_its_own_limit(max_staleness: int, num_prompts: int) -> None:
+    """What the checkpoint left under way is begun no earlier than the new options allow, and nothing is lost."""
+
+    async def run() -> None:
+        clockwork = Clockwork(max_staleness=3, seconds=lambda position: 0)
+        await clockwork.take(1)
+        state, sampler = clockwork.queue.state_dict(), clockwork.queue.sampler.state_dict()
+        await clockwork.queue.close()
+        assert len(state["under_way"]) > 2 * PROMPTS
+        resumed = Clockwork(max_staleness=max_staleness, num_prompts=num_prompts, seconds=lambda position: 0)
+        resumed.queue.sampler.load_state_dict(sampler)
+        resumed.queue.load_state_dict(state, {str(i): Task(id=str(i), messages=[]) for i in range(200)})
+        taken = []
+        for step in range(2, 8):
+            resumed.version = step - 1
+            taken += await resumed.take(step, num_prompts)
+            assert len(resumed.begun) <= len(taken) + max_staleness * num_prompts
+        assert taken == list(range(PROMPTS, PROMPTS + 6 * num_prompts))
+        await resumed.queue.close()
+
+    asyncio.run(run())
+
+
 def test_processes_take_the_same_groups() -> None:
     """Three queues that see only their own share: each hands over the next tasks in order."""
 
     async def run() -> None:
         several = []
         for rank in range(3):
-            processes = SimpleNamespace(rank=rank, world=3)
+            processes = SimpleNamespace(rank=rank, world=3, gather_objects=list)  # they tell each other nothing
             clockwork = Clockwork(max_staleness=2, parallel=processes)
-            clockwork.queue._share = lambda groups: groups  # type: ignore[method-assign] - no exchange here
             clockwork.finish(*range(100))
             several.append(clockwork)
         for step in range(1, 4):

@@ -61,6 +61,8 @@ def test_a_full_disk_is_named() -> None:
         pytest.skip("this system has no /dev/full")
     with pytest.raises(RunFailed, match="/dev/full cannot be written"):
         JsonlFile(full).append({"a": 1})
+    with pytest.raises(RunFailed, match="/dev/full cannot be written"):
+        JsonlFile(full).sync()
 
 
 def test_metrics_that_are_not_numbers_stay_readable_everywhere(tmp_path: Path) -> None:
