@@ -1,4 +1,4 @@
-"""What an algorithm is: it says what it needs of the forward pass, prepares a batch, and computes a loss."""
+"""The base of all algorithms: what they need from the forward pass, how they prepare a batch, and their loss."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Which quantities an algorithm reads, so that nothing else is computed."""
+    """The quantities that an algorithm reads. Nothing else is computed."""
 
     ref_logprobs: bool = False
     """Log-probabilities under the reference model."""
     full_kl: bool = False
     """`ForwardOutputs.kl`: the divergence from the reference model over the whole vocabulary."""
     every_sample: bool = False
-    """Samples whose advantages are all zero still have a gradient (a KL or entropy term) and must be computed."""
+    """Samples whose advantages are all zero are computed too: a KL or entropy term gives them a gradient."""
     entropy_gradient: bool = False
     """The loss differentiates through the entropy."""
     old_logprobs: bool = False
@@ -33,9 +33,9 @@ class Needs:
     collisions: bool = False
     """`extras["collisions"]`: sum_v p(v)^2 under that policy."""
     influence: bool = False
-    """`extras["influence"]`: each token's influence on the group's tokens that `extras["influence_weights"]`, set by
-    `prepare`, give a weight above 0. Either `refine` finds it; or, where only one optimizer step uses the batch and
-    none of the three above is asked for, `reweight` does, group by group, while the group is trained on."""
+    """`extras["influence"]`: each token's influence on the tokens of its group whose `extras["influence_weights"]`, set
+    by `prepare`, are above 0. `refine` reads it; but if only one optimizer step uses the batch and none of the three
+    above is needed, `reweight` reads it, group by group, while the group is trained on."""
     values: bool = False
     """`extras["old_values"]`: the critic's values of the states before each token, before `refine`."""
     sampling_batches: int = 1
@@ -43,17 +43,17 @@ class Needs:
     greedy_reward: bool = False
     """A greedy completion of every task, for `RolloutGroup.greedy_reward`."""
     policy_streams: bool = False
-    """The streams that `Policy.streams` computes in `extras`: what a policy with further outputs adds."""
+    """The streams that `Policy.streams` adds to `extras`, from a policy with further outputs."""
     refine: bool = False
-    """`refine` is called once the quantities above are there."""
+    """Call `refine` once the quantities above are computed."""
     whole_groups: bool = False
-    """The loss compares a group's samples with each other: they have to lie in one micro-batch."""
+    """The loss compares the samples of a group, so they must be in one micro-batch."""
     ref_sync: tuple[int, float] | None = None
     """(n, alpha): every n optimizer steps the reference becomes alpha * policy + (1 - alpha) * reference."""
 
     @property
     def reference(self) -> bool:
-        """A reference model is read at all."""
+        """Whether a reference model is read."""
         return self.ref_logprobs or self.full_kl
 
 
@@ -64,7 +64,7 @@ class Algorithm:
         needs: the quantities that it reads.
         num_iterations: passes over each batch of rollouts.
         num_mini_batches: optimizer steps per pass.
-        policy_frozen: the update at hand trains the critic only: the policy's parameters must not move.
+        policy_frozen: the current update trains the critic only, and the policy's parameters must not move.
     """
 
     needs: Needs
@@ -75,29 +75,30 @@ class Algorithm:
     # --- override these ---
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: set every rollout's advantage and lay out the training samples. Runs on every process, alike."""
+        """Set every rollout's advantage and lay out the training samples (stage 4). Every process does the same."""
         raise NotImplementedError
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 5: this micro-batch's share of the loss, and metrics that are shares too (added over micro-batches and
-        processes; keys ending in `/max` take the maximum instead).
+        """Compute this micro-batch's share of the loss, and its share of metrics (stage 5).
+
+        Shares are added over micro-batches and processes; of metrics whose key ends in `/max` the maximum is taken.
         """
         raise NotImplementedError
 
     # --- and these where `needs` asks for them ---
 
     def refine(self, batch: TrainBatch) -> None:
-        """Between stages 4 and 5: change the advantages by what the policy that took the batch thinks of its tokens.
+        """Adjust the advantages by the policy's own view of the batch (between stages 4 and 5; with `needs.refine`).
 
-        Runs on every process alike, over the whole batch, and only with `needs.refine`. Samples whose advantages are
-        all zero carry the quantities asked for only with `needs.every_sample`.
+        Every process does the same, for the whole batch. Samples whose advantages are all zero have the needed
+        quantities only with `needs.every_sample`.
         """
         raise NotImplementedError
 
     def reweight(self, batch: TrainBatch, samples: list[Sample]) -> None:
-        """After `refine`: change the advantages of the `samples` of one group by their `extras["influence"]`.
+        """Adjust the advantages of one group's `samples` by their `extras["influence"]` (after `refine`).
 
-        Runs once for each group that has a weight and was not scored before `refine`, in the end on every process.
+        It is called once, in the end on every process, for each group with a weight that `refine` has not handled.
         """
         raise NotImplementedError
 
@@ -108,7 +109,7 @@ class Algorithm:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, as plain values."""
+        """Return what the next step depends on, as plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,15 +119,15 @@ class Algorithm:
 
     @property
     def steps_per_batch(self) -> int:
-        """Optimizer steps that a batch is used for."""
+        """Optimizer steps on each batch."""
         return self.num_iterations * self.num_mini_batches
 
     @property
     def passes(self) -> int:
-        """Passes over the batch at hand."""
+        """Passes over the current batch."""
         return self.num_iterations
 
     @property
     def num_frozen_updates(self) -> int:
-        """Optimizer steps of value pre-training that were planned: over them the critic's learning rate falls to 0."""
+        """Planned optimizer steps of value pre-training, over which the critic's learning rate falls to 0."""
         return 0

@@ -72,7 +72,7 @@ class Collector(Source):
         return []
 
     def begin_step(self, step: int, *, max_steps: int, epoch: float) -> None:
-        """Tell TRL reward functions where the run is."""
+        """Pass the position in the run to TRL reward functions."""
         state = self.rubric.trainer_state
         state.global_step, state.max_steps, state.epoch = step, max_steps, epoch
 

@@ -1,10 +1,8 @@
 """Where the loop gets its scored groups, and whom it serves new weights to.
 
 Each kind of run has its own source: an engine with environments and a rubric (`collector.py`), rows of preferences
-(`preferences.py`), or stored programs (`methods/bcoder/source.py`). The loop does not know which one it has.
-
-A source needs the model, and loading a model is slow. So a `Feed` reads and checks the data first, and turns into the
-source once the model is there.
+(`preferences.py`), or stored programs (`methods/bcoder/source.py`). A source needs the model, and loading one is slow,
+so a `Feed` reads and checks the data first.
 """
 
 from __future__ import annotations
@@ -72,10 +70,7 @@ class Source:
         """Raise RunFailed if too many rollouts of a step have no score."""
 
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
-        """Return the metrics of a step's groups; `version` is the policy's.
-
-        By default these are lengths only: rewards that come with a dataset were not measured.
-        """
+        """Return metrics of a step's groups, for policy `version`. Rewards that a dataset gives were not measured."""
         lengths = [rollout.num_completion_tokens for group in groups for rollout in group.rollouts]
         return {
             "rollout/length/mean": fmean(lengths) if lengths else 0.0,
@@ -110,11 +105,7 @@ class Feed:
     has_reference: bool = False
 
     def encode(self, tokenizer: Any, generation: Any) -> list[str]:
-        """Render the prompts. Returns lines to show.
-
-        Args:
-            tokenizer: the model's.
-            generation: the model's generation configuration, which names its stop tokens.
+        """Render the prompts; `generation` is the model's generation configuration. Returns lines to show.
 
         Raises:
             UserError: rows cannot be rendered, or none are left.
@@ -122,11 +113,7 @@ class Feed:
         raise NotImplementedError
 
     def sampler(self, num_prompts: int) -> TaskSampler:
-        """Return the order of the tasks.
-
-        Raises:
-            UserError: there are fewer tasks than `num_prompts`.
-        """
+        """Return the order of the tasks. Raises UserError if there are fewer than `num_prompts`."""
         raise NotImplementedError
 
     def source(self, start_engine: StartEngine) -> Source:

@@ -69,6 +69,10 @@ class Evaluated(Protocol):
         ...
 
 
+MakeAlgorithm = Callable[[Any, dict[str, float]], "Algorithm"]
+"""(config, weight of each reward by name) -> what turns scored groups into a gradient."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One kind of run."""
@@ -77,8 +81,7 @@ class Method:
     """(config, what was passed to `Trainer`) -> the data, before a model loads."""
     policy: Callable[..., Policy]
     """(config, language model, critic, keep_reference=...) -> the module that is trained."""
-    algorithm: Callable[[Any, dict[str, float]], Algorithm]
-    """(config, weight of each reward by name) -> what turns scored groups into a gradient."""
+    algorithm: MakeAlgorithm
     evaluate: Callable[[Evaluated], Awaitable[dict[str, float]]]
     """(trainer) -> metrics of the held-out tasks, with keys eval/..."""
 
@@ -161,14 +164,10 @@ def _rubric(config: Config, reward: Any) -> Rubric:
 # --- policies ---------------------------------------------------------------------------------------------------------
 
 
-def sampled_policy(config: Config, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
-    """Return a policy whose log-probabilities have the temperature that its rollouts are sampled with."""
-    return Policy(model, temperature=config.rollout.temperature, keep_reference=keep_reference, critic=critic)
-
-
-def offline_policy(config: RunConfig, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
-    """Return a policy for completions of a dataset, which no temperature was used for."""
-    return Policy(model, temperature=1.0, keep_reference=keep_reference, critic=critic)
+def language_policy(config: RunConfig, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
+    """Return a policy whose log-probabilities have the temperature of its rollouts, if it samples any."""
+    temperature = config.rollout.temperature if isinstance(config, Config) else 1.0
+    return Policy(model, temperature=temperature, keep_reference=keep_reference, critic=critic)
 
 
 def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
@@ -201,15 +200,13 @@ async def held_out_preferences(trainer: Evaluated) -> dict[str, float]:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-MakeAlgorithm = Callable[[Any, dict[str, float]], "Algorithm"]
-
 
 def _sampled(algorithm: MakeAlgorithm) -> Method:
-    return Method(feed=task_feed, policy=sampled_policy, algorithm=algorithm, evaluate=held_out_rates)
+    return Method(feed=task_feed, policy=language_policy, algorithm=algorithm, evaluate=held_out_rates)
 
 
 def _offline(algorithm: MakeAlgorithm) -> Method:
-    return Method(feed=preference_feed, policy=offline_policy, algorithm=algorithm, evaluate=held_out_preferences)
+    return Method(feed=preference_feed, policy=language_policy, algorithm=algorithm, evaluate=held_out_preferences)
 
 
 def _limit(config: Config) -> int:

@@ -1,7 +1,4 @@
-"""The loop: prompt -> rollout -> verify -> advantage -> loss -> weight sync. Start reading at `Trainer.fit`.
-
-What differs between kinds of run is behind `source` and `algorithm`, which the table in `methods.py` chooses.
-"""
+"""The loop: prompt -> rollout -> verify -> advantage -> loss -> weight sync. Start reading at `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -105,7 +102,10 @@ class Trainer:
         return run_async(run())
 
     async def fit(self) -> dict[str, float]:
-        """Do what `train` does, for asynchronous callers: `async with trainer: await trainer.fit()`."""
+        """Do what `train` does, for asynchronous callers: `async with trainer: await trainer.fit()`.
+
+        What differs between kinds of run is behind `source` and `algorithm`; the table in `methods.py` chooses them.
+        """
         max_steps = self.config.train.max_steps
         metrics = self._last_metrics()
         self.console.start("training", total=max_steps, done=self.first_step)
@@ -176,13 +176,12 @@ class Trainer:
         async def draw(num_prompts: int) -> list[RolloutGroup]:
             return await self.queue.take(num_prompts, step=step, version=self.policy_version)
 
-        num_prompts, max_batches = self.config.rollout.num_prompts, self.algorithm.needs.sampling_batches
-        if max_batches == 1:
-            groups = drawn = await draw(num_prompts)
-        else:
-            groups, drawn = await collect_informative(
-                draw, num_prompts, max_batches=max_batches, accuracy=self.source.accuracy
-            )
+        groups, drawn = await collect_informative(
+            draw,
+            self.config.rollout.num_prompts,
+            max_batches=self.algorithm.needs.sampling_batches,
+            accuracy=self.source.accuracy,
+        )
         self.source.check(drawn)
         return groups, drawn
 
@@ -190,8 +189,7 @@ class Trainer:
         """Return one scored group, with the reward of a greedy completion if the algorithm needs it."""
         (group,) = await self.source.collect([task], [position])
         if self.algorithm.needs.greedy_reward:
-            options: dict[str, Any] = {"num_generations": 1, "temperature": 0.0, "salt": "greedy"}
-            (greedy,) = await self.source.collect([task], [position], **options)
+            (greedy,) = await self.source.collect([task], [position], num_generations=1, temperature=0.0, salt="greedy")
             score = greedy.rollouts[0].score
             group.greedy_reward = None if score is None else score.reward
         return group

@@ -79,14 +79,14 @@ def _deviation(values: Float[Tensor, "P G"], over: Over) -> Tensor:
 
 
 def flat_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
-    """True for groups whose scores are all equal (or absent): they do not show which rollout was better."""
+    """Return True for groups whose scores are all equal (or absent): they do not show which rollout was better."""
     lowest = torch.where(torch.isnan(rewards), torch.inf, rewards).amin(dim=1)
     highest = torch.where(torch.isnan(rewards), -torch.inf, rewards).amax(dim=1)
     return highest <= lowest
 
 
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A_i = r_i - mean of the group's other scores = n / (n - 1) (r_i - mean r). 0 where there are no others.
+    """Compute A_i = r_i - mean of the group's other scores = n / (n - 1) (r_i - mean r); 0 if there are no others.
 
     References:
         Ahmadian et al. 2024, arXiv:2402.14740, equation 8 (RLOO).
@@ -96,7 +96,7 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 
 def length_weighted(rewards: Float[Tensor, "P G"], lengths: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A_i = r_i - sum_j |y_j| r_j / sum_j |y_j|: the baseline of least gradient variance for equal tokens.
+    """Compute A_i = r_i - sum_j |y_j| r_j / sum_j |y_j|: the baseline of least gradient variance for equal tokens.
 
     References:
         Hao et al. 2025, arXiv:2505.23585 (OPO).
@@ -110,7 +110,7 @@ def length_weighted(rewards: Float[Tensor, "P G"], lengths: Float[Tensor, "P G"]
 
 
 def greedy_baseline(rewards: Float[Tensor, "P G"], greedy: Float[Tensor, " P"]) -> Float[Tensor, "P G"]:
-    """A_i = r_i - r(greedy completion of the same prompt). 0 where either has no score.
+    """Compute A_i = r_i - r(greedy completion of the same prompt); 0 where either has no score.
 
     References:
         Li et al. 2023, arXiv:2310.10505 (ReMax).

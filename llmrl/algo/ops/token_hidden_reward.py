@@ -34,7 +34,7 @@ Threshold = Literal["nthr_min", "mean", "quantile", "none"]
 
 
 def prediction_errors(probabilities: Float[Tensor, "T V"], target_columns: Int[Tensor, " T"]) -> Float[Tensor, "T V"]:
-    """G = onehot(y) - pi, restricted to the columns of V*. Works in place on `probabilities`.
+    """Compute G = onehot(y) - pi, restricted to the columns of V*, in place of `probabilities`.
 
     Args:
         probabilities: probabilities of the tokens of V*, one row per trained token; overwritten.
@@ -48,7 +48,7 @@ def prediction_errors(probabilities: Float[Tensor, "T V"], target_columns: Int[T
 def influence_matrix(
     errors: Float[Tensor, "T V"], hidden: Float[Tensor, "T H"], weights: Float[Tensor, " T"]
 ) -> Float[Tensor, "V H"]:
-    """M = sum_k w_k g_k h_k^T. The matrix of a group is the sum of the matrices of its parts.
+    """Compute M = sum_k w_k g_k h_k^T. The matrix of a group is the sum of the matrices of its parts.
 
     Args:
         errors: from `prediction_errors`.
@@ -62,7 +62,7 @@ def influence_matrix(
 def influence(
     errors: Float[Tensor, "T V"], hidden: Float[Tensor, "T H"], matrix: Float[Tensor, "V H"]
 ) -> Float[Tensor, " T"]:
-    """s_k = g_k^T M h_k, the influence of each token."""
+    """Compute s_k = g_k^T M h_k, the influence of each token."""
     return torch.linalg.vecdot(errors @ matrix, hidden)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
