@@ -32,9 +32,9 @@ class TrainerState:
     """What TRL reward functions read from their `trainer_state`. The trainer keeps it up to date."""
 
     global_step: int = 0
-    """Optimizer steps finished so far."""
+    """Steps of the run finished so far (batches of rollouts)."""
     max_steps: int = 0
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run."""
     epoch: float = 0.0
     """Passes over the training data so far, as a fraction."""
 
