@@ -119,9 +119,16 @@ def from_dotted(values: dict[str, Any], config_class: type[T] = Config) -> T:
 
 
 def with_algorithm(config: RunConfig, name: str) -> RunConfig:
-    """Return the same run with another algorithm, without what that one does not read."""
-    given = given_tree({k: v for k, v in to_dict(config).items() if k != "algo"}, "the configuration", 0)
-    return build(given | {"algo": {"name": Given(name)}})
+    """Return the same run with another algorithm, without what that one does not read.
+
+    What was changed of the old preset is laid over the new one, as if a file had held it.
+    """
+    plain_config, kind = to_dict(config), type(config)
+    before = plain(PRESETS[config.algo.name]) if config.algo.name in PRESETS else {}
+    plain_config["algo"] = {k: v for k, v in plain_config["algo"].items() if k != "name" and before.get(k) != v}
+    given = given_tree(plain_config, "the configuration", 0)
+    given["algo"]["name"] = Given(name)
+    return build(given, Config if kind in (Config, RunConfig) else kind)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from llmrl.train.options import TrainConfig
 
 
+NOT_MEASURED = ("kl/", "policy/entropy", "preference/")
+"""Metrics of a step that computed no sample: better none than a 0 that looks like a measurement."""
+
+
 class Learner:
     """Owns the optimizer and turns a `TrainBatch` into updates of the policy.
 
@@ -201,7 +205,7 @@ class Learner:
         norms = self._clip(policy_frozen=algorithm.policy_frozen)
         report = finish_metrics({key: value.item() for key, value in totals.items()}) | norms
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
-            report = {key: value for key, value in report.items() if not key.startswith(("kl/", "policy/entropy"))}
+            report = {key: value for key, value in report.items() if not key.startswith(NOT_MEASURED)}
         if all(math.isfinite(value) for value in (*norms.values(), report["loss/total"])):
             self._set_rates(algorithm)
             self.optimizer.step()

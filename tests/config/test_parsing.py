@@ -32,8 +32,10 @@ from llmrl.config import (
     save_config,
     to_dict,
 )
+from llmrl.config.parsing import with_algorithm
 from llmrl.config.schema import walk
 from llmrl.errors import UserError
+from llmrl.option import option
 
 BASE = ["--model.path=m", "--data.path=d", "--rewards=[{fn: 'r.py:f'}]"]
 OFFLINE = BASE[:2]
@@ -633,3 +635,27 @@ def test_what_fits_together_is_checked_after_parsing() -> None:
     config = parse(BASE[:1])
     with pytest.raises(UserError, match="data.path is not set"):
         check(config)
+
+
+def test_another_algorithm_keeps_what_was_changed_and_what_it_reads() -> None:
+    config = dataclasses.replace(
+        parse([*BASE, "--train.max_steps=7"]), algo=preset("grpo", kl={"beta": 0.04}, num_iterations=2)
+    )
+    found = with_algorithm(config, "dapo")
+    assert (found.algo.name, found.algo.beta, found.algo.num_iterations) == ("dapo", 0.04, 2)
+    assert (found.algo.loss.dual_clip, found.train.max_steps) == (10.0, 7)
+    offline = with_algorithm(config, "dpo")
+    assert type(offline) is RunConfig and offline.algo.num_iterations == 2 and offline.train.max_steps == 7
+    assert type(with_algorithm(offline, "grpo")) is Config
+
+
+@option
+class Recipe(Config):
+    """A recipe with an option of its own."""
+
+    extra: int = 1
+
+
+def test_another_algorithm_keeps_the_options_of_a_recipe() -> None:
+    found = with_algorithm(Recipe(extra=5), "dapo")
+    assert type(found) is Recipe and found.extra == 5 and found.algo.name == "dapo"
