@@ -14,12 +14,12 @@ from llmrl.errors import UserError
 WIDTH = 120
 
 
-def show(config_class: type, config: Any, *, section: str, prog: str | None) -> None:
+def show(config_class: type, config: object, *, section: str, prog: str | None) -> None:
     """Print the help; `config` holds what was chosen, `section` is a dotted path or "" for all."""
     print("\n".join(_section(config_class, section) if section else _overview(config_class, config, prog)))
 
 
-def _overview(config_class: type, config: Any, prog: str | None) -> list[str]:
+def _overview(config_class: type, config: object, prog: str | None) -> list[str]:
     lines = [
         f"usage: {prog or 'RECIPE.py'} [--config FILE.yaml] [--SECTION.OPTION VALUE ...]",
         "",

@@ -131,7 +131,7 @@ def with_algorithm(config: RunConfig, name: str) -> RunConfig:
     return build(given, Config if kind in (Config, RunConfig) else kind)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: object) -> dict[str, Any]:
     """Return a configuration as plain values: only what applies, without nulls that are defaults."""
     found = plain(config)
     if not isinstance(config, RunConfig):
@@ -140,13 +140,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: object) -> str:
     """Return `to_dict` as YAML."""
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def save_config(config: Any, file: str | Path) -> None:
+def save_config(config: object, file: str | Path) -> None:
     """Write a configuration as YAML; `load_config(["--config", file])` gives it back."""
     Path(file).write_text(to_yaml(config))

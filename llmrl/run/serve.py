@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrl.errors import UserError
 
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     only_print = "--print_command" in argv
-    config: Any = parse([a for a in argv if a != "--print_command"], prog="llmrl serve RECIPE.yaml")
+    config = parse([a for a in argv if a != "--print_command"], prog="llmrl serve RECIPE.yaml")
     if config.model.path == MISSING:
         raise UserError("llmrl serve: model.path is not set: name a recipe, or give --model.path")
     launches = plan(config.model, config.rollout)
