@@ -11,7 +11,7 @@ from llmrl.errors import UserError
 from llmrl.types import Message, Score
 from llmrl.verify.checks import boxes as bx
 from llmrl.verify.checks.answers import completion_text, extract_tag
-from llmrl.verify.checks.text import without_thinking
+from llmrl.verify.thinking import without_thinking
 
 Measure = Literal["iou", "map", "map50", "od_length"]
 Space = Literal["original", "input", "thousand"]

@@ -16,9 +16,9 @@ from typing import Any
 from llmrl.errors import UserError
 from llmrl.types import Score
 from llmrl.verify.checks.answers import gold_answers
-from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.correct import judge_correct
 from llmrl.verify.judge.judge import OfflineJudge, Question, get_judge
+from llmrl.verify.thinking import without_thinking
 
 GRADE = Question(
     name="grade",

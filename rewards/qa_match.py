@@ -9,7 +9,7 @@ from typing import Any, Literal
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Score
 from llmrl.verify.checks import answers as qa
-from llmrl.verify.checks.text import without_thinking
+from llmrl.verify.thinking import without_thinking
 
 Measure = Literal["em", "f1", "substring", "search_r1", "deepresearcher"]
 _MEASURES = {"em": qa.exact_match, "f1": qa.f1, "substring": qa.substring_match}

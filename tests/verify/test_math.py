@@ -27,8 +27,8 @@ from llmrl.verify.checks.math import (
     last_box,
     normalize,
 )
-from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.spec import resolve
+from llmrl.verify.thinking import without_thinking
 
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import Message
-from llmrl.verify.checks.text import without_thinking
+from llmrl.verify.thinking import without_thinking
 
 GOLD_SEPARATOR = "<|answer_split|>"
 """Joins several gold answers in DeepResearcher rows."""

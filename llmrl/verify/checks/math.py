@@ -16,7 +16,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-from llmrl.verify.checks.text import without_thinking
+from llmrl.verify.thinking import without_thinking
 
 MAX_ANSWER_LENGTH = 1000
 """Characters; anything longer does not count as an answer."""

@@ -1,7 +1,4 @@
-"""Text of a completion: what it says outside its thinking, and how close it comes to a reference text.
-
-The measures are edit similarity, exact match of code, and smoothed BLEU of token ids.
-"""
+"""How close a text comes to a reference: edit similarity, exact match of code, and smoothed BLEU of token ids."""
 
 from __future__ import annotations
 
@@ -17,32 +14,6 @@ LITERALS = {"<NUM_LIT>": "0", "<STR_LIT>": "", "<CHAR_LIT>": ""}
 KEPT_LITERAL = re.compile(r"<(?:NUM|STR|CHAR)_LIT:([^>]*)>")
 """A frequent literal, which CodeXGLUE keeps inside the placeholder."""
 BLEU_ORDER = 4
-
-
-def without_thinking(text: str) -> str:
-    """Return the part of a completion that answers: everything outside its `<think> ... </think>` blocks.
-
-    Every verifier reads a completion through this function, so all of them judge the same text:
-
-    - A closed block is removed wherever it stands. Blocks do not nest: the first `</think>` closes.
-    - A block that is never closed is thinking without an answer; it is removed to the end.
-    - Text before a first `</think>` that nothing opened is thinking too: many chat templates put `<think>` at the end
-      of the prompt. (Such thinking that is cut off before its `</think>` looks like an answer.)
-    - Any other `</think>` closes nothing; the tag alone is removed.
-
-    What remains of several parts is joined by line breaks, so that removing a block never makes a new word or tag.
-    The result holds no thinking tag: applying the function twice changes nothing. Time is linear in the length.
-
-    Example:
-        >>> without_thinking("<think>a</think>b<think>c")
-        'b'
-    """
-    first, *later = text.split("</think>")
-    if later and "<think>" not in first:
-        first = ""
-    # Each part ends where a `</think>` stood or the text ended, so thinking runs from its first `<think>` to its end.
-    answers = (part.partition("<think>")[0] for part in (first, *later))
-    return "\n".join(answer for answer in answers if answer)
 
 
 def without_placeholders(code: str) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from llmrl.types import Message
 from llmrl.verify.checks.answers import multilingual
-from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.verdict import clean_text
+from llmrl.verify.thinking import without_thinking
 
 MAX_CITATIONS = 1000
 """Further citations of an answer are not read, which bounds the work that one answer can cause."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.verify.checks.text import without_thinking
+from llmrl.verify.thinking import without_thinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Score
-from llmrl.verify.checks.text import without_thinking
 from llmrl.verify.judge.judge import AnyJudge, Canary, Question, both_orders, get_judge
+from llmrl.verify.thinking import without_thinking
 from llmrl.verify.translation.language import base_language, is_language
 from llmrl.verify.translation.metrics import LOCAL_METRICS, metric_value, surface_metrics
 
