@@ -75,7 +75,8 @@ class StoredPrograms(Source):
         """
         if salt == "train":
             return [self.group(task, position) for task, position in zip(tasks, positions, strict=True)]
-        assert self.live is not None, "held-out tasks are sampled, but there is no engine"
+        if self.live is None:
+            raise UserError("nothing can be sampled: this run has no held-out tasks, hence no engine; set eval.data")
         if self.served != self.version:  # training samples nothing, so weights are pushed only when they are needed
             await self.live.serve(self.version)
             self.served = self.version

@@ -134,6 +134,12 @@ def test_evaluation_still_samples() -> None:
     assert group.rollouts[0].completion == "A"
 
 
+def test_a_run_without_held_out_tasks_cannot_sample() -> None:
+    stored = StoredPrograms(Chat(byte_tokenizer(), prompt_format="text"), BCoderOptions(), num_generations=2, seed=0)
+    with pytest.raises(UserError, match="nothing can be sampled.*set eval.data"):
+        asyncio.run(stored.collect(tasks_from_rows(rows(), DataConfig(), "t")[:1], [0], salt="eval"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
