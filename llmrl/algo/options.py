@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from llmrl.option import Count, option
 
@@ -38,6 +39,31 @@ class Setting:
             f"algo.num_mini_batches {num_mini_batches} exceeds rollout.num_prompts {self.num_prompts}: mini-batches "
             "are made of whole groups; lower it, or raise rollout.num_prompts"
         ]
+
+
+@option
+class AlgorithmOptions:
+    """What every kind of run reads of its algorithm, before a model loads."""
+
+    samples: ClassVar[bool] = True
+    """Whether the policy samples. Runs on a dataset alone have fewer sections."""
+    reads_critic: ClassVar[bool] = False
+    """Whether the section `critic` is read."""
+
+    name: str
+    """The preset. Options given beside it override it."""
+
+    def findings(self) -> list[str]:
+        """Return what is wrong among these options: one line each, with the fix."""
+        return []
+
+    def findings_with(self, setting: Setting) -> list[str]:
+        """Return what is wrong between these options and the other sections: one line each, with the fix."""
+        return []
+
+    def cautions(self) -> list[str]:
+        """Return what may well be meant, but rarely is."""
+        return []
 
 
 def sampling_batches(options: DynamicSampling | None) -> int:

@@ -7,7 +7,7 @@ wrong with the arguments is reported here, all findings at once, before any mode
 
 from llmrl.config.config import (
     PRESETS,
-    AlgoOptions,
+    AlgorithmOptions,
     Config,
     EvalConfig,
     OfflineEvalConfig,
@@ -28,7 +28,7 @@ from llmrl.train.options import TrainConfig
 from llmrl.verify.options import RewardConfig, VerifyConfig
 
 __all__ = [
-    "MISSING", "PRESETS", "AdapterCritic", "AlgoOptions", "BatchConfig", "Config", "DataConfig", "EvalConfig",
+    "MISSING", "PRESETS", "AdapterCritic", "AlgorithmOptions", "BatchConfig", "Config", "DataConfig", "EvalConfig",
     "EvalRun", "LoraConfig", "ModelConfig", "OfflineEvalConfig", "RewardConfig", "RolloutConfig", "RowsConfig",
     "RunConfig", "SamplingConfig", "SeparateCritic", "SharedCritic", "TrackConfig", "TrainConfig", "VerifyConfig",
     "VllmConfig", "VllmServerConfig", "check", "complete", "findings", "from_dotted", "load_config", "parse",

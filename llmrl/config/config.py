@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
-from llmrl.algo.options import Setting
+from llmrl.algo.options import AlgorithmOptions, Setting
 from llmrl.algo.policy_gradient import options as policy_gradient
 from llmrl.algo.policy_gradient.options import Correction, PolicyGradient, PolicyLossOptions
 from llmrl.algo.ppo import options as ppo
 from llmrl.algo.ppo.options import PPO
 from llmrl.algo.preference import options as preference
-from llmrl.algo.preference.options import DPO, KTO, OnlineDPO, OnlineKTO
 from llmrl.data.options import DataConfig, RowsConfig
 from llmrl.engines.options import staleness_findings
 from llmrl.errors import UserError
 from llmrl.methods.bcoder import options as bcoder
-from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.model.options import AdapterCritic, Critic, ModelConfig, SeparateCritic, SharedCritic
 from llmrl.option import MISSING, Count, Natural, NotNegative, option
 from llmrl.rollout.options import BatchConfig, RolloutConfig
@@ -27,12 +25,10 @@ from llmrl.track.options import TrackConfig
 from llmrl.train.options import TrainConfig
 from llmrl.verify.options import RewardConfig, VerifyConfig
 
-AlgoOptions = PolicyGradient | PPO | DPO | OnlineDPO | KTO | OnlineKTO | BCoderOptions
-PRESETS: dict[str, AlgoOptions] = {
-    **policy_gradient.PRESETS,
-    **ppo.PRESETS,
-    **preference.PRESETS,
-    **bcoder.PRESETS,
+FAMILIES = (policy_gradient, ppo, preference, bcoder)
+"""The families of algorithms, each by the module of its options."""
+PRESETS: dict[str, AlgorithmOptions] = {
+    name: options for family in FAMILIES for name, options in family.PRESETS.items()
 }
 """What `algo.name` can be."""
 
@@ -69,7 +65,7 @@ class RunConfig:
     """Where rows come from."""
     rollout: BatchConfig = field(default_factory=BatchConfig)
     """The size of a batch."""
-    algo: AlgoOptions = field(default_factory=PolicyGradient)
+    algo: AlgorithmOptions = field(default_factory=PolicyGradient)
     """What turns rewards or preferences into a gradient."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimizer, the length of the run, and what is saved."""
@@ -101,14 +97,14 @@ ORDER = ("model", "data", "rollout", "rewards", "verify", "algo", "critic", "tra
 """Sections as they are written and shown."""
 
 
-def run_class(algo: AlgoOptions) -> type[RunConfig]:
+def run_class(algo: AlgorithmOptions) -> type[RunConfig]:
     """Return the class with the sections of a run of this algorithm: without an engine there are fewer."""
-    return RunConfig if isinstance(algo, DPO | KTO) else Config
+    return Config if algo.samples else RunConfig
 
 
-def unread_sections(algo: AlgoOptions) -> set[str]:
+def unread_sections(algo: AlgorithmOptions) -> set[str]:
     """Return the sections of `Config` that this algorithm does not read."""
-    return set() if isinstance(algo, PPO) else {"critic"}
+    return set() if algo.reads_critic else {"critic"}
 
 
 def complete(config: RunConfig) -> RunConfig:

@@ -17,7 +17,7 @@ def describe(config: RunConfig) -> list[str]:
     """Return a line for the algorithm, one for its critic, and cautions."""
     algo = config.algo
     preset = _flat(plain(PRESETS[algo.name])) if algo.name in PRESETS else {}
-    now, default = _flat(plain(algo)), _flat(plain(type(algo)()))
+    now, default = _flat(plain(algo)), _flat(plain(type(algo)(name=algo.name)))
     shown = {k: v for k, v in now.items() if k.endswith("kind") or default.get(k) != v}
     changed = {k: v for k, v in now.items() if preset.get(k) != v}
     changed |= {k: None for k in preset if k not in now}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llmrl.config import hints
-from llmrl.config.config import PRESETS, AlgoOptions, Config, unread_sections
+from llmrl.config.config import PRESETS, AlgorithmOptions, Config, unread_sections
 from llmrl.config.given import Given, Tree, first_leaf, given_tree, leaves, look_up, single, without_places
 from llmrl.config.messages import explain, shown
 from llmrl.config.schema import OptionField, kind_of, option_fields, plain, type_text
@@ -43,7 +43,7 @@ class Overlay:
             problem = f" ({given.problem})" if given is not None and given.problem else ""
             self.found.append(f"{label or path}{_at(given)}{text}{problem}")
 
-    def algo(self, given: Any) -> AlgoOptions | None:
+    def algo(self, given: Any) -> AlgorithmOptions | None:
         """Lay `given` over the preset that it names; None where that is wrong."""
         if isinstance(given, Given):
             if type(given.value) in set(map(type, PRESETS.values())):
@@ -59,7 +59,7 @@ class Overlay:
         values = self.lay(type(base), plain(base), given, "algo.", choice=name)
         return self.validate(type(base), values, {"algo": given}, prefix="algo.")
 
-    def leave_out(self, given: Tree, cls: type, algo: AlgoOptions, full: type = Config, path: str = "") -> None:
+    def leave_out(self, given: Tree, cls: type, algo: AlgorithmOptions, full: type = Config, path: str = "") -> None:
         """Remove what this kind of run does not read, so that one file serves several kinds.
 
         Args:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from llmrl.config.config import ORDER, PRESETS, AlgoOptions, Config, RunConfig, check, complete, listed, run_class
+from llmrl.config.config import ORDER, PRESETS, AlgorithmOptions, Config, RunConfig, check, complete, listed, run_class
 from llmrl.config.given import Given, Tree, from_dotted_names, given_tree
 from llmrl.config.overlay import Overlay
 from llmrl.config.schema import plain
@@ -96,7 +96,7 @@ def _print_left_out(paths: list[str]) -> None:
         print(f"note: this kind of run does not read {names}: left out", file=sys.stderr)
 
 
-def preset(name: str, **over: Any) -> AlgoOptions:
+def preset(name: str, **over: Any) -> AlgorithmOptions:
     """Return the options of the preset `name` with `over` on top; nested options are given as dictionaries.
 
     Example:

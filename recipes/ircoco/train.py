@@ -34,7 +34,7 @@ from llmrl.algo.ppo.options import PPO
 from llmrl.config import (
     MISSING,
     PRESETS,
-    AlgoOptions,
+    AlgorithmOptions,
     Config,
     DataConfig,
     EvalRun,
@@ -171,14 +171,14 @@ def plan(config: IRCoCoRun, folder: Path) -> dict[str, Config]:
     return runs
 
 
-def pays_tokens(algo: AlgoOptions) -> bool:
+def pays_tokens(algo: AlgorithmOptions) -> bool:
     """Return whether an algorithm pays each token its own reward."""
     if isinstance(algo, PPO):
         return algo.use_token_rewards
     return isinstance(algo, PolicyGradient) and isinstance(algo.baseline, TokenRewards)
 
 
-def terminal(dense: AlgoOptions, name: str) -> AlgoOptions:
+def terminal(dense: AlgorithmOptions, name: str) -> AlgorithmOptions:
     """Return the preset `name` with what was given for the run `dense`, but paid at the end of the completion.
 
     Raises:
@@ -209,7 +209,7 @@ def carry_over(given: Any, default: Any, target: T, *, leave_out: Sequence[str] 
     return dataclasses.replace(cast("Any", target), **changed)
 
 
-def run_config(config: IRCoCoRun, folder: Path, algo: AlgoOptions) -> Config:
+def run_config(config: IRCoCoRun, folder: Path, algo: AlgorithmOptions) -> Config:
     """Return the configuration of one run in `folder`; it is continued where it was interrupted."""
     reward = {
         "evaluator": str(Path(config.train.output_dir) / "evaluator"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmrl.algo.options import DynamicSampling, Setting
+from llmrl.algo.options import AlgorithmOptions, DynamicSampling, Setting
 from llmrl.algo.policy_gradient.choices import (
     Baseline,
     Cispo,
@@ -42,7 +42,7 @@ from llmrl.option import Count, NotNegative, Positive, PositiveShare, Share, opt
 
 
 @option
-class PolicyLossOptions:
+class PolicyLossOptions(AlgorithmOptions):
     """What PPO and the critic-free methods share: everything after the advantages."""
 
     overlong_buffer: Share = 0.0

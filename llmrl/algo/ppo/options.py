@@ -5,7 +5,7 @@ The critic's own options are in `llmrl/model/options.py`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Le
 
@@ -54,6 +54,8 @@ class Warmup:
 @option
 class PPO(PolicyLossOptions):
     """Rewards of tokens and a critic's values -> advantages -> a policy-gradient loss and the critic's loss."""
+
+    reads_critic: ClassVar[bool] = True
 
     name: str = "ppo"
     """The preset. Options given beside it override it."""

@@ -7,11 +7,11 @@ anything loads.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, MinLen
 
-from llmrl.algo.options import DynamicSampling, Setting
+from llmrl.algo.options import AlgorithmOptions, DynamicSampling, Setting
 from llmrl.algo.preference.loss_options import (
     Divergence,
     Ipo,
@@ -59,21 +59,15 @@ class MovingReference:
 
 
 @option
-class PreferenceOptions:
+class PreferenceOptions(AlgorithmOptions):
     """What all four kinds of run read."""
 
-    name: str
-    """Name of the preset."""
     num_iterations: Count = 1
     """Passes over each batch."""
     num_mini_batches: Count = 1
     """Optimizer steps per pass."""
     reference: MovingReference | None = None
     """How the reference follows the policy. Default: it never moves."""
-
-    def findings(self) -> list[str]:
-        """Return what is wrong among these options: one line each, with the fix."""
-        return []
 
     def findings_with(self, setting: Setting) -> list[str]:
         """Return what is wrong between these options and the other sections: one line each, with the fix."""
@@ -84,10 +78,6 @@ class PreferenceOptions:
                 "algo.reference"
             )
         return found
-
-    def cautions(self) -> list[str]:
-        """Return what may well be meant, but rarely is."""
-        return []
 
 
 @option
@@ -155,6 +145,8 @@ class PairOptions(PreferenceOptions):
 class DatasetOptions(PreferenceOptions):
     """What runs on a dataset read."""
 
+    samples: ClassVar[bool] = False
+
     max_length: Annotated[int, Ge(2)] = 1024
     """Cut sequences (prompt and completion) to this many tokens; rows with no room for a completion are left out."""
     precompute_ref_log_probs: bool = False
@@ -182,7 +174,7 @@ class DPO(DatasetOptions, PairOptions):
     """Pairs from a dataset: rows with prompt, chosen and rejected. Nothing is sampled."""
 
     name: str = "dpo"
-    """Name of the preset."""
+    """The preset. Options given beside it override it."""
 
     def findings(self) -> list[str]:
         """Return what is wrong among these options: one line each, with the fix."""
@@ -197,7 +189,7 @@ class OnlineDPO(PairOptions):
     """Pairs among the policy's own rollouts, compared by their rewards."""
 
     name: str = "online_dpo"
-    """Name of the preset."""
+    """The preset. Options given beside it override it."""
     pairs: Literal["best_worst", "all"] = "best_worst"
     """Compare the best rollout of each group with the worst, or use every pair that is decided."""
     min_margin: NotNegative = 0.0
@@ -251,7 +243,7 @@ class KTO(DatasetOptions, LabelOptions):
     """Single completions from a dataset: rows with prompt, completion and label. Nothing is sampled."""
 
     name: str = "kto"
-    """Name of the preset."""
+    """The preset. Options given beside it override it."""
 
 
 @option
@@ -259,7 +251,7 @@ class OnlineKTO(LabelOptions):
     """The policy's own rollouts, desirable or not by their rewards."""
 
     name: str = "online_kto"
-    """Name of the preset."""
+    """The preset. Options given beside it override it."""
     desirable_above: float = 0.5
     """Completions with a reward above this are desirable."""
     dynamic_sampling: DynamicSampling | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from llmrl.algo.options import Setting
+from llmrl.algo.options import AlgorithmOptions, Setting
 from llmrl.option import KIND, Count, NotNegative, Positive, Share, option
 
 
@@ -35,7 +35,7 @@ Stage = Annotated[ValueStage | PolicyStage, KIND]
 
 
 @option
-class BCoderOptions:
+class BCoderOptions(AlgorithmOptions):
     """Value-based training on stored programs with outcomes.
 
     Rows carry `samples`, as `llmrl eval --save_samples` writes them, and a right program.
@@ -96,10 +96,6 @@ class BCoderOptions:
         }  # fmt: skip
         found = [text for text, wrong in rules.items() if wrong]
         return found + setting.mini_batch_findings(self.num_mini_batches)
-
-    def cautions(self) -> list[str]:
-        """Return what is allowed but rarely intended."""
-        return []
 
 
 PRESETS: dict[str, BCoderOptions] = {"bcoder": BCoderOptions()}
