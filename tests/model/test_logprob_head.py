@@ -253,6 +253,131 @@ def test_under_autocast_forward_and_backward_use_the_same_logits(seed: int) -> N
     torch.testing.assert_close(grad_hidden, reference.grad.float(), rtol=0, atol=0)
 
 
+FLOAT32_VARIANTS = {"plain": {}, "softcap, cold, scale": {"softcap": 4.0, "temperature": 0.7, "scale": 0.5}}
+
+
+class ProductsIntoFloat32(TorchDispatchMode):
+    """Stands in for a GPU: products of bfloat16 matrices with a float32 result, which CPUs do not have."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.dtype:
+            self.calls += 1
+            return args[0].float() @ args[1].float()
+        if func is torch.ops.aten.addmm.dtype_out:
+            self.calls += 1
+            return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("variant", FLOAT32_VARIANTS)
+def test_float32_head_does_not_round_logits(
+    variant: str, on_gpu: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same bfloat16 operands: everything that reads logits is as exact as in float32."""
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(logprob_head, "_multiplies_into_float32", lambda _: on_gpu)
+    options, tensors, other = FLOAT32_VARIANTS[variant], inputs(seed, torch.bfloat16), inputs(seed + 1, torch.bfloat16)
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    head = Head(weight=weight, float32=True, **options)
+    reference = ReferenceHead(
+        hidden=other["hidden"].detach(), head=Head(weight=other["weight"].detach(), float32=True, **options)
+    )
+    exact = [x[name].detach().double().requires_grad_() for x in (tensors, other) for name in ("hidden", "weight")]
+    columns = torch.arange(VOCABULARY).repeat(ROWS, 1).T
+    dense, theirs = (
+        torch.stack([literal(*pair, column, **options)[0] for column in columns], 1) for pair in (exact[:2], exact[2:])
+    )
+    expected = (*literal(exact[0], exact[1], targets, **options), (dense.exp() * (dense - theirs.detach())).sum(1))
+    with ProductsIntoFloat32() as products:
+        ours = token_logprobs_and_kl(hidden, head, targets, reference)
+        vocabulary, places = targets.unique(return_inverse=True)
+        some = restricted_probabilities(hidden, head, ours[0].detach(), vocabulary, places)
+        collisions, greedy = token_collisions(hidden, head), greedy_tokens(hidden, head)
+        gradients = torch.autograd.grad(sum(value.sum() for value in ours), [hidden, weight])  # pyright: ignore
+    assert (products.calls > 0) == on_gpu
+    for value, correct in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value.double(), correct, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some.double(), dense.exp()[:, vocabulary], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(collisions.double(), dense.exp().square().sum(1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(greedy, dense.argmax(1))
+    correct = torch.autograd.grad(sum(value.sum() for value in expected), exact[:2])  # pyright: ignore
+    for value, slope in zip(gradients, correct, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert (value - slope).norm() <= 0.005 * slope.norm(), "rounded like any number in bfloat16, and no more"
+    rounded = token_logprobs(hidden, Head(weight=weight, **options), targets)[0]
+    assert (rounded - expected[0]).abs().max() > 1e-3, "without the option logits are rounded"
+
+
+def test_weight_gradient_of_many_chunks_adds_up_in_float32_on_a_gpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks of float32 master weights under autocast: nothing is rounded to bfloat16 but the operands."""
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(logprob_head, "_multiplies_into_float32", lambda _: True)
+    tensors = inputs(seed)
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    with ProductsIntoFloat32() as products, torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, _ = token_logprobs(hidden, Head(weight=weight), targets)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), weight)
+    assert products.calls == 3
+    rounded = hidden.detach().bfloat16()
+    logits = (rounded @ weight.detach().bfloat16().T).float()
+    errors = (torch.nn.functional.one_hot(targets, VOCABULARY) - logits.softmax(1)).bfloat16()
+    torch.testing.assert_close(gradient.double(), errors.double().T @ rounded.double(), rtol=1e-5, atol=1e-5)
+
+
+class Made(TorchDispatchMode):
+    """Counts the tensors of one shape that operations make (not views), by type."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.storages = shape, dict[torch.dtype, set[int]]()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.shape == self.shape:
+                place = leaf.untyped_storage().data_ptr()
+                if place not in known:
+                    self.storages.setdefault(leaf.dtype, set()).add(place)
+                    self.kept.append(leaf)  # or its memory could be used again and count as the same
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_weight_is_cast_once_per_pass_whatever_the_number_of_chunks(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob_head, "MAX_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(logprob_head, "_multiplies_into_float32", lambda _: True)
+    tensors = inputs(0)
+    weight = tensors["weight"].requires_grad_(trained)
+    other = ReferenceHead(hidden=tensors["hidden"].detach(), head=Head(weight=weight.detach().clone()))
+    made = Made(tuple(weight.shape))
+    with ProductsIntoFloat32(), made, torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = token_logprobs_and_kl(tensors["hidden"], Head(weight=weight), tensors["targets"], other)
+        assert {dtype: len(found) for dtype, found in made.storages.items()} == {torch.bfloat16: 2}
+        sum(part.sum() for part in parts).backward()  # pyright: ignore
+    assert len(made.storages[torch.bfloat16]) == 4, "policy and reference, forward and backward"
+    assert len(made.storages.get(torch.float32, ())) == trained, "one sum of the gradient; a frozen head needs none"
+
+
+def test_gpus_compute_more_at_once_but_never_much_of_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"cuda:0": 80 * 2**30, "cuda:1": 24 * 2**30, "cuda:2": 2 * 2**30}
+
+    class Properties:
+        def __init__(self, device: torch.device) -> None:
+            self.total_memory = memory[str(device)]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    sizes = [logprob_head.max_logits(torch.device(name)) for name in memory]
+    assert sizes == [2**28, 24 * 2**22, 2**24]
+    assert logprob_head.max_logits(torch.device("cpu")) == 2**24
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation returns."""
 
