@@ -191,6 +191,10 @@ class RolloutGroup:
 # --- 3 verify ---------------------------------------------------------------------------------------------------------
 
 
+ENVIRONMENT = "env/"
+"""Beginning of the names of the parts that an environment gave. Their weight is 1."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Score:
     """A verifier's full verdict. `reward` None means "could not judge", which is never the same as 0, "wrong".
@@ -202,6 +206,8 @@ class Score:
     reward: float | None
     parts: dict[str, float | None] = field(default_factory=dict)
     """Unweighted, by reward name."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """What each weighted part adds to the reward, before its weight: gated and scaled."""
     info: dict[str, Any] = field(default_factory=dict)
     """Details for people: the extracted answer, the failing test, the judge's reason."""
     error: str | None = None
@@ -287,6 +293,13 @@ class Counts:
     """Number of preferences."""
     num_preferred_tokens: int = 1
     """Trained tokens of preferred rollouts, counted once per preference."""
+    num_skipped_tokens: int = 0
+    """Trained tokens of sequences without signal, which are in `num_tokens` and are not computed."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """What the mean over tokens of a metric divides by: nothing was measured on the others."""
+        return max(1, self.num_tokens - self.num_skipped_tokens)
 
 
 @dataclass(kw_only=True, slots=True)

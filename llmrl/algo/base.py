@@ -21,8 +21,6 @@ class Needs:
     """`ForwardOutputs.kl`: the divergence from the reference model over the whole vocabulary."""
     every_sample: bool = False
     """Samples whose advantages are all zero are computed too: a KL or entropy term gives them a gradient."""
-    entropy_gradient: bool = False
-    """The loss differentiates through the entropy."""
     old_logprobs: bool = False
     """Log-probabilities under the policy that took the batch, before `refine` (otherwise they are computed only when
     several optimizer steps use the batch)."""

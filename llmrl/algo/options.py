@@ -29,6 +29,8 @@ class Setting:
     max_staleness: int = 0
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Weight of each reward by its spec."""
+    shaped: list[str] = field(default_factory=list[str])
+    """The specs of those with a gate or a scale."""
     max_steps: int = 1
 
     def mini_batch_findings(self, num_mini_batches: int) -> list[str]:

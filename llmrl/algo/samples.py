@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmrl.types import Sample
+from llmrl.types import ENVIRONMENT, Sample
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,16 +16,30 @@ if TYPE_CHECKING:
     from llmrl.types import Rollout, RolloutGroup
 
 
-def reward_matrix(groups: list[RolloutGroup], part: str | None = None) -> Float[Tensor, "P G"]:
-    """Return the rewards of all rollouts, or one named part of them; NaN without a score."""
+def reward_matrix(groups: list[RolloutGroup], part: str | None = None, *, term: bool = False) -> Float[Tensor, "P G"]:
+    """Return the rewards of all rollouts, or one named part of them; NaN without a score.
+
+    Args:
+        groups: scored groups.
+        part: name of a reward. Default: the whole reward.
+        term: take what the part adds to the reward (gated and scaled), where the score tells it.
+    """
 
     def value(rollout: Rollout) -> float:
-        if rollout.score is None:
+        score = rollout.score
+        if score is None:
             return float("nan")
-        found = rollout.score.reward if part is None else rollout.score.parts.get(part)
+        parts = score.terms if term and score.terms else score.parts
+        found = score.reward if part is None else parts.get(part)
         return float("nan") if found is None else float(found)
 
     return torch.tensor([[value(rollout) for rollout in group.rollouts] for group in groups], dtype=torch.float32)
+
+
+def environment_terms(groups: list[RolloutGroup]) -> list[str]:
+    """Return the names of the rewards that environments gave, which all have weight 1."""
+    scores = [rollout.score for group in groups for rollout in group.rollouts if rollout.score is not None]
+    return sorted({name for score in scores for name in score.terms if name.startswith(ENVIRONMENT)})
 
 
 def token_rewards(rollout: Rollout, reward: float, *, dense: bool) -> np.ndarray:

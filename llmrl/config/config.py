@@ -137,6 +137,7 @@ def findings(config: RunConfig) -> list[str]:
             temperature=sampled.rollout.temperature,
             max_staleness=sampled.rollout.max_staleness,
             rewards={f"{i} {reward.fn}": reward.weight for i, reward in enumerate(sampled.rewards)},
+            shaped=[f"{i} {r.fn}" for i, r in enumerate(sampled.rewards) if r.gate is not None or r.scale is not None],
             max_steps=config.train.max_steps,
         )
     found = config.algo.findings() + config.algo.findings_with(setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmrl.algo.policy_gradient.options import PolicyGradient
 from llmrl.algo.ppo.options import PPO
 from llmrl.config.config import PRESETS, Config, RunConfig
 from llmrl.config.schema import plain
@@ -24,9 +25,21 @@ def describe(config: RunConfig) -> list[str]:
     line = f"algorithm {algo.name}: {_text({k: v for k, v in shown.items() if k not in changed})}"
     lines = [line + (f"; changed: {_text(changed)}" if changed else "")]
     lines += [f"caution: {text}" for text in algo.cautions()]
+    if isinstance(algo, PolicyGradient) and isinstance(config, Config):
+        lines += _unread_rewards(config, algo)
     if isinstance(algo, PPO) and isinstance(config, Config):
         lines += _critic(config, algo)
     return lines
+
+
+def _unread_rewards(config: Config, algo: PolicyGradient) -> list[str]:
+    weighted = [str(reward.fn) for reward in config.rewards if reward.weight > 0]
+    if len(weighted) < 2 or not algo.only_right_or_wrong:
+        return []
+    return [
+        f"caution: algo.baseline passk with mix 1 learns from {weighted[0]} alone, which tells right from wrong; the "
+        f"other rewards ({', '.join(weighted[1:])}) are only logged"
+    ]
 
 
 def _critic(config: Config, algo: PPO) -> list[str]:

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from llmrl.model.policy import Policy
     from llmrl.train.options import TrainConfig
 
-
-NOT_MEASURED = ("kl/", "policy/entropy", "preference/")
-"""Metrics of a step that computed no sample: better none than a 0 that looks like a measurement."""
+MISMATCH = "kl/mismatch"
 
 
 class Learner:
@@ -77,9 +75,9 @@ class Learner:
         """Take all optimizer steps of one batch.
 
         Returns:
-            Metrics, the same on every process: means over the optimizer steps of what the loss reports, and
-            loss/total, policy/entropy, policy/grad_norm, policy/lr, and kl/mismatch (sampler against trainer before the
-            first step: `mismatch_metrics`).
+            Metrics, the same on every process: what the loss reports (means over the optimizer steps that computed
+            something; of keys that end in `/max` the maximum), loss/total, policy/entropy, policy/grad_norm, policy/lr,
+            and kl/mismatch (sampler against trainer before the first step: `mismatch_metrics`).
 
         Raises:
             RunFailed: more than `train.max_skipped_steps` optimizer steps had a non-finite gradient.
@@ -95,11 +93,8 @@ class Learner:
         for _ in range(algorithm.passes):
             for mini_batch in self._mini_batches(batch, algorithm.num_mini_batches):
                 reports.append(self._step(mini_batch, batch, algorithm, scores))
-        keys = dict.fromkeys(key for report in reports for key in report)
-        means = {key: float(np.mean([report[key] for report in reports if key in report])) for key in keys}
-        # Later steps measure the update, not the mismatch.
-        means |= {key: value for key, value in reports[0].items() if key.startswith("kl/mismatch")}
-        return means | {
+        found = _over_steps(reports) | self._mismatch(batch, algorithm, reports[0])
+        return found | {
             "policy/lr": self.optimizer.param_groups[0]["lr"],
             "policy/skipped_updates": self.num_skipped,
             "train/computed_frac": sum(not s.probe for s in computed) / max(1, len(batch.samples)),
@@ -151,7 +146,7 @@ class Learner:
             compute_streams(layout, waiting, lambda rows: self._old_streams(rows, names))
         elif needs.values:
             compute_streams(layout, samples, lambda rows: {"old_values": policy.values(rows)})
-        if not wants_old and (probes := [s for s in samples if s.probe]):
+        if probes := [s for s in samples if s.probe and s.old_logprobs is None]:
             compute_streams(layout, probes, lambda rows: self._old_streams(rows, ["old_logprobs"]))
         if needs.policy_streams:
             compute_streams(layout, samples, policy.streams)
@@ -164,6 +159,20 @@ class Learner:
         if outputs.values is not None:
             streams["old_values"] = outputs.values
         return {name: streams[name] for name in names}
+
+    def _mismatch(self, batch: TrainBatch, algorithm: Algorithm, first: dict[str, float]) -> dict[str, float]:
+        """Return kl/mismatch of the whole batch before its first optimizer step, whose report is `first`.
+
+        Where several steps use the batch, the first one holds a part of it, but the old log-probabilities are known.
+        """
+        if not batch.sampled or algorithm.steps_per_batch == 1 or algorithm.needs.rollout_as_old:
+            return {key: value for key, value in first.items() if key.startswith(MISMATCH)}
+        known = [s for s in batch.samples if s.old_logprobs is not None]
+        if not known:
+            return {}
+        old = torch.from_numpy(np.concatenate([s.old_logprobs for s in known if s.old_logprobs is not None]))
+        drawn = torch.from_numpy(np.concatenate([s.rollout_logprobs for s in known]))
+        return finish_metrics({key: v.item() for key, v in mismatch_metrics(old, drawn, len(old)).items()})
 
     # --- optimizer steps ---
 
@@ -180,9 +189,8 @@ class Learner:
         self, samples: list[Sample], batch: TrainBatch, algorithm: Algorithm, scores: GroupScores
     ) -> dict[str, float]:
         """Take one optimizer step over one mini-batch; groups that wait for their scores get them on the way."""
-        counts = _count(samples, batch)
         computed = _with_gradient(samples, algorithm)
-        num_computed = max(1, sum(s.num_tokens for s in computed))
+        counts = _count(samples, batch, num_computed=sum(s.num_tokens for s in computed))
         whole = range(batch.num_groups) if algorithm.needs.whole_groups else scores.waiting
         micro_batches = self.layout.micro_batches(computed, whole=whole)
         totals: dict[str, Tensor] = {}
@@ -197,15 +205,17 @@ class Learner:
                 self.parallel.backward(loss)
             metrics["loss/total"] = loss.detach()
             if batch.sampled:
-                metrics |= mismatch_metrics(outputs.logprobs.detach(), micro_batch.rollout_logprobs, num_computed)
-            metrics["policy/entropy"] = outputs.entropy.detach().sum() / num_computed
+                drawn = micro_batch.rollout_logprobs
+                metrics |= mismatch_metrics(outputs.logprobs.detach(), drawn, counts.num_computed_tokens)
+            metrics["policy/entropy"] = outputs.entropy.detach().sum() / counts.num_computed_tokens
             _accumulate(totals, metrics)
         scores.finish(computed)
         totals = self._reduce(totals)
         norms = self._clip(policy_frozen=algorithm.policy_frozen)
-        report = finish_metrics({key: value.item() for key, value in totals.items()}) | norms
+        report = finish_metrics({key: value.item() for key, value in totals.items()})
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
-            report = {key: value for key, value in report.items() if not key.startswith(NOT_MEASURED)}
+            report = {"loss/total": report["loss/total"]}
+        report |= norms
         if all(math.isfinite(value) for value in (*norms.values(), report["loss/total"])):
             self._set_rates(algorithm)
             self.optimizer.step()
@@ -278,15 +288,21 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore from `state_dict`."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        # The checkpoint's options came along. Those that this run was given count, as for everything else.
+        for group, given in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(given)
         self.num_updates, self.num_scheduled = state["num_updates"], state["num_scheduled"]
         self.num_frozen_batches, self.num_skipped = state["num_frozen_batches"], state["num_skipped"]
 
 
-def _count(samples: list[Sample], batch: TrainBatch) -> Counts:
+def _count(samples: list[Sample], batch: TrainBatch, *, num_computed: int | None = None) -> Counts:
     num_pairs, num_preferred_tokens = count_pairs(samples)
+    num_tokens = sum(s.num_tokens for s in samples)
     return Counts(
-        num_tokens=max(1, sum(s.num_tokens for s in samples)),
+        num_tokens=max(1, num_tokens),
+        num_skipped_tokens=0 if num_computed is None else num_tokens - num_computed,
         num_sequences=max(1, len(samples)),
         num_groups=max(1, len({s.group for s in samples})),
         max_completion_length=batch.max_completion_length,
@@ -308,6 +324,16 @@ def learning_rate_factor(config: TrainConfig, step: int, *, total: int) -> float
     if config.lr_scheduler_type == "linear":
         return max(0.0, 1 - done)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if config.lr_scheduler_type == "cosine" else 1.0
+
+
+def _over_steps(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Combine the reports of the optimizer steps of a batch: the mean, or of keys that end in `/max` the maximum."""
+    values: dict[str, list[float]] = {}
+    for report in reports:
+        for key, value in report.items():
+            if not key.startswith(MISMATCH):  # later steps would measure the update
+                values.setdefault(key, []).append(value)
+    return {key: max(found) if key.endswith("/max") else float(np.mean(found)) for key, found in values.items()}
 
 
 def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llmrl.errors import LlmrlError, UserError
-from llmrl.types import Message, Rollout, RolloutGroup, Score, Task
+from llmrl.types import ENVIRONMENT, Message, Rollout, RolloutGroup, Score, Task
 from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
@@ -260,7 +260,7 @@ class Rubric:
         """Return an error if any weighted part failed, else the weighted sum, else (all abstained) an abstention."""
         values = {name: result.score.reward for name, result in results.items()}
         details = {f"{name}/{key}": v for name, result in results.items() for key, v in result.score.parts.items()}
-        environment = {f"env/{name}": value for name, value in rollout.env_rewards.items()}
+        environment = {ENVIRONMENT + name: value for name, value in rollout.env_rewards.items()}
         total = Score(reward=None, parts=values | details | environment)
         terms: list[tuple[str, float, float]] = [(name, 1.0, value) for name, value in environment.items()]
         abstained, errors = [], []
@@ -307,7 +307,7 @@ def _add_up(total: Score, terms: list[tuple[str, float, float]], results: dict[s
     if not math.isfinite(reward):
         total.error = f"the weighted sum of the rewards is {reward}: {terms}"
         return
-    total.reward = reward
+    total.reward, total.terms = reward, {name: value for name, _, value in terms}
     dense = [(weight, given[name]) for name, weight, _ in terms if given.get(name)]
     if dense:
         total.token_rewards = [sum(weight * tokens[t] for weight, tokens in dense) for t in range(len(dense[0][1]))]

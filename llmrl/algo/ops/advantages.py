@@ -85,6 +85,19 @@ def flat_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     return highest <= lowest
 
 
+def silent_frac(advantages: Float[Tensor, "P G"], scored: Bool[Tensor, "P G"], *, whiten: bool = False) -> float:
+    """Return the share of groups whose advantages are all 0, so that they teach nothing.
+
+    Args:
+        advantages: 0 where a rollout has no score.
+        scored: where it has one.
+        whiten: they will be shifted by the batch's mean: then no group is silent, or all are, in a batch that is flat.
+    """
+    if whiten:
+        return float(len(advantages[scored].unique()) < 2)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return (advantages == 0).all(dim=1).float().mean().item()
+
+
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """Compute A_i = r_i - mean of the group's other scores = n / (n - 1) (r_i - mean r); 0 if there are no others.
 
@@ -164,8 +177,9 @@ def multi_reward_advantages(parts: Float[Tensor, "R P G"], weights: Float[Tensor
     scored = ~torch.isnan(parts)
     each = torch.stack([group_advantages(part) for part in parts])
     total = (each * weights[:, None, None]).sum(dim=0)
-    total = torch.where(scored.any(dim=0), total, torch.nan)
-    return group_advantages(total, mean="batch", scale="batch")
+    found = group_advantages(torch.where(scored.any(dim=0), total, torch.nan), mean="batch", scale="batch")
+    # The batch's mean is 0 up to rounding, and rounding is no signal.
+    return torch.where((total != 0).any(dim=1, keepdim=True), found, 0.0)
 
 
 def optimal_token_advantages(
@@ -192,13 +206,16 @@ def optimal_token_advantages(
 
 
 def returns_to_go(token_rewards: Float[Tensor, " T"], gamma: float = 1.0) -> Float[Tensor, " T"]:
-    """Sum each token's reward and all later ones of its sequence: G_t = r_t + gamma G_{t+1}."""
-    if gamma == 1.0:
-        return token_rewards.flip(0).cumsum(dim=0).flip(0)
-    found, later = token_rewards.clone(), 0.0
-    for t in range(len(found) - 1, -1, -1):
-        later = found[t] = found[t] + gamma * later
-    return found
+    """Sum each token's reward and all later ones of its sequence: G_t = r_t + gamma G_{t+1}.
+
+    A sum over the next s rewards becomes one over 2 s: S_2s(t) = S_s(t) + gamma^s S_s(t + s). So there are log2(T)
+    operations on whole tensors, in float64.
+    """
+    found, reach, weight = token_rewards.double(), 1, gamma
+    while reach < len(found) and weight > 0:
+        found = found + weight * torch.nn.functional.pad(found[reach:], (0, reach))
+        reach, weight = 2 * reach, weight * weight
+    return found.to(token_rewards.dtype)
 
 
 def whiten(values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:

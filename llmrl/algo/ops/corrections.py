@@ -90,7 +90,8 @@ def of_batch(
         clip_max=bounds[1],
     )
     key = "loss/sampler_masked_frac" if mode.endswith("mask") else "loss/sampler_truncated_frac"
-    return weights, {key: outside.sum() / counts.num_tokens, "loss/sampler_weight": weights.sum() / counts.num_tokens}
+    total = counts.num_computed_tokens
+    return weights, {key: outside.sum() / total, "loss/sampler_weight": weights.sum() / total}
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -58,11 +58,14 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
 def adapted_beta(beta: float, measured: float, *, target: float, horizon: int, num_rollouts: int) -> float:
     """Return the KL coefficient after a step: beta * (1 + clip(KL / target - 1, -0.2, 0.2) * num_rollouts / horizon).
 
+    A step counts as one horizon at most. Otherwise a batch of more than five horizons would turn beta negative, which
+    rewards leaving the reference, and one of exactly five would set it to 0 for good.
+
     References:
         Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
     error = min(max(measured / target - 1, -0.2), 0.2)
-    return beta * (1 + error * num_rollouts / horizon)
+    return beta * (1 + error * min(num_rollouts / horizon, 1.0))
 
 
 def penalty(

@@ -30,6 +30,7 @@ from llmrl.algo.policy_gradient.choices import (
     EachReward,
     Gmpo,
     Greedy,
+    Group,
     KlCov,
     LeaveOneOut,
     LengthWeighted,
@@ -42,7 +43,7 @@ from llmrl.algo.policy_gradient.choices import (
     Vespo,
 )
 from llmrl.algo.policy_gradient.refine import INFLUENCE_WEIGHTS, KL_COV, View
-from llmrl.algo.samples import lengths, reward_matrix, samples_of, token_rewards
+from llmrl.algo.samples import environment_terms, lengths, reward_matrix, samples_of, token_rewards
 from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -82,7 +83,6 @@ class PolicyLoss(Algorithm):
             ref_logprobs=self.beta > 0 and not full,
             full_kl=full,
             every_sample=self.beta > 0 or o.entropy_coef > 0 or o.whiten,
-            entropy_gradient=o.entropy_coef > 0,
             old_logprobs=in_reward or covariance,
             rollout_as_old=isinstance(o.sampler, Bypass),
             old_entropies=entropies,
@@ -96,11 +96,11 @@ class PolicyLoss(Algorithm):
         return self._with_length_penalty(reward_matrix(groups), groups)
 
     def _with_length_penalty(self, rewards: Float[Tensor, "P G"], groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        if not self.loss_options.overlong_buffer:
-            return rewards
+        return rewards + self._length_penalty(groups) if self.loss_options.overlong_buffer else rewards
+
+    def _length_penalty(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
         limit = self.max_completion_length
-        buffer = self.loss_options.overlong_buffer * limit
-        return rewards + adv.overlong_penalty(lengths(groups), limit=limit, buffer=buffer)
+        return adv.overlong_penalty(lengths(groups), limit=limit, buffer=self.loss_options.overlong_buffer * limit)
 
     def correct(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
         """Return 1 for rollouts whose accuracy is at least 1, 0 for others, NaN without a score."""
@@ -112,14 +112,22 @@ class PolicyLoss(Algorithm):
         samples = samples_of(groups)
         if self.loss_options.mask_truncated_completions:
             cut = {(p, r.index) for p, group in enumerate(groups) for r in group.rollouts if r.status.is_truncated}
-            samples = [s for s in samples if (s.group, s.index) not in cut]
+            for s in samples:
+                s.probe = (s.group, s.index) in cut
+            if not self._measures_masked:
+                samples = [s for s in samples if not s.probe]
         if self.loss_options.aggregation == "prompt_mean":
             totals = [0] * len(groups)
             for s in samples:
-                totals[s.group] += s.num_tokens
+                totals[s.group] += 0 if s.probe else s.num_tokens
             for s in samples:
                 s.extras[GROUP_TOKENS] = s.advantages * 0 + totals[s.group]
         return samples
+
+    @property
+    def _measures_masked(self) -> bool:
+        """Whether rollouts that are left out of the loss are computed too, until `refine` has read what it needs."""
+        return False
 
     # --- between 4 and 5 ---
 
@@ -178,10 +186,10 @@ class PolicyLoss(Algorithm):
                 logprobs, batch.rollout_logprobs, batch.advantages, *sequences, threshold=o.off_policy_mask_threshold
             )
             token_losses = token_losses * keep
-            metrics["loss/off_policy_frac"] = (~keep).sum() / counts.num_tokens
+            metrics["loss/off_policy_frac"] = (~keep).sum() / counts.num_computed_tokens
         if o.kl_in_loss is not None:
             penalty = self._penalty(o.kl_in_loss.estimator, outputs, batch)
-            metrics["kl/ref"] = penalty.detach().sum() / counts.num_tokens
+            metrics["kl/ref"] = penalty.detach().sum() / counts.num_computed_tokens
             if o.kl_in_loss.bias_correction:
                 penalty = penalty * ratio
             token_losses = token_losses + self.beta * penalty
@@ -225,10 +233,10 @@ class PolicyLoss(Algorithm):
         o, metrics = self.loss_options.loss, {"loss/ratio/max": ratio.max() if ratio.numel() else ratio.new_zeros(())}
         if isinstance(o, Clip | ClipCov):
             low, high = losses.clip_masks(ratio, batch.advantages, epsilon=o.epsilon, epsilon_high=o.high)
-            metrics["loss/clip_low_frac"] = low.sum() / counts.num_tokens
-            metrics["loss/clip_high_frac"] = high.sum() / counts.num_tokens
+            metrics["loss/clip_low_frac"] = low.sum() / counts.num_computed_tokens
+            metrics["loss/clip_high_frac"] = high.sum() / counts.num_computed_tokens
         elif isinstance(o, Cispo):
-            metrics["loss/clip_high_frac"] = (ratio > o.max_ratio).sum() / counts.num_tokens
+            metrics["loss/clip_high_frac"] = (ratio > o.max_ratio).sum() / counts.num_computed_tokens
         return metrics
 
 
@@ -269,8 +277,10 @@ class GRPO(PolicyLoss):
         if isinstance(baseline, TokenRewards):
             metrics = self._pay_tokens(groups, rewards, baseline.gamma)
         else:
-            metrics = {"advantage/zero_variance_frac": adv.flat_groups(rewards).float().mean().item()}
-            for group, row in zip(groups, self.advantages(rewards, groups), strict=True):
+            advantages, whiten = self.advantages(rewards, groups), self.options.whiten
+            silent = adv.silent_frac(advantages, ~torch.isnan(rewards), whiten=whiten)
+            metrics = {"advantage/zero_variance_frac": silent}
+            for group, row in zip(groups, advantages, strict=True):
                 for rollout, advantage in zip(group.rollouts, row, strict=True):
                     rollout.advantage = advantage.item()
         batch = TrainBatch(
@@ -295,9 +305,7 @@ class GRPO(PolicyLoss):
         """Return one advantage per rollout from shaped rewards (which `refine` may have reduced by the KL)."""
         o = self.options.baseline
         if isinstance(o, EachReward):
-            weights = {name: weight for name, weight in self.rewards.items() if weight > 0}
-            parts = torch.stack([reward_matrix(groups, name) for name in weights])
-            return adv.multi_reward_advantages(parts, torch.tensor(list(weights.values())))
+            return self._each_reward(groups)
         if isinstance(o, LeaveOneOut):
             return adv.leave_one_out(rewards)
         if isinstance(o, LengthWeighted):
@@ -310,7 +318,21 @@ class GRPO(PolicyLoss):
             return o.mix * by_subsets + (1 - o.mix) * adv.group_advantages(rewards)
         if isinstance(o, OptimalToken | TokenRewards):  # `refine` or `_pay_tokens` puts a value per token in its place
             return adv.group_advantages(rewards, scale="none")
-        return adv.group_advantages(rewards, mean=o.kind, scale=o.scale, batch_std_of=o.batch_std_of)
+        # Shifting all rewards of the batch alike does not change their deviation: only a group's mean leaves a choice.
+        std_of = o.batch_std_of if isinstance(o, Group) else "raw"
+        return adv.group_advantages(rewards, mean=o.kind, scale=o.scale, batch_std_of=std_of)
+
+    def _each_reward(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
+        """Return GDPO's advantages. What shapes the reward is a reward of its own: the penalty of length has weight 1."""
+        weights = {name: weight for name, weight in self.rewards.items() if weight != 0}
+        weights |= dict.fromkeys(environment_terms(groups), 1.0)
+        parts = [reward_matrix(groups, name, term=True) for name in weights]
+        factors = [*weights.values()]
+        if self.options.overlong_buffer:
+            unscored = torch.stack(parts).isnan().all(dim=0)
+            parts.append(torch.where(unscored, torch.nan, self._length_penalty(groups)))
+            factors.append(1.0)
+        return adv.multi_reward_advantages(torch.stack(parts), torch.tensor(factors))
 
     def _pay_tokens(self, groups: list[RolloutGroup], rewards: Float[Tensor, "P G"], gamma: float) -> dict[str, float]:
         """Give every token its own advantage: the discounted sum of its reward and the later ones. No baseline.
@@ -318,20 +340,32 @@ class GRPO(PolicyLoss):
         References:
             Li et al. 2024, arXiv:2401.16637 (IRCoCo: gamma 0, rewards that are differences of an evaluator's scores).
         """
-        everything = [torch.zeros(0)]
+        everything, silent = [torch.zeros(0)], list[bool]()
         for group, row in zip(groups, rewards, strict=True):
             for rollout, reward in zip(group.rollouts, row, strict=True):
                 paid = torch.as_tensor(token_rewards(rollout, reward.item(), dense=True))
                 everything.append(adv.returns_to_go(paid, gamma))
                 rollout.advantage = everything[-1].numpy().tolist()
+            silent.append(not any(paid.any() for paid in everything[-len(group.rollouts) :]))
         tokens = torch.cat(everything)
-        return {"advantage/mean": tokens.mean().item(), "advantage/std": tokens.std(correction=0).item()}
+        return {
+            "advantage/zero_variance_frac": sum(silent) / max(1, len(silent)),
+            "advantage/mean": tokens.mean().item(),
+            "advantage/std": tokens.std(correction=0).item(),
+        }
 
     def _samples(self, groups: list[RolloutGroup]) -> list[Sample]:
         samples = super()._samples(groups)
         if self.needs.influence:
             self._set_influence_weights(samples, groups)
         return samples
+
+    @property
+    def _measures_masked(self) -> bool:
+        """The reward of a masked rollout still enters the baseline, so a penalty in the reward has to be known there."""
+        return self.options.kl_in_reward is not None and not isinstance(
+            self.options.baseline, NoBaseline | TokenRewards
+        )
 
     def _set_influence_weights(self, samples: list[Sample], groups: list[RolloutGroup]) -> None:
         """Weigh tokens of correct responses: 1 / length for THR, 1 for NTHR. All others weigh 0, and so do groups whose
@@ -342,7 +376,7 @@ class GRPO(PolicyLoss):
         places = {(p, r.index): (p, g) for p, group in enumerate(groups) for g, r in enumerate(group.rollouts)}
         for s in samples:
             place = places[s.group, s.index]
-            right = bool(mixed[s.group]) and correct[place].item() == 1
+            right = bool(mixed[s.group]) and correct[place].item() == 1 and not s.probe
             unit = 1.0 / total[place].item() if isinstance(self.options.token_weighting, Thr) else 1.0
             s.extras[INFLUENCE_WEIGHTS] = np.full(s.num_tokens, unit if right else 0.0, np.float32)
 
@@ -353,10 +387,13 @@ class GRPO(PolicyLoss):
         o, view = self.options, View(batch)
         if o.kl_in_reward is not None:
             if isinstance(o.baseline, NoBaseline | TokenRewards):
-                steps.subtract_kl_from_tokens(view, self.beta)
+                gamma = o.baseline.gamma if isinstance(o.baseline, TokenRewards) else 1.0
+                steps.subtract_kl_from_tokens(view, self.beta, gamma)
             else:
                 rewards = steps.subtract_kl(view, self.beta, self.shaped_rewards(batch.groups))
                 steps.spread(view, self.advantages(rewards, batch.groups))
+                batch.samples = [s for s in batch.samples if not s.probe]
+                view = View(batch)
         if isinstance(o.baseline, OptimalToken):
             steps.token_baseline(view, self.shaped_rewards(batch.groups))
         if o.whiten:

@@ -34,8 +34,6 @@ class Batch:
     kind: Literal["batch"] = "batch"
     scale: Scale = "group"
     """As in kind group."""
-    batch_std_of: Literal["raw", "centred"] = "raw"
-    """As in kind group."""
 
 
 @option
@@ -44,8 +42,6 @@ class NoBaseline:
 
     kind: Literal["none"] = "none"
     scale: Scale = "none"
-    """As in kind group."""
-    batch_std_of: Literal["raw", "centred"] = "raw"
     """As in kind group."""
 
 
@@ -92,7 +88,7 @@ class PassK:
 
     kind: Literal["passk"] = "passk"
     k: Count = 4
-    """k of pass@k; at most rollout.num_generations."""
+    """k of pass@k; below rollout.num_generations, with which all advantages would be 0."""
     mix: Share = 1.0
     """Share of the pass@k advantage."""
 
@@ -117,9 +113,6 @@ Baseline = Annotated[
     | EachReward,
     KIND,
 ]
-Scaled = Group | Batch | NoBaseline
-"""The baselines with a choice of scale."""
-
 
 # --- the loss of a token ---
 

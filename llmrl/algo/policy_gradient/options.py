@@ -32,7 +32,6 @@ from llmrl.algo.policy_gradient.choices import (
     RubricMix,
     Sampler,
     Sapo,
-    Scaled,
     Thr,
     TokenRewards,
     TokenWeighting,
@@ -167,6 +166,11 @@ class PolicyGradient(PolicyLossOptions):
             return "a KL penalty in the reward with algo.baseline none"
         return None
 
+    @property
+    def only_right_or_wrong(self) -> bool:
+        """Whether advantages depend on the accuracy alone, and on no other part of the reward."""
+        return isinstance(self.baseline, PassK) and self.baseline.mix == 1
+
     def findings(self) -> list[str]:
         """Return what is wrong among these options: one line each, with the fix."""
         baseline, kind, weighting = self.baseline, self.baseline.kind, self.token_weighting
@@ -179,11 +183,20 @@ class PolicyGradient(PolicyLossOptions):
                 self.rubric is not None and kind == "each_reward",
             "algo.overlong_buffer shapes the reward, but the pass@k advantage looks at right and wrong only: set "
             "algo.baseline.mix below 1 or algo.overlong_buffer 0":
-                isinstance(baseline, PassK) and baseline.mix == 1 and self.overlong_buffer > 0,
+                self.only_right_or_wrong and self.overlong_buffer > 0,
+            "algo.kl.kind reward shapes the reward, but the pass@k advantage looks at right and wrong only: set "
+            "algo.kl.kind loss, or algo.baseline.mix below 1":
+                self.only_right_or_wrong and self.kl_in_reward is not None,
+            "algo.rubric shapes the reward, but the pass@k advantage looks at right and wrong only: set algo.rubric "
+            "null, or algo.baseline.mix below 1":
+                self.only_right_or_wrong and self.rubric is not None,
             "algo.baseline optimal_token is for an outcome reward; a KL penalty goes into the loss: algo.kl.kind loss":
                 kind == "optimal_token" and self.kl_in_reward is not None,
+            "algo.kl.kind reward shapes one reward, but algo.baseline each_reward standardizes every reward apart: set "
+            "algo.kl.kind loss":
+                kind == "each_reward" and self.kl_in_reward is not None,
             "algo.baseline.batch_std_of is only read with algo.baseline.scale batch: leave it out, or set that":
-                isinstance(baseline, Scaled) and baseline.batch_std_of != "raw" and baseline.scale != "batch",
+                isinstance(baseline, Group) and baseline.batch_std_of != "raw" and baseline.scale != "batch",
             "algo.token_weighting.p_steps is only read with algo.token_weighting.p_end: leave it out, or set that":
                 isinstance(weighting, Thr) and weighting.p_end is None and weighting.p_steps != 100,
             "algo.token_weighting.threshold_value is not read with threshold none: leave it out":
@@ -196,14 +209,19 @@ class PolicyGradient(PolicyLossOptions):
 
     def findings_with(self, setting: Setting) -> list[str]:
         """Return what is wrong between these options and the other sections: one line each, with the fix."""
-        size, baseline = setting.num_generations or 1, self.baseline
-        weighted = [spec for spec, weight in setting.rewards.items() if weight > 0]
+        size, baseline, k = setting.num_generations or 1, self.baseline, getattr(self.baseline, "k", 0)
+        weighted = [spec for spec, weight in setting.rewards.items() if weight != 0]
+        accuracy = next((spec for spec, weight in setting.rewards.items() if weight > 0), "")
         rules = {
             f"rollout.num_generations is {size}: a group-relative advantage needs at least 2 rollouts":
                 size < 2 and baseline.kind not in NOT_RELATIVE,
-            f"algo.baseline.k {getattr(baseline, 'k', None)} exceeds rollout.num_generations {size}: lower it":
-                isinstance(baseline, PassK) and baseline.k > size,
-            "algo.baseline each_reward needs at least two rewards with weight above 0":
+            f"algo.baseline.k {k} {'exceeds' if k > size else 'equals'} rollout.num_generations {size}, so every pass@k "
+            "advantage would be 0: lower it, or raise rollout.num_generations":
+                isinstance(baseline, PassK) and k >= size,
+            f"algo.baseline passk with mix 1 looks at what {accuracy.partition(' ')[2]} itself says, whatever its gate "
+            "or scale: leave these out, or set algo.baseline.mix below 1":
+                self.only_right_or_wrong and accuracy in setting.shaped,
+            "algo.baseline each_reward needs at least two rewards with a weight other than 0":
                 isinstance(baseline, EachReward) and bool(setting.rewards) and len(weighted) < 2,
             "algo.rubric mixes outcome and rubric, and so does the reward `score_group`: name "
             "`rewards/citation_rubric.py:citation_rubric`, or set algo.rubric null":

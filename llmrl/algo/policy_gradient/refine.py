@@ -82,11 +82,12 @@ def split(values: Tensor, samples: list[Sample]) -> tuple[Tensor, ...]:
     return torch.split(values, [sample.num_tokens for sample in samples])
 
 
-def subtract_kl_from_tokens(view: View, beta: float) -> None:
+def subtract_kl_from_tokens(view: View, beta: float, gamma: float) -> None:
     """Put the KL into the reward of every token. There is no baseline: the advantage is the return to go."""
     divergence = view.divergences()
     for key, samples in view.rollouts.items():
-        view.set_advantages(samples, stream(samples, "advantages") - beta * adv.returns_to_go(divergence[key]))
+        to_come = adv.returns_to_go(divergence[key], gamma)
+        view.set_advantages(samples, stream(samples, "advantages") - beta * to_come)
 
 
 def subtract_kl(view: View, beta: float, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:

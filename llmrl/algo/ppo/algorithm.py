@@ -53,6 +53,8 @@ class PPO(PolicyLoss):
         self.options = options
         self.needs = dataclasses.replace(self._needs(), values=True, every_sample=True, refine=True)
         self.policy_frozen = options.warmup is not None
+        self.any_correct = True
+        """Whether the batch holds a correct rollout, which the language-model loss can be measured on."""
         self.warmup_variances: list[float] = []
         """Explained variance of each step of value pre-training."""
 
@@ -129,6 +131,7 @@ class PPO(PolicyLoss):
             if correct[p, g].item() == 1
         }
         chosen = sum(s.num_tokens for s in samples if (s.group, s.index) in right)
+        self.any_correct = chosen > 0
         weight = sum(s.num_tokens for s in samples) / max(1, chosen)
         for s in samples:
             s.extras[LM_WEIGHTS] = np.full_like(s.advantages, weight if (s.group, s.index) in right else 0.0)
@@ -164,7 +167,8 @@ class PPO(PolicyLoss):
             if self.options.positive_lm_coef:
                 nll = -(outputs.logprobs * _extra(batch, LM_WEIGHTS)).sum() / counts.num_tokens
                 total = total + self.options.positive_lm_coef * nll
-                metrics["loss/positive_lm"] = nll.detach()
+                if self.any_correct:
+                    metrics["loss/positive_lm"] = nll.detach()
         old_values, returns = _extra(batch, OLD_VALUES), _extra(batch, RETURNS)
         clip = 0.0 if self.policy_frozen else self.options.value.clip
         errors, clipped = values.value_loss(outputs.values, old_values, returns, clip=clip)
