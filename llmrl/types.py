@@ -206,7 +206,7 @@ class Score:
     reward: float | None
     parts: dict[str, float | None] = field(default_factory=dict)
     """Unweighted, by reward name."""
-    terms: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict, compare=False)
     """What each weighted part adds to the reward, before its weight: gated and scaled."""
     info: dict[str, Any] = field(default_factory=dict)
     """Details for people: the extracted answer, the failing test, the judge's reason."""

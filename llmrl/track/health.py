@@ -50,15 +50,16 @@ class Health:
         if self.first_entropy is None and entropy > 0:
             self.first_entropy = entropy
         reward = metrics.get(names.REWARD, math.nan)
-        known = "" if math.isnan(reward) else f"(mean {reward:.3g}) "  # nothing may have been scored
+        known = "" if math.isnan(reward) else f"(mean reward {reward:.3g}) "  # nothing may have been scored
         abstained = metrics.get(names.ABSTAINED, 0.0)
         sample_size, lam = metrics.get(names.SAMPLE_SIZE, 1.0), metrics.get(names.LAMBDA, 1.0)
         symptoms = {
             "no_signal": (
                 metrics.get(names.NO_SIGNAL, 0.0) >= 1.0,
-                f"all rewards within every group have been equal {known}for {PATIENCE} steps, so nothing "
-                "is learned. If all are 0, look at rollouts.jsonl: the answer format that the reward expects, the "
-                "length limit, or a task that is too hard; if all are 1, the task is solved",
+                f"all advantages have been 0 {known}for {PATIENCE} steps, so nothing is learned: the rewards within "
+                "every group are equal, or too few rollouts have a score. If all rewards are 0, look at "
+                "rollouts.jsonl: the answer format that the reward expects, the length limit, or a task that is too "
+                "hard; if all are 1, the task is solved",
             ),
             "truncated": (
                 metrics.get(names.TRUNCATED, 0.0) > 0.95,

@@ -82,7 +82,9 @@ _add("judge/cost", "currency", "Cost of all calls at the configured prices.", "d
 
 # --- 4 advantage ------------------------------------------------------------------------------------------------------
 
-NO_SIGNAL = _add("advantage/zero_variance_frac", "share", "Groups of equal rewards, which teach nothing.", "down")
+NO_SIGNAL = _add(
+    "advantage/zero_variance_frac", "share", "Groups whose advantages are all 0, so that they teach nothing.", "down"
+)
 _add("advantage/mean", "reward", "Mean advantage over tokens, before whitening.")
 _add("advantage/std", "reward", "Standard deviation of the advantage over tokens, before whitening.")
 _add("advantage/p{q}", "reward", "Percentile q of the advantage over tokens, before whitening.")
@@ -95,15 +97,16 @@ _add("preference/desirable_frac", "share", "Completions labeled desirable.")
 # --- 5 loss: policy ---------------------------------------------------------------------------------------------------
 
 _add("loss/total", "loss", "The loss that is minimized; in policy gradients its size says nothing about progress.")
+# Metrics of tokens are means over those that are computed: groups without signal are not.
 _add("loss/ratio/max", "1", "Largest probability ratio of the policy to the policy that took the batch.")
-_add("loss/clip_low_frac", "share", "Trained tokens without gradient because the ratio fell below the lower bound.")
-_add("loss/clip_high_frac", "share", "Trained tokens whose ratio rose above the upper bound.")
-_add("loss/off_policy_frac", "share", "Trained tokens masked because their sequence is too far off-policy.", "down")
+_add("loss/clip_low_frac", "share", "Computed tokens without gradient because the ratio fell below the lower bound.")
+_add("loss/clip_high_frac", "share", "Computed tokens whose ratio rose above the upper bound.")
+_add("loss/off_policy_frac", "share", "Computed tokens masked because their sequence is too far off-policy.", "down")
 _add("loss/sampler_weight", "1", "Mean importance weight that corrects for the sampler; 1 where both agree.")
-_add("loss/sampler_truncated_frac", "share", "Trained tokens whose sampler weight was cut to its bounds.", "down")
-_add("loss/sampler_masked_frac", "share", "Trained tokens dropped: sampler weight out of bounds.", "down")
-_add("loss/positive_lm", "nats", "Language-modeling loss on correct rollouts (VAPO).", "down")
-ENTROPY = _add("policy/entropy", "nats", "Mean entropy of the next-token distribution over trained tokens.")
+_add("loss/sampler_truncated_frac", "share", "Computed tokens whose sampler weight was cut to its bounds.", "down")
+_add("loss/sampler_masked_frac", "share", "Computed tokens dropped: sampler weight out of bounds.", "down")
+_add("loss/positive_lm", "nats", "Language-modeling loss on correct rollouts (VAPO), where there are any.", "down")
+ENTROPY = _add("policy/entropy", "nats", "Mean entropy of the next-token distribution over computed tokens.")
 GRAD_NORM = _add("policy/grad_norm", "1", "Norm of the policy's gradient before clipping.")
 _add("policy/lr", "1", "Learning rate of the policy.")
 _add("policy/skipped_updates", "count", "Optimizer steps skipped so far: gradient not finite.", "down")

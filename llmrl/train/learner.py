@@ -15,7 +15,7 @@ from llmrl.algo.preference.pairs import count_pairs
 from llmrl.errors import RunFailed
 from llmrl.model.policy import evaluating
 from llmrl.train.influence import GroupScores
-from llmrl.train.packing import Layout
+from llmrl.train.packing import Layout, to_tensor
 from llmrl.train.streams import compute_streams
 from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
 
@@ -170,8 +170,8 @@ class Learner:
         known = [s for s in batch.samples if s.old_logprobs is not None]
         if not known:
             return {}
-        old = torch.from_numpy(np.concatenate([s.old_logprobs for s in known if s.old_logprobs is not None]))
-        drawn = torch.from_numpy(np.concatenate([s.rollout_logprobs for s in known]))
+        old = to_tensor(np.concatenate([s.old_logprobs for s in known if s.old_logprobs is not None]), "cpu")
+        drawn = to_tensor(np.concatenate([s.rollout_logprobs for s in known]), "cpu")
         return finish_metrics({key: v.item() for key, v in mismatch_metrics(old, drawn, len(old)).items()})
 
     # --- optimizer steps ---

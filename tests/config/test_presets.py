@@ -401,6 +401,10 @@ def test_what_is_given_wins() -> None:
             "threshold_value is not read with threshold none",
         ),
         ({"name": "optimal_token", "kl": "reward"}, "a KL penalty goes into the loss"),
+        ({"name": "gdpo", "kl": "reward"}, "standardizes every reward apart: set algo.kl.kind loss"),
+        ({"name": "passk", "kl": "reward"}, "algo.kl.kind reward shapes the reward, but the pass@k advantage"),
+        ({"name": "passk", "rubric": {}}, "algo.rubric shapes the reward, but the pass@k advantage"),
+        ({"name": "passk", "baseline": {"k": 8}}, "k 8 equals rollout.num_generations 8, so every pass@k advantage"),
     ],
 )
 def test_contradictions_are_reported_at_parse_time(algo: dict[str, Any], message: str) -> None:
@@ -415,6 +419,10 @@ def test_contradictions_with_the_rest_of_the_configuration() -> None:
     assert findings(make_config("reinforce_pp", size=1)) == []
     assert findings(make_config("remax", size=1)) == []
     assert "at least two rewards" in findings(make_config("gdpo", rewards=1))[0]
+    passk = make_config("passk")
+    assert isinstance(passk, Config) and findings(passk) == []
+    gated = [dataclasses.replace(passk.rewards[0], gate="other"), RewardConfig(fn="other", weight=0.0)]
+    assert "whatever its gate or scale" in findings(dataclasses.replace(passk, rewards=gated))[0]
     config = make_config("c_grpo")
     assert isinstance(config, Config)
     config = dataclasses.replace(config, rewards=[RewardConfig(fn="rewards/citation_rubric.py:score_group")])
@@ -452,6 +460,7 @@ def test_cautions() -> None:
 
 
 def test_a_preset_says_what_it_sets_and_what_was_changed() -> None:
+    assert "learns from" in describe(make_config("passk"))[1] and len(describe(make_config("passk", rewards=1))) == 1
     (line,) = describe(make_config("dapo"))
     for part in ("algorithm dapo:", "loss.epsilon_high 0.28", "dynamic_sampling.max_batches 10", "aggregation dapo"):
         assert part in line

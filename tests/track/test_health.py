@@ -18,7 +18,7 @@ FINE = {
     "kl/mismatch/max": 0.001,
 }
 ILL = {
-    "no_signal": ({"advantage/zero_variance_frac": 1.0, "reward/mean": 0.0}, "rewards within every group"),
+    "no_signal": ({"advantage/zero_variance_frac": 1.0, "reward/mean": 0.0}, "rewards within every group are equal"),
     "truncated": ({"rollout/truncated_frac": 0.96}, "cut off"),
     "unscored": ({"reward/unscored_frac": 0.031}, "could not be scored"),
     "abstained": ({"reward/abstained_frac": 0.01}, "abstained"),

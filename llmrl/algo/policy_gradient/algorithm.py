@@ -323,7 +323,7 @@ class GRPO(PolicyLoss):
         return adv.group_advantages(rewards, mean=o.kind, scale=o.scale, batch_std_of=std_of)
 
     def _each_reward(self, groups: list[RolloutGroup]) -> Float[Tensor, "P G"]:
-        """Return GDPO's advantages. What shapes the reward is a reward of its own: the penalty of length has weight 1."""
+        """Return GDPO's advantages. The punishment of length is one more reward, of weight 1."""
         weights = {name: weight for name, weight in self.rewards.items() if weight != 0}
         weights |= dict.fromkeys(environment_terms(groups), 1.0)
         parts = [reward_matrix(groups, name, term=True) for name in weights]
@@ -362,10 +362,9 @@ class GRPO(PolicyLoss):
 
     @property
     def _measures_masked(self) -> bool:
-        """The reward of a masked rollout still enters the baseline, so a penalty in the reward has to be known there."""
-        return self.options.kl_in_reward is not None and not isinstance(
-            self.options.baseline, NoBaseline | TokenRewards
-        )
+        """A masked rollout's reward still enters the baseline, so a penalty in the reward has to be known there."""
+        alone = isinstance(self.options.baseline, NoBaseline | TokenRewards)
+        return self.options.kl_in_reward is not None and not alone
 
     def _set_influence_weights(self, samples: list[Sample], groups: list[RolloutGroup]) -> None:
         """Weigh tokens of correct responses: 1 / length for THR, 1 for NTHR. All others weigh 0, and so do groups whose

@@ -215,8 +215,8 @@ class PolicyGradient(PolicyLossOptions):
         rules = {
             f"rollout.num_generations is {size}: a group-relative advantage needs at least 2 rollouts":
                 size < 2 and baseline.kind not in NOT_RELATIVE,
-            f"algo.baseline.k {k} {'exceeds' if k > size else 'equals'} rollout.num_generations {size}, so every pass@k "
-            "advantage would be 0: lower it, or raise rollout.num_generations":
+            f"algo.baseline.k {k} {'exceeds' if k > size else 'equals'} rollout.num_generations {size}, so every "
+            "pass@k advantage would be 0: lower it, or raise rollout.num_generations":
                 isinstance(baseline, PassK) and k >= size,
             f"algo.baseline passk with mix 1 looks at what {accuracy.partition(' ')[2]} itself says, whatever its gate "
             "or scale: leave these out, or set algo.baseline.mix below 1":

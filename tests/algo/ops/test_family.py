@@ -100,6 +100,13 @@ def test_returns_to_go_and_whitening() -> None:
     close(adv.returns_to_go(torch.tensor([1.0, 2.0, 4.0]), 0.5), [3, 4, 4])
     close(adv.returns_to_go(torch.tensor([1.0, 2.0, 4.0]), 0.0), [1, 2, 4])
     assert len(adv.returns_to_go(torch.zeros(0), 0.5)) == 0
+    rewards = torch.randn(77, generator=torch.Generator().manual_seed(1))
+    for gamma in (0.0, 0.3, 0.99, 1.0):
+        expected, later = [], 0.0
+        for reward in reversed(rewards.tolist()):
+            later = reward + gamma * later
+            expected.append(later)
+        close(adv.returns_to_go(rewards, gamma), expected[::-1], 1e-5)
     close(adv.whiten(torch.tensor([1.0, 2.0, 3.0])), [-1, 0, 1])
     close(adv.whiten(torch.tensor([2.0])), [0])
 
@@ -206,6 +213,8 @@ def test_adaptive_coefficient() -> None:
     assert kl.adapted_beta(1.0, 0.11, **options) == pytest.approx(1.01)
     assert kl.adapted_beta(1.0, 5.0, **options) == pytest.approx(1.02)
     assert kl.adapted_beta(1.0, 0.0, **options) == pytest.approx(0.98)
+    for num_rollouts in (1_000, 5_000, 65_536):  # at most one horizon in a step: never 0, never negative
+        assert kl.adapted_beta(1.0, 0.0, target=0.1, horizon=1000, num_rollouts=num_rollouts) == pytest.approx(0.8)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -176,6 +176,35 @@ def test_truncated_rollouts_enter_the_baseline_but_not_the_loss() -> None:
     assert batch.samples[0].advantages.tolist() == [0.5, 0.5]
 
 
+def test_the_kl_of_a_masked_rollout_is_in_the_reward_that_its_group_is_compared_with() -> None:
+    algorithm = make(mask_truncated_completions=True, kl={"kind": "reward", "beta": 0.1}, baseline={"scale": "none"})
+    groups = make_groups()
+    groups[0].rollouts[1].status = Status.TRUNCATED_LENGTH
+    batch = algorithm.prepare(groups, policy_version=0)
+    assert [s.probe for s in batch.samples] == [False, True, False, False, False, False]
+    for s in batch.samples:
+        s.old_logprobs = np.full(s.num_tokens, -1.0, np.float32)
+        s.ref_logprobs = s.old_logprobs - (3.0 if s.probe else 0.5)
+    algorithm.refine(batch)
+    assert [(s.group, s.index) for s in batch.samples] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    # rewards 1 - 0.1 * 0.5 * 2 and 0 - 0.1 * 3 * 4: their mean is -0.15
+    close(advantages(batch)[:1], [[0.9 + 0.15] * 2])
+    without = make(name="reinforce_pp", mask_truncated_completions=True).prepare(groups, policy_version=0)
+    assert not any(s.probe for s in without.samples) and len(without.samples) == 5, "no baseline reads the others"
+
+
+def test_a_rewards_kl_is_discounted_like_the_rewards() -> None:
+    """KL of the tokens 1, 2, 4: with gamma 0.5 the first token answers for 1 + 0.5 * 2 + 0.25 * 4."""
+    algorithm = make(baseline={"kind": "token_rewards", "gamma": 0.5}, kl={"kind": "reward", "beta": 0.1})
+    groups = make_groups([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    batch = algorithm.prepare(groups, policy_version=0)
+    for s in batch.samples:
+        s.old_logprobs = np.zeros(s.num_tokens, np.float32)
+        s.ref_logprobs = -np.array([1.0, 2.0, 4.0, 0.0][: s.num_tokens], np.float32)
+    algorithm.refine(batch)
+    close(advantages(batch)[3:4], [[-0.1 * 3.0, -0.1 * 4.0, -0.1 * 4.0]])
+
+
 def test_rubric_and_outcome_are_mixed_within_the_group() -> None:
     pairs = [[(1.0, 0.375), (1.0, 0.625)], [(0.0, 0.9), (1.0, 0.0)], [(None, 0.5), (1.0, 0.5)]]
     parts = [[{"citation_rubric/outcome": o, "citation_rubric/rubric": r} for o, r in row] for row in pairs]
@@ -200,6 +229,49 @@ def test_several_rewards_are_standardised_apart() -> None:
     batch = algorithm.prepare(make_groups(parts=parts), policy_version=0)
     # sums of +-0.7071 and half of -+0.7071, divided by the deviation sqrt(2 * 0.125 / 5) of all six
     close(advantages(batch), [[1.5803] * 2, [-1.5803] * 4, [0], [0] * 3, [0] * 2, [0] * 2], 2e-3)
+
+
+def test_the_punishment_of_length_is_one_of_the_rewards_that_are_kept_apart() -> None:
+    """Over two groups of two: a and the penalty are standardized to +-0.7071 in each group that they tell apart."""
+    parts = [[{"a": 1.0}, {"a": 0.0}], [{"a": 1.0}] * 2, [{"a": 0.0}, {"a": 0.0}]]
+    algorithm = make(name="gdpo", rewards={"a": 1.0}, overlong_buffer=0.5)
+    algorithm.max_completion_length = 4  # limit 4, buffer 2: penalties 0, -1; 0, -0.5; 0, 0
+    batch = algorithm.prepare(make_groups(parts=parts), policy_version=0)
+    sums = np.array([1.4142, -1.4142, 0.7071, -0.7071, 0.0, 0.0])
+    expected = sums / sums.std(ddof=1)
+    close(advantages(batch), [[e] * s.num_tokens for e, s in zip(expected, batch.samples, strict=True)], 2e-3)
+    assert batch.metrics == {"advantage/zero_variance_frac": pytest.approx(1 / 3)}
+
+
+def test_each_reward_reads_what_a_part_adds_to_the_sum() -> None:
+    """A gate and a scale have shaped the terms; rewards of the environment and negative weights count too."""
+    groups = make_groups()
+    for group in groups:
+        for rollout in group.rollouts:
+            best = rollout.index == 0
+            assert rollout.score is not None
+            rollout.score.parts = {"a": 1.0, "b": 7.0, "env/x": float(best)}
+            rollout.score.terms = {"a": 1.0, "b": float(not best), "env/x": float(best)}
+    found = advantages(make(name="gdpo", rewards={"a": 1.0, "b": -1.0}).prepare(groups, policy_version=0))
+    close(found, [[0.9128] * 2, [-0.9128] * 4, [0.9128], [-0.9128] * 3, [0.9128] * 2, [-0.9128] * 2], 1e-3)
+
+
+def test_groups_without_signal_are_counted_by_their_advantages() -> None:
+    def silent(rewards: Any, parts: Any = None, **algo: Any) -> float:
+        batch = make(rewards={"a": 1.0}, **algo).prepare(make_groups(rewards, parts), policy_version=0)
+        return batch.metrics["advantage/zero_variance_frac"]
+
+    mixed, flat = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+    assert silent(mixed) == 0 and silent(flat) == 1
+    assert silent([[1.0, None], [None, None], [1.0, 0.0]]) == pytest.approx(2 / 3)
+    # k of pass@k equals the number of scores, so all advantages are 0 though the rewards differ
+    right = [[{"a": reward} for reward in row] for row in mixed]
+    assert silent(mixed, right, name="passk", baseline={"k": 2}) == 1
+    assert silent(mixed, right, name="passk", baseline={"k": 1}) == 0
+    # without a baseline equal rewards do teach, and whitening shifts those of 0 too
+    assert silent(flat, baseline="none") == pytest.approx(1 / 3)
+    assert silent(flat, name="reinforce_pp") == 0
+    assert silent([[1.0, 1.0], [1.0, None], [1.0, 1.0]], name="reinforce_pp") == 1
 
 
 def test_prompt_mean_knows_the_tokens_of_each_group() -> None:

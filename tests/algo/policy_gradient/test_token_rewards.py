@@ -52,7 +52,8 @@ def advantages(batch: TrainBatch) -> list[list[float]]:
 def test_every_token_has_its_own_reward_for_advantage() -> None:
     batch = prepared(DENSE, [0.9, 0.1])
     assert advantages(batch) == DENSE
-    assert "advantage/zero_variance_frac" not in batch.metrics, "equal rewards are no lack of signal here"
+    assert batch.metrics["advantage/zero_variance_frac"] == 0, "equal rewards are no lack of signal here"
+    assert prepared([[0.0] * 3, [0.0] * 2], [0.9, 0.1]).metrics["advantage/zero_variance_frac"] == 1
     assert batch.metrics["advantage/mean"] == pytest.approx(0.375 / 5)
     assert batch.metrics["advantage/std"] == pytest.approx(np.std([x for row in DENSE for x in row]))
 
