@@ -6,11 +6,12 @@ ranges; its field docstrings are the text of `--help` and of the tables in the d
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
 from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder, in which ~ is the home directory; or the name of something on the hub."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, Field))

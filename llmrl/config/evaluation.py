@@ -9,7 +9,7 @@ from typing import Literal
 from llmrl.data.options import DataConfig
 from llmrl.errors import UserError
 from llmrl.model.options import ModelConfig
-from llmrl.option import MISSING, Count, Natural, option
+from llmrl.option import MISSING, Count, Natural, Place, option
 from llmrl.rollout.options import SamplingConfig
 from llmrl.verify.options import RewardConfig, VerifyConfig
 
@@ -32,14 +32,14 @@ class EvalRun:
     """Sampling seed."""
     ks: list[Count] = field(default_factory=list)
     """For pass@k and maj@k. Default: the powers of two up to the number of samples, and that number."""
-    output: str | None = None
+    output: Place | None = None
     """JSON file for the numbers; `-` is standard output."""
-    save_samples: str | None = None
+    save_samples: Place | None = None
     """JSON-lines file for the samples with their scores: a row per task, which is a dataset for B-Coder."""
     rerank: Literal["logprob", "bcoder"] | None = None
     """Also rank each task's samples and report how often the first one passes: by mean log-probability, or by B-Coder's
     recovered reward."""
-    rerank_model: str | None = None
+    rerank_model: Place | None = None
     """bcoder: the model/ folder of a B-Coder run. It may rank the programs of any model."""
     rerank_exact: bool = False
     """bcoder: recover the reward with the next action of the targets instead of with V (what the paper does). Needed

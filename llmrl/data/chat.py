@@ -207,7 +207,7 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file:
             )
         return None
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template {file}: cannot be read ({error})") from None
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmrl.option import MISSING, Count, option
+from llmrl.option import MISSING, Count, Place, option
 
 
 @option
 class RowsConfig:
     """Where rows come from."""
 
-    path: str = MISSING
+    path: Place = MISSING
     """A hub id, with the dataset's configuration after a colon where it has several (`openai/gsm8k:main`); or a local
     .json / .jsonl / .csv / .parquet file, a folder of such files, or one written by `datasets.save_to_disk`."""
     split: str = "train"
     """Split of a hub dataset or a folder; a folder's split is its file of that name."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """A Jinja file to use instead of the tokenizer's own chat template."""
     limit: Count | None = None
     """Use only the first `limit` rows."""

@@ -69,7 +69,7 @@ def tasks_from_rows(rows: Iterable[Row] | Dataset, config: DataConfig, name: str
 
 def open_rows(config: RowsConfig) -> tuple[Iterator[Located], str]:
     """Open the rows that `config.path` names. Returns them and the dataset's short name."""
-    path = Path(config.path).expanduser()
+    path = Path(config.path)
     if path.is_file():
         return _open_file(path, config), path.stem
     if not path.exists() and _looks_local(config.path):

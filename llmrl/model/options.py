@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from llmrl.option import KIND, MISSING, Count, NotNegative, Positive, option
+from llmrl.option import KIND, MISSING, Count, NotNegative, Place, Positive, option
 
 
 @option
@@ -31,11 +31,11 @@ class LoraConfig:
 class ModelConfig:
     """The policy."""
 
-    path: str = MISSING
+    path: Place = MISSING
     """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try things offline)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in. float32 with `accelerate`'s mixed precision keeps master weights."""
@@ -54,7 +54,7 @@ class SeparateCritic:
     """A model of its own, at first a copy of the policy's trunk."""
 
     kind: Literal["separate"] = "separate"
-    path: str | None = None
+    path: Place | None = None
     """Start from this model instead (same tokenizer). The value head is new; for a reward model (a sequence classifier
     with one label) it starts as the layer `score`."""
     lora: LoraConfig | None = None

@@ -79,7 +79,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
     notes, sampler = feed.encode(tokenizer, generation), feed.sampler(config.rollout.num_prompts)
-    resume = check_output_dir(config, parallel)
+    check_output_dir(config, parallel)
 
     console = Console(config.track.console, enabled=parallel.is_main)
     for note in notes + describe(config):
@@ -92,7 +92,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
     source = feed.source(lambda: _start_engine(config, policy, parallel, console))
-    record, ledger = _files(config, parallel, resume=resume)
+    record, ledger = _files(config, parallel)
     console.say(_summary(config, policy, learner, parallel))
     return Parts(
         config=config,
@@ -125,14 +125,15 @@ def quieten_libraries() -> None:
         logging.set_verbosity_warning()
 
 
-def check_output_dir(config: RunConfig, parallel: Parallel) -> bool:
-    """Refuse to overwrite another run. Returns whether this one is resumed."""
-    folder = Path(config.train.output_dir)
-    if config.train.resume_from_checkpoint:
-        from llmrl.run.checkpoint import find_checkpoint
+def check_output_dir(config: RunConfig, parallel: Parallel) -> None:
+    """Make the run's folder; refuse to overwrite another run."""
+    folder, wanted = Path(config.train.output_dir), config.train.resume_from_checkpoint
+    if wanted:
+        from llmrl.run.checkpoint import belongs_to, find_checkpoint
 
-        find_checkpoint(folder, config.train.resume_from_checkpoint)
-        return True
+        found = find_checkpoint(folder, wanted)
+        if found is None or belongs_to(found, folder):
+            return
     metrics = folder / "metrics.jsonl"
     if parallel.is_main and metrics.is_file() and metrics.stat().st_size:
         raise UserError(
@@ -143,7 +144,6 @@ def check_output_dir(config: RunConfig, parallel: Parallel) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.output_dir {folder} cannot be created: {error}") from error
-    return False
 
 
 def _policy(
@@ -179,19 +179,18 @@ def _start_engine(config: RunConfig, policy: Policy, parallel: Parallel, console
     return start_engine(config.model, config.rollout, policy, parallel, log_dir=folder, say=console.say)
 
 
-def _files(config: RunConfig, parallel: Parallel, *, resume: bool) -> tuple[Record | None, Ledger | None]:
+def _files(config: RunConfig, parallel: Parallel) -> tuple[Record | None, Ledger | None]:
     """Open the run's files, on the main process, and start its trackers."""
     from llmrl.run.ledger import Ledger
-    from llmrl.track.record import Record, environment, flatten
+    from llmrl.track.record import Record, flatten
 
     record = ledger = None
-    folder, plain = Path(config.train.output_dir), to_dict(config)
+    folder = Path(config.train.output_dir)
     if parallel.is_main:
-        found = environment(device=str(parallel.device), num_processes=parallel.world, distributed_type=parallel.kind)
-        record = Record(config.track, folder, plain, environment=found, log=parallel.log, resume=resume)
+        record = Record(config.track, folder, log=parallel.log)
         ledger = Ledger(folder / "ledger.jsonl")
     if config.track.report_to:
-        parallel.start_trackers(config.track.project, flatten(plain))
+        parallel.start_trackers(config.track.project, flatten(to_dict(config)))
     return record, ledger
 
 

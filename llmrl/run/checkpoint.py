@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmrl.model.policy import Policy
     from llmrl.train.learner import Learner
 
-PREFIX = "step-"
+FOLDER, PREFIX, STATE = "checkpoints", "step-", "state.json"
 UNFINISHED = ".writing-"
 
 
@@ -46,12 +46,10 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
 
-    Checkpoints of later steps are deleted too: the run was resumed from an older one and abandoned them.
-
     Raises:
         RunFailed: the disk is full or not writable. What was written so far is removed; older checkpoints stay.
     """
-    folder = output_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+    folder = output_dir / FOLDER / f"{PREFIX}{step:08d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
     if parallel.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -61,14 +59,14 @@ def save_checkpoint(
         written = [unfinished / f"rng-{parallel.rank}.pt"]
         torch.save(_random_states(), written[0])
         if parallel.is_main:
-            written = [unfinished / name for name in ("weights.safetensors", "learner.pt", "state.json")] + written
+            written = [unfinished / name for name in ("weights.safetensors", "learner.pt", STATE)] + written
             save_file(policy.trained_parameters(), unfinished / "weights.safetensors")
             if reference := policy.reference_state():
                 written.append(unfinished / "reference.safetensors")
                 save_file(reference, written[-1])
             torch.save(learner.state_dict(), unfinished / "learner.pt")
             state = state | {"step": step, "num_processes": parallel.world}
-            (unfinished / "state.json").write_text(json.dumps(state))
+            (unfinished / STATE).write_text(json.dumps(state))
         for file in written:
             _to_disk(file)  # a full disk may raise only here
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -82,7 +80,7 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         _to_disk(folder.parent)
-        _delete_others(output_dir, folder, keep)
+        _delete_older(output_dir, keep)
     parallel.barrier()
     return folder
 
@@ -94,7 +92,7 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
         UserError: the checkpoint is damaged, or was taken with another model or number of processes.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / STATE).read_text())
         weights = load_file(folder / "weights.safetensors")
         moved = folder / "reference.safetensors"
         reference = load_file(moved) if moved.is_file() else {}
@@ -106,8 +104,8 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         older = [str(path) for path in sorted(folder.parent.glob(PREFIX + "*")) if path.name < folder.name]
         raise UserError(
-            f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); resume from an older one: "
-            f"{', '.join(older) or 'there is none'}"
+            f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); delete it and resume from an older "
+            f"one: {', '.join(older) or 'there is none'}"
         ) from error
     trained = policy.trained_parameters()
     if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
@@ -122,41 +120,78 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the finished checkpoints of a run, oldest first."""
-    return sorted((output_dir / "checkpoints").glob(PREFIX + "*"))
+    return sorted((output_dir / FOLDER).glob(PREFIX + "*"))
 
 
-def _delete_others(output_dir: Path, newest: Path, keep: int) -> None:
-    found = list_checkpoints(output_dir)
-    place = found.index(newest)
-    abandoned = found[place + 1 :]  # else `last` would mean one of them, and `keep` would count them
-    for folder in abandoned + (found[: place + 1][:-keep] if keep else []):
+def _delete_older(output_dir: Path, keep: int) -> None:
+    for folder in list_checkpoints(output_dir)[:-keep] if keep else []:
         shutil.rmtree(folder)
 
 
-def drop_newer(folder: Path) -> None:
-    """Delete the checkpoints after `folder`: resuming from it abandons them."""
-    for other in folder.parent.glob(PREFIX + "*"):
-        if other.name > folder.name:
-            shutil.rmtree(other)
-
-
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """Find the folder that `train.resume_from_checkpoint` names: `last`, or a path.
+    """Find the folder that `train.resume_from_checkpoint` names.
+
+    Args:
+        output_dir: the run's folder.
+        wanted: `last`, a checkpoint, or the folder of a run, which stands for its last checkpoint.
 
     Returns:
         None for `last` in a run that was stopped before its first checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, or no run to resume.
+        UserError: there is no such checkpoint, no run to resume, or the run has later checkpoints, which would be lost.
     """
-    if wanted != "last":
-        if not (Path(wanted) / "state.json").is_file():
-            raise UserError(f"train.resume_from_checkpoint {wanted}: no checkpoint there (a folder with state.json)")
-        return Path(wanted)
-    found = list_checkpoints(output_dir)
-    if not found and not (output_dir / "metrics.jsonl").is_file():
-        raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
-    return found[-1] if found else None
+    own = list_checkpoints(output_dir)
+    if wanted == "last":
+        if not own and not (output_dir / "metrics.jsonl").is_file():
+            raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
+        return own[-1] if own else None
+    folder = Path(wanted)
+    if not (folder / STATE).is_file():
+        folder = next(iter(list_checkpoints(folder)[::-1]), folder)
+    if not (folder / STATE).is_file():
+        raise UserError(
+            f"train.resume_from_checkpoint {wanted}: no checkpoint there (a folder with {STATE}, or a run that has one)"
+        )
+    if belongs_to(folder, output_dir) and folder.name != own[-1].name:
+        later = [path.name for path in own if path.name > folder.name]
+        raise UserError(
+            f"train.resume_from_checkpoint {wanted}: this run has later checkpoints ({', '.join(later)}), which going "
+            "on from here would overwrite. To branch off, name a new train.output_dir; for the model of that step, use "
+            f"`llmrl export {output_dir} --step {int(folder.name.removeprefix(PREFIX))}`; to give the later ones up, "
+            "delete their folders"
+        )
+    return folder
+
+
+def belongs_to(folder: Path, output_dir: Path) -> bool:
+    """Return whether a checkpoint is one of the run in `output_dir`."""
+    return folder.resolve().parent == (output_dir / FOLDER).resolve()
+
+
+def branch(folder: Path, output_dir: Path) -> dict[str, int]:
+    """Begin the run in `output_dir` with a copy of another run's checkpoint, and of its metrics and ledger up to there.
+
+    Rollouts are not copied: they may be large, and stay where they are.
+
+    Returns:
+        The lengths in bytes of the new run's files.
+    """
+    state = json.loads((folder / STATE).read_text())
+    lengths = dict.fromkeys(state["files"], 0)
+    for name in ("metrics", "ledger"):
+        source, length = folder.parent.parent / f"{name}.jsonl", state["files"].get(name, 0)
+        if source.is_file() and source.stat().st_size >= length:
+            with source.open("rb") as file:
+                (output_dir / source.name).write_bytes(file.read(length))
+            lengths[name] = length
+    copy = output_dir / FOLDER / folder.name
+    unfinished = copy.with_name(UNFINISHED + copy.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(folder, unfinished)
+    (unfinished / STATE).write_text(json.dumps(state | {"files": lengths}))
+    unfinished.rename(copy)
+    return lengths
 
 
 def _random_states() -> dict[str, Any]:

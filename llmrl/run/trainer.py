@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
-from llmrl.config import RunConfig
+from llmrl.config import RunConfig, to_dict
 from llmrl.run import checkpoint
 from llmrl.run.build import build
 from llmrl.run.given import Given
 from llmrl.run.pipeline import RolloutQueue, on_device
+from llmrl.track import history
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates
+from llmrl.track.record import environment
 from llmrl.train.selfcheck import check_forward
 from llmrl.types import Receipt, RolloutGroup, Task, TrainBatch
 
@@ -239,7 +241,7 @@ class Trainer:
         """Restore what `train.resume_from_checkpoint` names, and cut the run's files back to that step."""
         wanted = self.config.train.resume_from_checkpoint
         if not wanted:
-            return
+            return self._begin_part(None)
         folder = checkpoint.find_checkpoint(self.output_dir, wanted)
         files = {"metrics": 0, "rollouts": 0, "ledger": 0}
         if folder is not None:
@@ -250,8 +252,9 @@ class Trainer:
             self.health.load_state_dict(state["health"])
             self.algorithm.load_state_dict(state["algorithm"])
         if self.record is not None and self.ledger is not None:
-            if folder is not None and folder.parent == self.output_dir / "checkpoints":
-                checkpoint.drop_newer(folder)
+            if folder is not None and not checkpoint.belongs_to(folder, self.output_dir):
+                files = checkpoint.branch(folder, self.output_dir)
+                self.console.say(f"a branch of {folder.parent.parent}: its steps up to here are copied")
             self.record.truncate(files)
             self.ledger.file.truncate(files["ledger"])
         self.console.say(
@@ -259,6 +262,23 @@ class Trainer:
             if folder is not None
             else "the run was stopped before its first checkpoint: it starts again from the beginning"
         )
+        self._begin_part(folder)
+
+    def _begin_part(self, resumed_from: Path | None) -> None:
+        """Write down what this part of the run uses, and say what differs from the part before."""
+        if not self.parallel.is_main:
+            return
+        found = environment(
+            device=str(self.parallel.device), num_processes=self.parallel.world, distributed_type=self.parallel.kind
+        )
+        for change in history.begin(
+            self.output_dir,
+            to_dict(self.config),
+            step=self.first_step,
+            environment=found,
+            resumed_from=resumed_from,
+        ):
+            self.console.say(f"changed: {change}")
 
     def _save_checkpoint(self, step: int) -> None:
         files = {}
@@ -294,7 +314,8 @@ class Trainer:
     def _last_metrics(self) -> dict[str, float]:
         if not self.first_step or not self.parallel.is_main:
             return {}
-        return {k: v for k, v in read_jsonl(self.output_dir / "metrics.jsonl")[-1].items() if k != "step"}
+        rows = read_jsonl(self.output_dir / "metrics.jsonl")
+        return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
 
 
 class Clock:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,12 +16,18 @@ from llmrl.errors import RunFailed, UserError
 
 
 class JsonlFile:
-    """A file with one JSON object per line; each `append` reaches the operating system before it returns."""
+    """A file with one JSON object per line; each `append` reaches the operating system before it returns.
+
+    It is made when it is first written to, so that a run that fails before its first step leaves none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+
+    @cached_property
+    def _file(self) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.open("ab")
 
     def append(self, *rows: dict[str, Any]) -> None:
         """Write rows.
@@ -59,7 +66,8 @@ class JsonlFile:
         Raises:
             RunFailed: the file is shorter than `length` bytes.
         """
-        if self.path.stat().st_size < length:
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size < length:
             raise RunFailed(
                 f"{self.path} is shorter than when the checkpoint was taken ({length} bytes): it was changed"
             )
@@ -68,7 +76,8 @@ class JsonlFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if "_file" in self.__dict__:
+            self._file.close()
 
 
 def _to_json(row: Any) -> str:

@@ -1,16 +1,13 @@
-"""The files of a run: config.yaml, env.json, metrics.jsonl and rollouts.jsonl."""
+"""What a run writes while it trains, metrics.jsonl and rollouts.jsonl, and what it runs on."""
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from llmrl.track.files import JsonlFile
 from llmrl.track.metrics import rollout_rows
@@ -33,33 +30,18 @@ PACKAGES = (
 
 
 class Record:
-    """Write everything a run leaves behind. It exists on the main process only.
+    """Write what each step leaves behind. It exists on the main process only.
 
     Args:
         options: what is written.
         folder: the run's folder.
-        config: the resolved configuration as plain values; it becomes config.yaml.
-        environment: what `environment` returns; it becomes env.json.
         log: pass a step's metrics on to the trackers, called as log(metrics, step=1).
-        resume: the run continues: keep the config.yaml that it was started with.
     """
 
-    def __init__(
-        self,
-        options: TrackConfig,
-        folder: Path,
-        config: dict[str, Any],
-        *,
-        environment: dict[str, Any],
-        log: Callable[..., object],
-        resume: bool,
-    ) -> None:
+    def __init__(self, options: TrackConfig, folder: Path, *, log: Callable[..., object]) -> None:
         self.options, self.log = options, log
         self.metrics = JsonlFile(folder / "metrics.jsonl")
         self.rollouts = JsonlFile(folder / "rollouts.jsonl")
-        if not resume:
-            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
         """Record one training step (numbered from 1)."""

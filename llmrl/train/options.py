@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from llmrl.option import Count, Natural, NotNegative, Positive, option
+from llmrl.option import Count, Natural, NotNegative, Place, Positive, option
 
 Decay = Annotated[float, Ge(0), Lt(1)]
 
@@ -15,7 +15,7 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 class TrainConfig:
     """The optimizer, the length of the run, and what is saved."""
 
-    output_dir: str = "runs/default"
+    output_dir: Place = "runs/default"
     """The run's folder."""
     max_steps: Count = 100
     """Batches of rollouts to train on."""
@@ -50,5 +50,6 @@ class TrainConfig:
     """Save a checkpoint every `save_steps` steps; 0 only at the end."""
     save_total_limit: Natural = 2
     """Older checkpoints are deleted; 0 keeps all."""
-    resume_from_checkpoint: str | None = None
-    """`last`, or a checkpoint folder."""
+    resume_from_checkpoint: Place | None = None
+    """`last`, a checkpoint folder, or a run folder (its last checkpoint). Another run's begins a branch in a new
+    `output_dir`."""

@@ -15,7 +15,7 @@ from llmrl.algo.base import Algorithm
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.parallel import Parallel
 from llmrl.run import checkpoint
-from llmrl.run.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from llmrl.run.checkpoint import branch, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from llmrl.train.learner import Learner
 from tests.invariance.cases import (
     make_config,
@@ -184,19 +184,6 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2])
-def test_after_going_back_the_new_checkpoint_is_the_last(tmp_path: Path, keep: int) -> None:
-    """Whoever resumes from an older checkpoint (the newer ones are damaged, say) has left those behind."""
-    learner, _ = build()
-    for step in (10, 20, 30):
-        save(tmp_path, step, learner, keep=0)
-    written = save(tmp_path, 15, learner, keep=keep)
-    assert written.is_dir()
-    assert find_checkpoint(tmp_path, "last") == written
-    names = [path.name for path in list_checkpoints(tmp_path)]
-    assert names == (["step-00000015"] if keep == 1 else ["step-00000010", "step-00000015"])
-
-
 def test_finding_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         find_checkpoint(tmp_path, "last")
@@ -207,6 +194,39 @@ def test_finding_checkpoints(tmp_path: Path) -> None:
     folder = save(tmp_path, 1, build()[0])
     assert find_checkpoint(tmp_path, str(folder)) == folder
     assert find_checkpoint(tmp_path, "last") == folder
+    assert find_checkpoint(tmp_path, str(tmp_path)) == folder, "a run stands for its last checkpoint"
+    assert find_checkpoint(tmp_path / "new", str(tmp_path)) == folder
+
+
+def test_going_back_to_an_older_checkpoint_is_refused_in_its_own_folder_only(tmp_path: Path) -> None:
+    run, (learner, _) = tmp_path / "run", build()
+    for step in (10, 20, 30):
+        save(run, step, learner, keep=0)
+    older = run / "checkpoints" / "step-00000010"
+    message = r"later checkpoints \(step-00000020, step-00000030\).*new train.output_dir.*--step 10"
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(run, str(older))
+    assert len(list_checkpoints(run)) == 3
+    assert find_checkpoint(tmp_path / "new", str(older)) == older
+
+
+def test_a_branch_is_a_run_of_its_own(tmp_path: Path) -> None:
+    old, new, (learner, _) = tmp_path / "old", tmp_path / "new", build()
+    new.mkdir()
+    folder = save(old, 2, learner, state={"files": {"metrics": 5, "rollouts": 7, "ledger": 3}})
+    for name, text in (("metrics", "12345678"), ("rollouts", "1234567"), ("ledger", "12")):
+        (old / f"{name}.jsonl").write_text(text)
+    lengths = branch(folder, new)
+    assert lengths == {"metrics": 5, "rollouts": 0, "ledger": 0}, "a file that was cut short is not taken over"
+    assert (new / "metrics.jsonl").read_text() == "12345"
+    assert not (new / "rollouts.jsonl").exists()
+    copy = find_checkpoint(new, "last")
+    assert copy is not None and copy.name == folder.name
+    shutil.rmtree(old)
+    other, _ = build(seed=1)
+    assert load(copy, other)["files"] == lengths
+    for name, parameter in trained_parameters(other).items():
+        assert torch.equal(parameter, trained_parameters(learner)[name]), name
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

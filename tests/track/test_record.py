@@ -1,4 +1,4 @@
-"""A run's files: what is written at the start, per step, and what a resumed run keeps."""
+"""A run's files: what is written per step, and what a resumed run keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
 
 from llmrl.track.files import read_jsonl
 from llmrl.track.options import TrackConfig
@@ -15,7 +14,6 @@ from llmrl.track.record import Record, environment, flatten
 from llmrl.types import Rollout, RolloutGroup, Score, Task
 
 CONFIG = {"model": {"path": "m", "lora": None}, "rewards": [{"fn": "f"}], "seed": 1, "name": "caf\u00e9"}
-ENVIRONMENT = {"device": "cpu"}
 
 
 def groups() -> list[RolloutGroup]:
@@ -28,11 +26,11 @@ def groups() -> list[RolloutGroup]:
     return found
 
 
-def record(folder: Path, logged: list[Any], *, resume: bool = False, **options: Any) -> Record:
+def record(folder: Path, logged: list[Any], **options: Any) -> Record:
     def log(metrics: dict[str, float], step: int) -> None:
         logged.append((step, metrics))
 
-    return Record(TrackConfig(**options), folder, CONFIG, environment=ENVIRONMENT, log=log, resume=resume)
+    return Record(TrackConfig(**options), folder, log=log)
 
 
 @pytest.mark.parametrize(("saved", "num_rows"), [("all", 4), ("sample", 2), ("none", 0)])
@@ -43,23 +41,19 @@ def test_a_step_goes_to_files_and_trackers(
     run = record(tmp_path, logged, save_rollouts=saved)
     run.step(1, {"reward/mean": 0.5}, groups())
     run.close()
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG
-    assert json.loads((tmp_path / "env.json").read_text()) == ENVIRONMENT
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "reward/mean": 0.5}]
     assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == num_rows
     assert logged == [(1, {"reward/mean": 0.5})]
 
 
-def test_a_resumed_run_keeps_its_configuration_and_drops_later_rows(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_later_rows(tmp_path: Path) -> None:
     run = record(tmp_path, [])
     run.step(1, {"a": 1.0}, groups())
     lengths = run.lengths()
     run.step(2, {"a": 2.0}, groups())
     run.close()
-    (tmp_path / "config.yaml").write_text("as it was started\n")
-    resumed = record(tmp_path, [], resume=True)
+    resumed = record(tmp_path, [])
     resumed.truncate(lengths)
-    assert (tmp_path / "config.yaml").read_text() == "as it was started\n"
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
     assert len(read_jsonl(tmp_path / "rollouts.jsonl")) == 4
 

@@ -29,7 +29,7 @@ from llmrl.algo.preference.loss_options import (
     Sum,
     WholeBatch,
 )
-from llmrl.option import Count, NotNegative, PositiveShare, Share, option
+from llmrl.option import Count, NotNegative, Place, PositiveShare, Share, option
 
 
 @option
@@ -151,7 +151,7 @@ class DatasetOptions(PreferenceOptions):
     """Cut sequences (prompt and completion) to this many tokens; rows with no room for a completion are left out."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probabilities of all rows before the first step, and keep no reference."""
-    ref_cache_dir: str | None = None
+    ref_cache_dir: Place | None = None
     """Keep them in this folder for further runs with the same model and rows. Default: the run directory."""
 
     def findings(self) -> list[str]:
