@@ -16,6 +16,7 @@ USAGE = """usage: llmrl COMMAND ...
   llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
   llmrl verify --reward SPEC --self-test         run a reward's own examples
   llmrl eval --model PATH --data SPEC --reward SPEC --samples 8 [--field value ...]    mean@k, pass@k, maj@k
+  llmrl export RUN [--step N] [--merge] [--output DIR]    the model of any checkpoint, ready to load or to share
   llmrl serve RECIPE.yaml [--print_command]      vLLM servers for the recipe's model, until interrupted
   llmrl doctor [--model PATH]                    check this machine; each finding with its fix
   llmrl --version
@@ -34,7 +35,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UserError: there is no such command, or its arguments are wrong.
     """
-    commands = {"train": train, "verify": verify, "eval": evaluate, "serve": serve, "doctor": doctor}
+    commands = {"train": train, "verify": verify, "eval": evaluate, "serve": serve, "export": export, "doctor": doctor}
     if argv[:1] == ["--version"]:
         from llmrl import __version__
 
@@ -82,6 +83,13 @@ def serve(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]
     return run_serve(argv)
+
+
+def export(argv: list[str]) -> int:
+    """`llmrl export`: see `llmrl.run.export`."""
+    from llmrl.run.export import run as run_export
+
+    return run_export(argv)
 
 
 def doctor(argv: list[str]) -> int:

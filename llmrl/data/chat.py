@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -206,6 +207,23 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file:
                 "(base models), or data.chat_template to a Jinja file"
             )
         return None
+    return _read_file(file)
+
+
+def with_template(tokenizer: Any, file: str | None) -> Any:
+    """Return the tokenizer with the chat template in `file`, if there is one, so that it is saved with it.
+
+    Raises:
+        UserError: the file is unreadable.
+    """
+    if file is None:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = _read_file(file)
+    return changed
+
+
+def _read_file(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from llmrl.errors import RunFailed
+from llmrl.errors import RunFailed, UserError
 from llmrl.model import adapters
 from llmrl.model.attention import last_hidden_states, shortest_window, understands_causal_head, use_causal_head
 from llmrl.model.logprob_head import (
@@ -26,6 +26,7 @@ from llmrl.model.logprob_head import (
     token_logprobs,
     token_logprobs_and_kl,
 )
+from llmrl.model.save import save_language_model
 from llmrl.types import ForwardOutputs
 
 if TYPE_CHECKING:
@@ -389,7 +390,21 @@ class Policy:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model, or its adapter, for `from_pretrained`."""
-        cast("Any", self.module.model).save_pretrained(folder)
+        if self.has_adapters:
+            cast("Any", self.module.model).save_pretrained(folder)
+        else:
+            save_language_model(self.causal_lm, folder)
+
+    def merge_adapter(self) -> None:
+        """Merge the adapter into the weights: from here on the model is whole.
+
+        Raises:
+            UserError: there is no adapter.
+        """
+        if not self.has_adapters:
+            raise UserError("there is no adapter to merge: the whole model was trained")
+        self.module.model = cast("Any", self.module.model).merge_and_unload()
+        self.has_adapters = False
 
     def _full(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if self.parallel is None else self.parallel.full(tensor)

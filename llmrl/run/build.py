@@ -63,6 +63,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     method = METHODS[type(config.algo)]
     feed = method.feed(config, given)
 
+    from llmrl.data.chat import with_template
     from llmrl.model.load import load_generation_config, load_tokenizer
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -78,6 +79,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     tokenizer = given.processing_class
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
+    tokenizer = with_template(tokenizer, config.data.chat_template)
     notes, sampler = feed.encode(tokenizer, generation), feed.sampler(config.rollout.num_prompts)
     check_output_dir(config, parallel)
 
@@ -87,7 +89,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     parallel.barrier()
     algorithm = make_algorithm(config, feed.rewards)
     keep = algorithm.needs.reference and not feed.has_reference
-    policy = _policy(config, method, given, loaded, tokenizer, parallel, keep_reference=keep)
+    policy = build_policy(config, given, tokenizer, parallel, keep_reference=keep)
     critic = config.critic if isinstance(config, Config) else None
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
@@ -146,30 +148,31 @@ def check_output_dir(config: RunConfig, parallel: Parallel) -> None:
         raise UserError(f"train.output_dir {folder} cannot be created: {error}") from error
 
 
-def _policy(
+def build_policy(
     config: RunConfig,
-    method: Method,
     given: Given,
-    loaded: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     parallel: Parallel,
     *,
-    keep_reference: bool,
+    keep_reference: bool = False,
+    with_critic: bool = True,
 ) -> Policy:
     """Return what is trained: the model, whole or with adapters, with its critic and reference."""
     from llmrl.model.critic import build_critic
     from llmrl.model.load import add_lora, load_model
 
     # transformers annotates the methods of a model incompletely
+    loaded: Any = None if isinstance(given.model, str) else given.model
     model: Any = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(parallel.device)
     critic = None
-    if isinstance(config, Config) and config.critic is not None:
+    if isinstance(config, Config) and config.critic is not None and with_critic:
         critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)
     adapters = given.peft_config or config.model.lora
     adapted: Any = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
+    method = METHODS[type(config.algo)]
     return method.policy(config, adapted.to(parallel.device), critic, keep_reference=keep_reference)
 
 

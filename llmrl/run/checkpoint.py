@@ -118,6 +118,23 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
     return state
 
 
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Restore the policy's trained parameters alone. What the checkpoint holds beside them (a critic) is left out.
+
+    Raises:
+        UserError: the checkpoint was taken with another model.
+    """
+    weights, trained = load_file(folder / "weights.safetensors"), policy.trained_parameters()
+    if any(name not in weights or weights[name].shape != trained[name].shape for name in trained):
+        raise UserError(f"checkpoint {folder} holds the parameters of another model than the run's configuration names")
+    policy.load_trained_parameters(weights)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the finished checkpoints of a run, oldest first."""
     return sorted((output_dir / FOLDER).glob(PREFIX + "*"))
@@ -158,7 +175,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         raise UserError(
             f"train.resume_from_checkpoint {wanted}: this run has later checkpoints ({', '.join(later)}), which going "
             "on from here would overwrite. To branch off, name a new train.output_dir; for the model of that step, use "
-            f"`llmrl export {output_dir} --step {int(folder.name.removeprefix(PREFIX))}`; to give the later ones up, "
+            f"`llmrl export {output_dir} --step {step_of(folder)}`; to give the later ones up, "
             "delete their folders"
         )
     return folder

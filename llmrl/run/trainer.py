@@ -14,6 +14,7 @@ from llmrl.config import RunConfig, to_dict
 from llmrl.run import checkpoint
 from llmrl.run.build import build
 from llmrl.run.given import Given
+from llmrl.run.model_folder import TOKENIZER, save_model
 from llmrl.run.pipeline import RolloutQueue, on_device
 from llmrl.track import history
 from llmrl.track.files import read_jsonl
@@ -268,6 +269,7 @@ class Trainer:
         """Write down what this part of the run uses, and say what differs from the part before."""
         if not self.parallel.is_main:
             return
+        self.tokenizer.save_pretrained(self.output_dir / TOKENIZER)  # pyright: ignore[reportUnknownMemberType]
         found = environment(
             device=str(self.parallel.device), num_processes=self.parallel.world, distributed_type=self.parallel.kind
         )
@@ -305,9 +307,8 @@ class Trainer:
     def _save_model(self) -> None:
         """Save the trained model (or adapter) and its tokenizer in model/, ready for `from_pretrained`."""
         if self.parallel.is_main:
-            folder = self.output_dir / "model"
-            self.policy.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)  # pyright: ignore[reportUnknownMemberType]
+            folder, last = self.output_dir / "model", max(self.first_step, self.config.train.max_steps)
+            save_model(folder, self.policy, self.tokenizer, run=self.output_dir, step=last)
             self.console.say(f"model saved in {folder}")
         self.parallel.barrier()
 
