@@ -7,12 +7,18 @@ import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from llmrl.errors import RunFailed, UserError
+
+MAX_BEHIND = 2
+"""Appends that may wait to be written in the background. The next one waits for the first of them, so that memory does
+not grow where a disk is slower than a run."""
 
 
 class JsonlFile:
@@ -75,9 +81,54 @@ class JsonlFile:
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Close the file."""
-        if "_file" in self.__dict__:
+        """Close the file.
+
+        Raises:
+            RunFailed: what was still to be written cannot be.
+        """
+        if "_file" not in self.__dict__:
+            return
+        try:
             self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+
+class BackgroundJsonlFile(JsonlFile):
+    """A `JsonlFile` that turns rows into text and writes them on a thread of its own.
+
+    What goes wrong there is raised by the next `append`, or by `sync`, `truncate` or `close`, which all wait until
+    everything is written. Rows may not be changed once they are given to `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._thread = ThreadPoolExecutor(1, f"llmrl {path.name}")
+        self._waiting: deque[Future[None]] = deque()
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        self._wait(MAX_BEHIND - 1)
+        self._waiting.append(self._thread.submit(super().append, *rows))
+
+    def sync(self) -> int:
+        self._wait(0)
+        return super().sync()
+
+    def truncate(self, length: int) -> None:
+        self._wait(0)
+        super().truncate(length)
+
+    def close(self) -> None:
+        try:
+            self._wait(0)
+        finally:
+            self._thread.shutdown()
+            super().close()
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most `most` appends are left, and raise the first error among those that are done."""
+        while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
 
 
 def _to_json(row: Any) -> str:

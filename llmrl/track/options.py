@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from llmrl.option import option
+from llmrl.option import Count, option
 
 
 @option
@@ -20,5 +20,8 @@ class TrackConfig:
     """Run name in the trackers."""
     save_rollouts: Literal["all", "sample", "none"] = "all"
     """rollouts.jsonl: every rollout, the first group of each step, or nothing."""
+    num_saved_rollouts: Count | None = None
+    """Most rollouts of one step in rollouts.jsonl, the first ones. A million tokens take 35 MB, 56 MB with advantages
+    per token. Default: no limit."""
     console: Literal["auto", "rich", "plain", "quiet"] = "auto"
     """`auto`: rich on a terminal, plain lines elsewhere."""

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmrl.track.files import JsonlFile
+from llmrl.track.files import BackgroundJsonlFile, JsonlFile
 from llmrl.track.metrics import rollout_rows
 from llmrl.track.options import TrackConfig
 from llmrl.types import RolloutGroup
@@ -41,14 +41,17 @@ class Record:
     def __init__(self, options: TrackConfig, folder: Path, *, log: Callable[..., object]) -> None:
         self.options, self.log = options, log
         self.metrics = JsonlFile(folder / "metrics.jsonl")
-        self.rollouts = JsonlFile(folder / "rollouts.jsonl")
+        self.rollouts = BackgroundJsonlFile(folder / "rollouts.jsonl")
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
-        """Record one training step (numbered from 1)."""
+        """Record one training step (numbered from 1).
+
+        Rollouts are written in the background, so an error may come with a later step.
+        """
         self.metrics.append({"step": step, **metrics})
         self.log(metrics, step=step)
         saved = {"all": groups, "sample": groups[:1], "none": []}[self.options.save_rollouts]
-        self.rollouts.append(*rollout_rows(step, saved))
+        self.rollouts.append(*rollout_rows(step, saved)[: self.options.num_saved_rollouts])
 
     def lengths(self) -> dict[str, int]:
         """Return the length of each file in bytes, for a checkpoint."""
@@ -60,7 +63,7 @@ class Record:
         self.rollouts.truncate(lengths["rollouts"])
 
     def close(self) -> None:
-        """Close both files."""
+        """Write what is left and close both files."""
         self.metrics.close()
         self.rollouts.close()
 

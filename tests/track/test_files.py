@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from llmrl.errors import RunFailed, UserError
-from llmrl.track.files import JsonlFile, read_jsonl, replacing
+from llmrl.track.files import MAX_BEHIND, BackgroundJsonlFile, JsonlFile, read_jsonl, replacing
 
 
 def test_rows_are_readable_before_the_file_is_closed(tmp_path: Path) -> None:
@@ -75,6 +76,72 @@ def test_metrics_that_are_not_numbers_stay_readable_everywhere(tmp_path: Path) -
 
     json.loads(file.path.read_text(), parse_constant=refuse)
     assert read_jsonl(file.path) == [{"reward/mean": None, "deep": {"row": [None, 1.0]}}]
+
+
+class Slow:
+    """A value that becomes text only when it is told to, as a disk that is slow would."""
+
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def __str__(self) -> str:
+        self.asked.set()
+        assert self.go.wait(60)
+        return "slow"
+
+
+def test_rows_are_written_in_the_background_in_order(tmp_path: Path) -> None:
+    file, slow = BackgroundJsonlFile(tmp_path / "rows.jsonl"), Slow()
+    file.append({"a": slow})
+    assert slow.asked.wait(60)
+    file.append({"b": 1})  # returns while the first is being written
+    assert not file.path.exists()
+    slow.go.set()
+    assert file.sync() == file.path.stat().st_size > 0
+    assert read_jsonl(file.path) == [{"a": "slow"}, {"b": 1}]
+    file.append({"c": 2})
+    file.close()
+    assert read_jsonl(file.path) == [{"a": "slow"}, {"b": 1}, {"c": 2}], "closing writes what is left"
+    resumed = BackgroundJsonlFile(file.path)
+    resumed.append({"d": 3})
+    resumed.truncate(0)
+    resumed.close()
+    assert read_jsonl(file.path) == []
+
+
+def test_few_appends_wait_in_memory(tmp_path: Path) -> None:
+    file, slow = BackgroundJsonlFile(tmp_path / "rows.jsonl"), Slow()
+    done = threading.Event()
+
+    def append() -> None:
+        for _ in range(MAX_BEHIND + 1):
+            file.append({"a": slow})
+        done.set()
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    assert slow.asked.wait(60)
+    assert not done.wait(0.2), "one append more than may wait"
+    slow.go.set()
+    assert done.wait(60)
+    thread.join()
+    file.close()
+    assert len(read_jsonl(file.path)) == MAX_BEHIND + 1
+
+
+def test_an_error_in_the_background_is_raised_by_what_comes_next() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    for use in (lambda file: file.sync(), lambda file: file.close(), lambda file: file.truncate(0)):
+        file = BackgroundJsonlFile(full)
+        file.append({"a": 1})
+        with pytest.raises(RunFailed, match="/dev/full cannot be written"):
+            use(file)
+    file = BackgroundJsonlFile(full)
+    with pytest.raises(RunFailed, match="/dev/full cannot be written"):
+        for _ in range(MAX_BEHIND + 1):
+            file.append({"a": 1})
 
 
 def test_a_replaced_file_is_whole_or_unchanged(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_a_step_goes_to_files_and_trackers(
     assert logged == [(1, {"reward/mean": 0.5})]
 
 
+@pytest.mark.parametrize(("saved", "kept"), [("all", 3), ("sample", 2)])
+def test_rollouts_of_a_step_can_be_bounded(saved: Literal["all", "sample"], kept: int, tmp_path: Path) -> None:
+    run = record(tmp_path, [], save_rollouts=saved, num_saved_rollouts=3)
+    run.step(1, {}, groups())
+    run.step(2, {}, groups())
+    run.close()
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    everyone = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert [(row["step"], row["task"], row["index"]) for row in rows] == [
+        (step, *place) for step in (1, 2) for place in everyone[:kept]
+    ]
+
+
 def test_a_resumed_run_drops_later_rows(tmp_path: Path) -> None:
     run = record(tmp_path, [])
     run.step(1, {"a": 1.0}, groups())
