@@ -74,9 +74,7 @@ def last_hidden_states(
     """
     mask = None
     if attention_mask is not None:  # as numbers: from a Boolean mask every layer would make them again
-        device = input_ids.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else decoder.dtype
-        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)  # pyright: ignore
+        mask = torch.zeros(attention_mask.shape, dtype=decoder.dtype, device=input_ids.device)  # pyright: ignore
         mask.masked_fill_(~attention_mask, float("-inf"))
     return decoder(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch import nn
 from llmrl.errors import UserError
 from llmrl.model.attention import last_hidden_states
 from llmrl.model.load import add_lora, load_model
+from llmrl.model.precision import checkpoint_gradients, compute_in
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class ValueHead(nn.Module):
-    """A linear map of a hidden state to a value, in float32 under any precision. It starts as 0 everywhere."""
+    """A linear map of a hidden state to a value, always in float32. It starts as 0 everywhere."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -39,8 +40,7 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return hidden.float() @ self.weight + self.bias
+        return hidden.float() @ self.weight + self.bias
 
 
 class Critic(nn.Module):
@@ -50,11 +50,22 @@ class Critic(nn.Module):
         trunk: a transformers decoder, with or without adapters in it; None for the policy's own.
         hidden_size: width of its hidden states.
         train_trunk: with the policy's trunk, whether the value loss also trains it.
+        dtype: the type that the trunk computes in.
     """
 
-    def __init__(self, trunk: nn.Module | None, *, hidden_size: int, train_trunk: bool = True) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module | None,
+        *,
+        hidden_size: int,
+        train_trunk: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
+        self.dtype = dtype
+        if trunk is not None and cast("Any", trunk).is_gradient_checkpointing:
+            checkpoint_gradients(trunk)
         self.train_trunk = train_trunk
         self.head = ValueHead(hidden_size)
 
@@ -85,7 +96,9 @@ class Critic(nn.Module):
     ) -> Float[Tensor, "M H"]:
         """Compute the hidden states of the critic's own trunk at `predict_from`, in rows packed as for the policy."""
         assert self.trunk is not None
-        return last_hidden_states(self.trunk, input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
+        with compute_in(self.dtype, self.trunk):
+            hidden = last_hidden_states(self.trunk, input_ids, position_ids, attention_mask)
+        return hidden.flatten(0, 1)[predict_from]
 
 
 def build_critic(
@@ -118,12 +131,13 @@ def build_critic(
         lora = lora or model_options.lora
     elif options.path is not None:
         path = options.path
-        base = _other_model(path, model_options, model, tokenizer, seed=seed)
+        base = _other_model(path, model_options, model, tokenizer, seed=seed, trained=lora is None)
     else:
         base = copy.deepcopy(model)
     if lora is not None:
         add_lora(base, lora, seed=seed + 1)
-    critic = Critic(base.get_decoder(), hidden_size=base.config.get_text_config().hidden_size)
+    hidden_size, dtype = base.config.get_text_config().hidden_size, getattr(torch, model_options.dtype)
+    critic = Critic(base.get_decoder(), hidden_size=hidden_size, dtype=dtype)
     if path is not None and _is_reward_model(base.config):
         _take_score(critic.head, path, model_options)
     return critic.to(model.device)
@@ -139,7 +153,7 @@ def _take_score(head: ValueHead, path: str, model_options: ModelConfig) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=getattr(torch, model_options.dtype), trust_remote_code=model_options.trust_remote_code
+        path, dtype=torch.float32, trust_remote_code=model_options.trust_remote_code
     )
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.weight.shape != (1, len(head.weight)):
@@ -154,9 +168,16 @@ def _take_score(head: ValueHead, path: str, model_options: ModelConfig) -> None:
 
 
 def _other_model(
-    path: str, model_options: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    path: str,
+    model_options: ModelConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    trained: bool,
 ) -> PreTrainedModel:
-    other = load_model(dataclasses.replace(model_options, path=path, revision=None), tokenizer, seed=seed)
+    options = dataclasses.replace(model_options, path=path, revision=None)
+    other = load_model(options, tokenizer, seed=seed, trained=trained)
     if model_options.gradient_checkpointing:
         other.gradient_checkpointing_enable()
     sizes = [m.config.get_text_config().vocab_size for m in (other, model)]

@@ -58,13 +58,21 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
         return None
 
 
-def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, trained: bool = False
+) -> PreTrainedModel:
     """Load a causal language model from the hub or a local folder, or make a tiny random one (`tiny:ARCH`).
+
+    Args:
+        config: which model, and the type it computes in.
+        tokenizer: of the tiny model.
+        seed: of the tiny model's weights.
+        trained: all of it will be trained, so that it is loaded in float32 whatever type it computes in.
 
     Raises:
         UserError: the model cannot be loaded, or the architecture is unknown.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = torch.float32 if trained else getattr(torch, config.dtype)
     if config.path.startswith(TINY):
         from llmrl.tiny import build_tiny_model
 
@@ -74,7 +82,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
             seed=seed,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        ).to(dtype)
+        )
+        for parameter in model.parameters():  # not `model.to`, which would round the frequencies of the positions too
+            parameter.data = parameter.data.to(dtype)
         model.set_attn_implementation(config.attn_implementation)
         return model
     from transformers import AutoModelForCausalLM

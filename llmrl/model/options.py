@@ -38,7 +38,7 @@ class ModelConfig:
     tokenizer: Place | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the weights are held in. float32 with `accelerate`'s mixed precision keeps master weights."""
+    """Type that the model computes in, here and in engines. Whatever is trained is held in float32 all the same."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention kernel, by transformers' name."""
     trust_remote_code: bool = False

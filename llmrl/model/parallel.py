@@ -60,11 +60,6 @@ class Parallel:
         """How the processes share the work, by accelerate's name (`NO`, `MULTI_CPU`, `MULTI_GPU`)."""
         return self.accelerator.distributed_type.value
 
-    @property
-    def precision(self) -> str:
-        """The type that `autocast` computes in: `no` (that of the weights) or `bf16`."""
-        return self.accelerator.mixed_precision
-
     # --- a training step ---
 
     def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -75,10 +70,6 @@ class Parallel:
             stays valid; calling it directly goes past the wrapper, so processes need not do so equally often.
         """
         return self.accelerator.prepare(module, optimizer)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Compute in the precision of training. The wrapped module does so anyway; this is for what goes past it."""
-        return self.accelerator.autocast()
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients on this process inside the block: only the last backward pass of a step adds them up."""
@@ -161,12 +152,13 @@ class Parallel:
         self.accelerator.end_training()
 
 
-def make_parallel(*, seed: int, output_dir: str, report_to: Sequence[str] = ()) -> Parallel:
+def make_parallel(*, seed: int, output_dir: str, dtype: str = "float32", report_to: Sequence[str] = ()) -> Parallel:
     """Join the processes of this launch, check that they can train together, and seed their random numbers.
 
     Args:
         seed: of Python, numpy and torch, the same on every process.
         output_dir: where trackers write.
+        dtype: `model.dtype`, with which accelerate's `mixed_precision` has to agree where it is set.
         report_to: trackers, by accelerate's names.
 
     Raises:
@@ -193,8 +185,17 @@ def make_parallel(*, seed: int, output_dir: str, report_to: Sequence[str] = ()) 
             f"accelerate is configured with gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, "
             "which would scale the loss: remove it; train.max_tokens_per_micro_batch decides what is computed at once"
         )
-    if accelerator.mixed_precision == "fp16":
-        raise UserError("accelerate is configured with mixed_precision fp16, which is not supported: use bf16 or no")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(
+            f"accelerate is configured with mixed_precision {accelerator.mixed_precision}, which is not supported: "
+            'write "no" there; model.dtype chooses the type that the model computes in'
+        )
+    if accelerator.mixed_precision == "bf16" and dtype != "bfloat16":
+        raise UserError(
+            f"accelerate is configured with mixed_precision bf16, but model.dtype is {dtype}: set --model.dtype "
+            'bfloat16 (it computes in bfloat16 and trains weights in float32), or mixed_precision "no"'
+        )
+    accelerator.native_amp = False  # bf16 says what model.dtype bfloat16 already does, without autocast
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in supported:
         raise UserError(

@@ -26,6 +26,7 @@ from llmrl.model.logprob_head import (
     token_logprobs,
     token_logprobs_and_kl,
 )
+from llmrl.model.precision import checkpoint_gradients, compute_in, compute_type, hold, own_type
 from llmrl.model.save import save_language_model
 from llmrl.types import ForwardOutputs
 
@@ -40,13 +41,22 @@ if TYPE_CHECKING:
 
 
 class PolicyModule(nn.Module):
-    """What data-parallel wrappers wrap: packed rows in, log-probabilities of trained tokens out."""
+    """What data-parallel wrappers wrap: packed rows in, log-probabilities of trained tokens out.
 
-    def __init__(self, model: nn.Module, *, temperature: float) -> None:
+    Args:
+        model: a causal language model.
+        temperature: that of the distribution.
+        dtype: the type it computes in.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.dtype = dtype
         self.critic: Critic | None = None
+        if self.causal_lm.is_gradient_checkpointing:
+            checkpoint_gradients(self.causal_lm)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -60,7 +70,9 @@ class PolicyModule(nn.Module):
         attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
     ) -> Float[Tensor, "B T H"]:
         """Compute the last hidden states (after the final norm)."""
-        return last_hidden_states(self.causal_lm.get_decoder(), input_ids, position_ids, attention_mask)
+        decoder = self.causal_lm.get_decoder()
+        with compute_in(self.dtype, decoder):
+            return last_hidden_states(decoder, input_ids, position_ids, attention_mask)
 
     def forward(
         self,
@@ -109,6 +121,8 @@ class Policy:
 
     Attributes:
         module: the `PolicyModule`. Calling it directly goes past the data-parallel wrapper.
+        dtype: the type it computes in, which engines serve too unless they are told another; by default the type of
+            the model given. Once a learner has it, what it trains is held in float32.
         wrapped: `module`, or its data-parallel wrapper after `distribute`. Forward passes of training go through it.
         can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out.
         causal_head: whether the model takes masks that leave out queries which are plainly causal.
@@ -116,9 +130,16 @@ class Policy:
     """
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, keep_reference: bool, critic: Critic | None = None
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        keep_reference: bool,
+        critic: Critic | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.module = PolicyModule(model, temperature=temperature)
+        self.dtype = dtype or own_type(model)
+        self.module = PolicyModule(model, temperature=temperature, dtype=self.dtype)
         self.wrapped: nn.Module = self.module
         self.parallel: Parallel | None = None
         self.has_adapters = hasattr(model, "disable_adapter")
@@ -134,6 +155,7 @@ class Policy:
         self.reference_moved = False
         if keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.module).eval().requires_grad_(False)
+            hold(self._reference.model, self.dtype)
         self.module.critic = critic  # after the copy: the reference has no use for a critic
 
     # --- what it is made of ---
@@ -165,16 +187,17 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type the weights are held in."""
-        return next(self.module.parameters()).dtype
-
     def supports_masks(self, longest: int) -> bool:
         """Whether attention masks of ours (so shared prefixes) are right for sequences of up to `longest` tokens."""
         return self.can_share_prefixes and (self.window is None or longest <= self.window)
 
     # --- training ---
+
+    def hold(self) -> None:
+        """Hold what is trained in float32 from now on, and what is frozen in the type that it is used in."""
+        hold(self.module.model, self.dtype)
+        if self.critic is not None and self.critic.trunk is not None:
+            hold(self.critic.trunk, self.critic.dtype)
 
     def distribute(self, parallel: Parallel, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Spread the module over the processes. Returns the optimizer to use from now on."""
@@ -268,6 +291,7 @@ class Policy:
         """
         if self._reference is None:
             raise RunFailed("the reference is to move, but no reference model was kept")
+        self._reference.float()  # small steps would be lost in a narrower type
         for theirs, ours in zip(self._reference.parameters(), self.module.parameters(), strict=True):
             theirs.lerp_(self._full(ours).to(theirs.device), alpha)
         self.reference_moved = True
@@ -282,6 +306,7 @@ class Policy:
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
         """Restore from `reference_state`."""
         if self._reference is not None and state:
+            self._reference.float()
             for name, parameter in self._reference.named_parameters():
                 parameter.copy_(state[name])
             self.reference_moved = True
@@ -314,9 +339,9 @@ class Policy:
 
     @torch.no_grad()
     def exact_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
-        """Compute log-probabilities at temperature 1 in the weights' own type, dropout off."""
+        """Compute log-probabilities at temperature 1, dropout off."""
         with evaluating(self.module):
-            return self._exact(*_inputs(batch), temperature=1.0)["logprobs"]
+            return self.module(*_inputs(batch), temperature=1.0)["logprobs"]
 
     @torch.no_grad()
     def sequence_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -329,27 +354,33 @@ class Policy:
             for sequence in sequences:
                 ids = torch.tensor([sequence], device=self.device)
                 places = torch.arange(len(sequence), device=self.device)
-                outputs = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
+                outputs = self.module(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
                 rows.append(outputs["logprobs"].tolist())
         return rows
 
-    def _exact(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
-        # accelerate's mixed precision replaces the `forward` of the instance; the one of the class is still exact.
-        return PolicyModule.forward(self.module, *inputs, **options)
+    def computing(self) -> AbstractContextManager[None]:
+        """Let the transformers model itself compute as it does in training inside the block."""
+        return compute_in(self.dtype, self.causal_lm)
 
     # --- weights ---
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) of what an engine should serve, adapters merged, layer by layer.
 
+        They are what the policy computes with: in its `dtype`, even where they are held in float32.
         The base weights are never written to. Tied weights appear once. Buffers that are saved with the model are
         included.
         """
-        return self._weights(merged=True)
+        return self._served(self._weights(merged=True))
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the same without the adapters."""
-        return self._weights(merged=False)
+        return self._served(self._weights(merged=False))
+
+    def _served(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors in the types that the model computes with, each cast when its turn comes."""
+        for name, tensor in weights:
+            yield name, tensor.to(compute_type(self.causal_lm, name, tensor, self.dtype))
 
     def _weights(self, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
         inside_adapters: set[str] = set()

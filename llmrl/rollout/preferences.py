@@ -190,7 +190,7 @@ def _fingerprint(learner: Learner, samples: list[Sample]) -> str:
     """Return a hash of the model's parameters and of all tokens."""
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(learner.policy.dtype).encode())
     for name, parameter in learner.policy.named_parameters():
         if "lora_" in name:  # the reference is the model without its adapters
             continue

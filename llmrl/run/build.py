@@ -71,7 +71,10 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
 
     quieten_libraries()
     parallel = make_parallel(
-        seed=config.train.seed, output_dir=config.train.output_dir, report_to=config.track.report_to
+        seed=config.train.seed,
+        output_dir=config.train.output_dir,
+        dtype=config.model.dtype,
+        report_to=config.track.report_to,
     )
     if config.rollout.num_prompts < parallel.world:
         raise UserError(f"rollout.num_prompts {config.rollout.num_prompts} is less than the {parallel.world} processes")
@@ -160,17 +163,22 @@ def build_policy(
     """Return what is trained: the model, whole or with adapters, with its critic and reference."""
     from llmrl.model.critic import build_critic
     from llmrl.model.load import add_lora, load_model
+    from llmrl.model.precision import exact_positions
 
     # transformers annotates the methods of a model incompletely
+    adapters = given.peft_config or config.model.lora
     loaded: Any = None if isinstance(given.model, str) else given.model
-    model: Any = load_model(config.model, tokenizer, seed=config.train.seed) if loaded is None else loaded
+    model: Any = loaded
+    if loaded is None:
+        model = load_model(config.model, tokenizer, seed=config.train.seed, trained=adapters is None)
+    else:
+        exact_positions(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(parallel.device)
     critic = None
     if isinstance(config, Config) and config.critic is not None and with_critic:
         critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)
-    adapters = given.peft_config or config.model.lora
     adapted: Any = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
     method = METHODS[type(config.algo)]
     return method.policy(config, adapted.to(parallel.device), critic, keep_reference=keep_reference)
@@ -201,7 +209,8 @@ def _summary(config: RunConfig, policy: Policy, learner: Learner, parallel: Para
     """Return a line for the user: what is trained, where it runs, and where its files are."""
     trained = sum(p.numel() for p in learner.parameters)
     total = sum(p.numel() for _, p in policy.named_parameters())
+    computed = "" if config.model.dtype == "float32" else f" in float32, computed in {config.model.dtype}"
     return (
-        f"{type(policy.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
+        f"{type(policy.causal_lm).__name__}: {trained:,} of {total:,} parameters trained{computed}, "
         f"{parallel.world} process(es) on {parallel.device.type}, run directory {config.train.output_dir}"
     )

@@ -104,7 +104,7 @@ class Evaluator:
         tokenizer = load_tokenizer(options.model)
         feed.encode(tokenizer, load_generation_config(options.model))
         self.tasks, self.num_dropped = feed.tasks, len(tasks) - len(feed.tasks)
-        parallel = make_parallel(seed=options.seed, output_dir="")
+        parallel = make_parallel(seed=options.seed, output_dir="", dtype=options.model.dtype)
         model: Any = load_model(options.model, tokenizer, seed=options.seed)
         self.policy = Policy(model.to(parallel.device), temperature=1.0, keep_reference=False)
         self.collector = feed.collector(

@@ -42,7 +42,7 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
         path = given.model if isinstance(given.model, str) else GIVEN
         if path == GIVEN and given.processing_class is None:
             raise UserError("a loaded model needs its tokenizer too: Trainer(model=..., processing_class=tokenizer)")
-        model = replace(model, path=path)
+        model = replace(model, path=path, dtype=model.dtype if path != GIVEN else _dtype(given.model, model.dtype))
     if isinstance(given.peft_config, LoraConfig):
         model = replace(model, lora=given.peft_config)
     config = replace(config, model=model, data=_data(config.data, given.train_dataset))
@@ -65,6 +65,15 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
 def as_list(reward: Any) -> list[Any]:
     """Return one reward, or a sequence of them, as a list."""
     return [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
+
+
+def _dtype(model: Any, wanted: str) -> str:
+    """Return the type that a loaded model computes in: bfloat16 if it was loaded so, else what `model.dtype` wants."""
+    import torch
+
+    from llmrl.model.precision import own_type
+
+    return "bfloat16" if own_type(model) == torch.bfloat16 else wanted
 
 
 def _data(options: Any, dataset: Any) -> Any:

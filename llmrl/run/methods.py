@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
+
 from llmrl.algo.policy_gradient.algorithm import GRPO
 from llmrl.algo.policy_gradient.options import PolicyGradient
 from llmrl.algo.ppo import options as ppo
@@ -167,14 +169,16 @@ def _rubric(config: Config, reward: Any) -> Rubric:
 def language_policy(config: RunConfig, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
     """Return a policy whose log-probabilities have the temperature of its rollouts, if it samples any."""
     temperature = config.rollout.temperature if isinstance(config, Config) else 1.0
-    return Policy(model, temperature=temperature, keep_reference=keep_reference, critic=critic)
+    dtype = getattr(torch, config.model.dtype)
+    return Policy(model, temperature=temperature, keep_reference=keep_reference, critic=critic, dtype=dtype)
 
 
 def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
     """Return B-Coder's Q function."""
     assert isinstance(config.algo, BCoderOptions)
     chat = {"prompt_format": config.data.prompt_format, "chat_template": config.data.chat_template}
-    return QPolicy(model, config.algo, base_model=config.model.path, chat=chat)
+    dtype = getattr(torch, config.model.dtype)
+    return QPolicy(model, config.algo, base_model=config.model.path, chat=chat, dtype=dtype)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class GroupScores:
         tokens = [sum(len(samples[i].input_ids) for i in indices) for indices in groups]
         plans = plan_micro_batches(tokens, max_tokens=1, num_processes=self.parallel.world, packing=False)
         found: Found = {}
-        with evaluating(self.policy.wrapped), self.parallel.autocast():
+        with evaluating(self.policy.wrapped):
             for number in (i for rows in plans[self.parallel.rank] for row in rows for i in row):
                 self._score_group(samples, groups[number], found)
         if not with_old:
@@ -175,5 +175,4 @@ def _group_influence(
     vocabulary, columns = cast("tuple[Tensor, Tensor]", targets.unique(return_inverse=True))  # pyright: ignore
     errors = prediction_errors(policy.restricted_probabilities(hidden, logprobs, vocabulary, columns), columns)
     hidden = hidden.float()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return influence(errors, hidden, influence_matrix(errors, hidden, weights))
+    return influence(errors, hidden, influence_matrix(errors, hidden, weights))

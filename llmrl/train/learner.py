@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrl.algo.base import Algorithm
-    from llmrl.model.logprob_head import ReferenceHead
     from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
     from llmrl.train.options import TrainConfig
@@ -39,7 +38,7 @@ class Learner:
     depend on micro-batch size, packing or the number of processes.
 
     Args:
-        policy: what is trained. From here on it is spread over the processes.
+        policy: what is trained. From here on its trained parameters are float32 and spread over the processes.
         options: the optimizer, the length of the run, and how samples are laid out.
         parallel: the processes.
         critic_learning_rate: of the critic's own parameters; by default the policy's.
@@ -49,6 +48,7 @@ class Learner:
         self, policy: Policy, options: TrainConfig, parallel: Parallel, *, critic_learning_rate: float | None = None
     ) -> None:
         self.policy, self.options, self.parallel = policy, options, parallel
+        policy.hold()
         self.layout = Layout(policy, options, parallel)
         self.policy_parameters, self.critic_parameters = policy.parameters_to_train()
         self.parameters = self.policy_parameters + self.critic_parameters
@@ -108,7 +108,7 @@ class Learner:
             algorithm.refine(batch)
         counts, totals = _count(batch.samples, batch), dict[str, "Tensor"]()
         whole = range(batch.num_groups) if algorithm.needs.whole_groups else ()
-        with evaluating(self.policy.wrapped), self.parallel.autocast():
+        with evaluating(self.policy.wrapped):
             for micro_batch in self.layout.micro_batches(batch.samples, whole=whole):
                 loss, metrics = algorithm.loss(self.policy.forward(micro_batch), micro_batch, counts)
                 _accumulate(totals, metrics | {"loss/total": loss})
@@ -197,7 +197,7 @@ class Learner:
         for number, micro_batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync(self.policy.wrapped):
-                reference = self._reference_head(micro_batch) if algorithm.needs.full_kl else None
+                reference = self.policy.reference_head(micro_batch) if algorithm.needs.full_kl else None
                 outputs = self.policy.forward(micro_batch, with_hidden=bool(scores.waiting), reference=reference)
                 scores.apply(micro_batch, outputs, computed)
                 loss, metrics = algorithm.loss(outputs, micro_batch, counts)
@@ -242,10 +242,6 @@ class Learner:
         for group, rate, factor in zip(self.optimizer.param_groups, self.learning_rates, factors, strict=False):
             group["lr"] = rate * factor
 
-    def _reference_head(self, micro_batch: MicroBatch) -> ReferenceHead:
-        with self.parallel.autocast():  # rounded as in the policy's own forward pass
-            return self.policy.reference_head(micro_batch)
-
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add every metric over processes, or take the maximum where its key ends in `/max`."""
         return self.parallel.reduce(totals, largest={key for key in totals if key.endswith("/max")})
@@ -271,7 +267,7 @@ class Learner:
                 f"{self.num_skipped} optimizer steps had a non-finite loss or gradient (loss "
                 f"{report['loss/total']}, gradient norm {report['policy/grad_norm']}), more than "
                 f"train.max_skipped_steps {self.options.max_skipped_steps}; their batches are in {folder}. Try a lower "
-                "learning rate, or model.dtype float32"
+                "learning rate"
             )
 
     # --- checkpoints ---

@@ -70,7 +70,7 @@ def check_forward(policy: Policy, *, packing: bool = True) -> None:
 def _plain_logprobs(policy: Policy, samples: list[Sample]) -> Float[Tensor, " M"]:
     """Compute log-probabilities of the trained tokens with the transformers model as anybody would call it."""
     found: list[Tensor] = []
-    with torch.no_grad(), evaluating(policy.module):
+    with torch.no_grad(), evaluating(policy.module), policy.computing():
         for sample in samples:
             ids = to_tensor(sample.input_ids, policy.device)[None]
             logits: Tensor = policy.causal_lm(input_ids=ids, use_cache=False).logits
@@ -103,7 +103,7 @@ def _compare_critic(critic: Critic | None, what: str, apart: MicroBatch, togethe
             critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.attention_mask).float()
             for b in (apart, together)
         )
-    tolerance = _tolerance(next(critic.trunk.parameters()).dtype)
+    tolerance = _tolerance(critic.dtype)
     gap = ((found - expected).abs().max() / expected.abs().max()).item()
     if not gap <= tolerance:
         raise RunFailed(

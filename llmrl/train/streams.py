@@ -33,8 +33,7 @@ def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[Mi
     if not samples:
         return
     found: Found = {}
-    # accelerate puts the policy's forward pass under autocast. The reference's has to be rounded in the same way.
-    with evaluating(layout.policy.wrapped), layout.parallel.autocast():
+    with evaluating(layout.policy.wrapped):
         for micro_batch in layout.micro_batches(samples):
             for name, values in compute(micro_batch).items():
                 parts = split(values.float(), micro_batch.sequence_lengths)

@@ -121,11 +121,17 @@ def grpo(*, max_completion_length: int = MAX_COMPLETION_LENGTH, **algo: Any) -> 
 
 
 def make_learner(
-    model: torch.nn.Module, config: Config, *, parallel: Parallel | None = None, temperature: float = 1.0
+    model: torch.nn.Module,
+    config: Config,
+    *,
+    parallel: Parallel | None = None,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    moved: bool = True,
 ) -> tuple[Learner, Algorithm]:
     algorithm = make_algorithm(config)
-    policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.reference)
-    if algorithm.needs.reference and not policy.has_adapters:
+    policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.reference, dtype=dtype)
+    if algorithm.needs.reference and not policy.has_adapters and moved:
         move(policy.module, seed=5)  # away from the reference, so that the penalty has a gradient
     return Learner(policy, config.train, parallel or Parallel.alone()), algorithm  # pyright: ignore
 
@@ -140,13 +146,15 @@ def make_ppo_learner(
         lora: train adapters of the policy.
         seed: of the model.
         parallel: by default this process alone.
-        options: `algo`, `critic` and `train` options as dictionaries, `arch`, `temperature`.
+        options: `algo`, `critic`, `model` and `train` options as dictionaries, `arch`, `temperature`.
     """
     config = make_config(algo={"name": "ppo"} | options.get("algo", {}), train=options.get("train"))
     config = complete(
         replace(
             config,
-            model=replace(config.model, lora=LoraConfig(r=4, lora_alpha=4) if lora else None),
+            model=replace(
+                config.model, lora=LoraConfig(r=4, lora_alpha=4) if lora else None, **options.get("model", {})
+            ),
             critic=CRITICS[kind](**({"learning_rate": 0.2} | options.get("critic", {}))),
         )
     )
@@ -165,6 +173,7 @@ def make_ppo_learner(
         temperature=options.get("temperature", 1.0),
         keep_reference=algorithm.needs.reference,
         critic=critic,
+        dtype=getattr(torch, config.model.dtype),
     )
     rate = config.critic.learning_rate
     learner = Learner(policy, config.train, parallel or Parallel.alone(), critic_learning_rate=rate)  # pyright: ignore

@@ -16,7 +16,7 @@ from tests.invariance.cases import make_config, make_learner, make_lora, tiny_mo
 def test_one_process_is_all_of_them() -> None:
     parallel = Parallel.alone()
     assert (parallel.rank, parallel.world, parallel.is_main) == (0, 1, True)
-    assert parallel.device.type == "cpu" and parallel.kind == "NO" and parallel.precision == "no"
+    assert parallel.device.type == "cpu" and parallel.kind == "NO"
     numbers = {"a": torch.tensor(2.0), "b/max": torch.tensor(3.0)}
     assert parallel.reduce(numbers, largest={"b/max"}) == numbers
     assert parallel.gather(torch.arange(3)).tolist() == [0, 1, 2]
@@ -80,6 +80,7 @@ def fresh_accelerate() -> object:
         ("WORLD_SIZE", "2", "the launcher started 2 processes, but each sees 1"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4, which would scale the loss"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "bf16, but model.dtype is float32: set --model.dtype bfloat16"),
     ],
 )
 def test_a_launch_that_would_train_wrong_is_refused(
@@ -93,3 +94,15 @@ def test_a_launch_that_would_train_wrong_is_refused(
         monkeypatch.setenv(variable, value)
     with pytest.raises((UserError, ValueError), match=message):
         make_parallel(seed=0, output_dir="unused")
+
+
+def test_mixed_precision_means_model_dtype_and_no_autocast(
+    monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    parallel = make_parallel(seed=0, output_dir="unused", dtype="bfloat16")
+    module = torch.nn.Linear(3, 1)
+    wrapped, _ = parallel.wrap(module, torch.optim.SGD(module.parameters(), lr=0.5))
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(wrapped(inputs), torch.nn.functional.linear(inputs, module.weight, module.bias))

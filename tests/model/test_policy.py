@@ -1,22 +1,17 @@
-"""The policy: the weights it gives to engines, its reference, mixed precision, and how models load."""
+"""The policy: the weights it gives to engines, its reference, and how models load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from llmrl.config import LoraConfig, ModelConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.load import add_lora, load_model, load_tokenizer
-from llmrl.model.parallel import Parallel
 from llmrl.model.policy import Policy
 from llmrl.train.packing import build_micro_batch
-from llmrl.train.selfcheck import check_forward
 from tests.invariance.cases import (
     make_config,
     make_learner,
@@ -25,7 +20,6 @@ from tests.invariance.cases import (
     move,
     tiny_model,
     train_batch,
-    update_and_look,
 )
 
 ARCHS = ["qwen2", "qwen3", "llama", "gemma", "gemma2"]
@@ -176,39 +170,6 @@ def test_sequence_logprobs_are_the_models_own_at_temperature_one(seed: int) -> N
     assert policy.wrapped.training
     for ours, row in zip(found, expected, strict=True):
         assert ours == pytest.approx(row, abs=1e-5)
-
-
-# --- mixed precision ---
-
-
-@pytest.fixture
-def bfloat16_accelerator() -> Iterator[Accelerator]:
-    """Make an accelerator in bfloat16. accelerate keeps its precision in a singleton, which is reset afterwards."""
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True, mixed_precision="bf16")
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_mixed_precision(bfloat16_accelerator: Accelerator, lora: bool, seed: int) -> None:
-    """Training is rounded, in the same way for policy and reference. What proves the weights is not rounded."""
-    config = make_config(algo={"kl": {"beta": 0.1}})
-    model = add_lora(tiny_model(), LoraConfig(r=4), seed=0) if lora else tiny_model()
-    learner, algorithm = make_learner(model, config, parallel=Parallel(bfloat16_accelerator))
-    policy, sequence = learner.policy, make_samples(seed)[0].input_ids.tolist()
-    if policy._reference is not None:
-        policy.module.load_state_dict(policy._reference.state_dict())
-    exact = policy_of(tiny_model()).sequence_logprobs([sequence])[0]
-    assert policy.sequence_logprobs([sequence])[0] == pytest.approx(exact, abs=1e-5)
-    check_forward(policy)
-
-    batch = build_micro_batch(make_samples(seed), [[0, 1], [2]])
-    gap = (policy.forward(batch).logprobs - policy_of(tiny_model()).forward(batch).logprobs).abs().max()
-    assert 1e-4 < gap < 0.1, "the forward pass of training is meant to be in bfloat16"
-    outcome = update_and_look(learner, algorithm, make_samples(seed))
-    assert outcome.metrics["kl/ref"] == 0.0, "policy and reference are still the same model"
-    assert all(torch.isfinite(gradient).all() for gradient in outcome.gradients.values())
 
 
 # --- loading ---

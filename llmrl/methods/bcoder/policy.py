@@ -23,6 +23,7 @@ from llmrl.methods.bcoder.bellman import SOUND_SOFTABS, capped_value, raw_of_val
 from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
 from llmrl.model.logprob_head import greedy_tokens, token_logprobs
 from llmrl.model.policy import Policy, PolicyModule
+from llmrl.model.precision import hold
 from llmrl.types import ForwardOutputs
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ class ValueHead(nn.Module):
 class QModule(PolicyModule):
     """The language model, V_phi, and the residual value head1 - head2, whose second half never changes."""
 
-    def __init__(self, model: nn.Module, options: BCoderOptions, *, hidden_size: int | None) -> None:
-        super().__init__(model, temperature=1.0)
+    def __init__(
+        self, model: nn.Module, options: BCoderOptions, *, hidden_size: int | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(model, temperature=1.0, dtype=dtype)
         self.stage = options.stage.kind
         self.const = SOUND_SOFTABS if options.softabs_const is None else options.softabs_const
         size = self.causal_lm.config.get_text_config().hidden_size
@@ -121,16 +124,27 @@ class QPolicy(Policy):
         options: the algorithm's options.
         base_model: folder of the model before training.
         chat: `prompt_format` and `chat_template`, saved for ranking.
+        dtype: the type it computes in; by default the model's own.
     """
 
-    def __init__(self, model: nn.Module, options: BCoderOptions, *, base_model: str, chat: dict[str, Any]) -> None:
-        super().__init__(model, temperature=1.0, keep_reference=False)
+    def __init__(
+        self,
+        model: nn.Module,
+        options: BCoderOptions,
+        *,
+        base_model: str,
+        chat: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, temperature=1.0, keep_reference=False, dtype=dtype)
         self.options, self.base_model, self.chat = options, base_model, chat
         stage = options.stage
         hidden_size = stage.hidden_size if isinstance(stage, ValueStage) else read_description(base_model)["width"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.wrapped = self.module = QModule(model, options, hidden_size=hidden_size).to(self.device)
+            self.wrapped = self.module = QModule(model, options, hidden_size=hidden_size, dtype=self.dtype).to(
+                self.device
+            )
         if isinstance(stage, PolicyStage):
             self.module.load_heads(Path(base_model))
             if not self.has_adapters:
@@ -138,7 +152,8 @@ class QPolicy(Policy):
 
     def set_reference(self, model: nn.Module) -> None:
         """Use `model` as the one before training."""
-        self._reference = PolicyModule(model, temperature=1.0).eval().requires_grad_(False)
+        self._reference = PolicyModule(model, temperature=1.0, dtype=self.dtype).eval().requires_grad_(False)
+        hold(self._reference.model, self.dtype)
 
     def forward(self, batch: MicroBatch, **_: Any) -> ForwardOutputs:
         """Return log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
