@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llmrl.engines.hf import fast as hf_fast
 from llmrl.engines.hf.engine import HFEngine
 from llmrl.engines.hf.fast import FastDecoder
-from llmrl.engines.hf.generic import GenericDecoder
+from llmrl.engines.hf.generic import CACHE_NAMES, GenericDecoder
 from llmrl.engines.sampling import uniform_stream
 from llmrl.errors import RunFailed, UserError
 from llmrl.types import Completion, Sampling
@@ -498,6 +499,23 @@ def test_a_model_without_a_key_value_cache_is_refused():
     config = AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1)
     with pytest.raises(UserError, match="cannot serve 'mamba'"):
         HFEngine(config, weights=dict, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_goes_by_either_name(name, monkeypatch):
+    model = tiny("llama")
+    forward = type(model).forward
+    (own,) = (n for n in CACHE_NAMES if n in inspect.signature(forward).parameters)
+
+    def older(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **rest):
+        return forward(self, input_ids, attention_mask, position_ids, **{own: past_key_values}, **rest)
+
+    def newer(self, input_ids, attention_mask=None, position_ids=None, cache=None, **rest):
+        return forward(self, input_ids, attention_mask, position_ids, **{own: cache}, **rest)
+
+    monkeypatch.setattr(type(model), "forward", newer if name == "cache" else older)
+    requests = mixed_requests()
+    assert_exact(model, requests, asyncio.run(draw(engine_of("llama", decoder="generic"), requests)))
 
 
 def test_scaled_rotary_embeddings_go_to_the_generic_decoder():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 8192
 """Largest number of padded tokens in one prefill pass; bounds its activations."""
+CACHE_NAMES = ("past_key_values", "cache")
+"""Names of the cache among a forward pass's arguments: until transformers 5.23, and from 5.24 on."""
 LOGPROB_TOKENS = 256
 """Number of positions whose logits `logprobs` holds at once."""
 
@@ -64,11 +67,14 @@ class GenericDecoder:
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
         accepted = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in accepted:
+        cache_name = next((name for name in CACHE_NAMES if name in accepted), None)
+        if cache_name is None:
             raise UserError(
-                f"the hf engine cannot serve {config.model_type!r}: its transformers model takes no past_key_values; "
-                "use another model, or another rollout.engine"
+                f"the hf engine cannot serve {config.model_type!r}: the forward pass of its model in transformers "
+                f"{transformers.__version__} takes neither {' nor '.join(CACHE_NAMES)}; use another model, or another "
+                "rollout.engine"
             )
+        self.cache_name = cache_name
         self.takes_positions = "position_ids" in accepted
         self.takes_logits_to_keep = "logits_to_keep" in accepted
         self.can_pad = self.takes_positions and all(
@@ -188,12 +194,12 @@ class GenericDecoder:
         return cohort, logits[:, -1]
 
     def _forward(self, tokens: Tensor, cohort: _Cohort, positions: Tensor, *, keep_all: bool = False) -> Tensor:
-        extra: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        extra: dict[str, Any] = {self.cache_name: cohort.cache}
+        if self.takes_positions:
+            extra["position_ids"] = positions
         if self.takes_logits_to_keep and not keep_all:
             extra["logits_to_keep"] = 1
-        return self.model(
-            input_ids=tokens, attention_mask=cohort.mask, past_key_values=cohort.cache, use_cache=True, **extra
-        ).logits
+        return self.model(input_ids=tokens, attention_mask=cohort.mask, use_cache=True, **extra).logits
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
