@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from llmrl.data.program import find_program, run_program
 from llmrl.errors import UserError
 from llmrl.types import Message, Task
 
@@ -70,6 +71,8 @@ def tasks_from_rows(rows: Iterable[Row] | Dataset, config: DataConfig, name: str
 def open_rows(config: RowsConfig) -> tuple[Iterator[Located], str]:
     """Open the rows that `config.path` names. Returns them and the dataset's short name."""
     path = Path(config.path)
+    if (program := find_program(config.path)) is not None:
+        return _numbered(config.path, run_program(program, config.split)), program.stem
     if path.is_file():
         return _open_file(path, config), path.stem
     if not path.exists() and _looks_local(config.path):
@@ -104,7 +107,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 def _looks_local(path: str) -> bool:
     """Whether `path` cannot be a hub id: `name`, `owner/name` or `owner/name:configuration`, without a file suffix."""
-    if Path(path).suffix.lower() in _READERS:
+    if Path(path).suffix.lower() in (*_READERS, ".py"):
         return True
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path) is None
 
@@ -209,7 +212,10 @@ def _read_parquet(path: Path) -> Iterator[Located]:
 
 
 _READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-_KINDS = "use .json, .jsonl, .csv, .parquet, or a folder written by datasets.save_to_disk"
+_KINDS = (
+    "use .json, .jsonl, .csv, .parquet, a .py file with a function rows(split), or a folder written by "
+    "datasets.save_to_disk"
+)
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

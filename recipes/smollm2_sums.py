@@ -1,0 +1,37 @@
+"""Short sums for recipes/smollm2_sums.yaml, made by reasoning-gym (`pip install "llmrl[tasks]"`).
+
+    llmrl train smollm2_sums
+
+Every question is on one side of the split: what is held out is never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from llmrl.errors import UserError
+
+TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+"""Options of reasoning-gym's `chain_sum`: two numbers of one or two digits, added or subtracted."""
+NUM_ROWS = {"train": 2000, "test": 200}
+"""Questions in each split."""
+
+
+def rows(split: str) -> list[dict[str, Any]]:
+    """Return the questions of a split, `train` or `test`, all different."""
+    if split not in NUM_ROWS:
+        raise UserError(f"data.split {split!r}: there are {' and '.join(NUM_ROWS)}")
+    try:
+        import reasoning_gym  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError as error:
+        raise UserError(f"recipes/smollm2_sums.py: {error}; pip install 'llmrl[tasks]'") from error
+    made = reasoning_gym.create_dataset("chain_sum", size=20_000, seed=1, **TASK)
+    found = {row["metadata"]["expression"]: row["answer"] for row in map(made.__getitem__, range(len(made)))}
+    mine = [sum_ for sum_ in found if is_held_out(sum_) == (split == "test")]
+    return [{"question": f"{sum_} =", "answer": found[sum_]} for sum_ in mine[: NUM_ROWS[split]]]
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question is for the test split: a tenth of all, chosen by their text."""
+    return hashlib.sha256(question.encode()).digest()[0] < 26
