@@ -157,6 +157,8 @@ class Rollout:
     """Traceback of what went wrong, when `status` is an error."""
     ref_logprobs: np.ndarray | None = None
     """[M] float32, its trained tokens under the reference, if they were computed beforehand (for a dataset)."""
+    mismatched: Rollout | None = None
+    """A completion of another task behind this one's prompt, from a dataset: measured by KTO, never trained on."""
 
     @property
     def completion(self) -> str:

@@ -75,6 +75,18 @@ def samples_of(groups: list[RolloutGroup]) -> list[Sample]:
     return samples
 
 
+def mismatched_samples(groups: list[RolloutGroup]) -> list[Sample]:
+    """Return samples, which are not trained on, of the mismatched completions that rollouts carry."""
+    found: list[Sample] = []
+    for number, group in enumerate(groups):
+        for rollout in group.rollouts:
+            if rollout.mismatched is not None:
+                found += _samples_of_rollout(rollout.mismatched, number)
+    for sample in found:
+        sample.probe = True
+    return found
+
+
 def _samples_of_rollout(rollout: Rollout, group: int) -> list[Sample]:
     total = rollout.num_completion_tokens
     given = rollout.advantage

@@ -51,6 +51,10 @@ class PreferenceRow:
     completion_ids: list[list[int]] = field(default_factory=list)
     ref_logprobs: list[np.ndarray] | None = None
     """[tokens] of each completion, where they were computed before training."""
+    mismatched_ids: list[list[int]] = field(default_factory=list)
+    """Completions of another row, as many as this one has, from `mismatch`."""
+    mismatched_ref_logprobs: list[np.ndarray] | None = None
+    """Their log-probabilities behind this row's prompt under the reference, where known before training."""
 
     @property
     def is_conversational(self) -> bool:
@@ -231,6 +235,30 @@ def encode_preferences(
     if rows and not kept:
         raise UserError(f"all {len(rows)} rows are left out: {too_long} {notes[0][1]}, {equal} {notes[1][1]}")
     return kept, [f"{count} of {len(rows)} rows {text}" for count, text in notes if count]
+
+
+def mismatch(rows: Sequence[PreferenceRow], *, max_length: int) -> None:
+    """Set `mismatched_ids` of encoded rows: completions of a row with another prompt, wherever there are enough.
+
+    Which row that is depends on nothing but the rows, so a reference computed beforehand serves every later run. TRL
+    too pairs the rows of a dataset once, with the row before.
+
+    Args:
+        rows: all rows that completions may come from. A single row gets none.
+        max_length: tokens of a sequence (prompt and completion), at which completions are cut.
+    """
+    if len(rows) < 2:
+        return
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i in np.random.Generator(np.random.Philox(0)).permutation(len(rows)).tolist():
+        by_prompt.setdefault(tuple(rows[i].prompt_ids), []).append(i)
+    order = [i for places in by_prompt.values() for i in places]
+    # Rows of one prompt lie together: further on by the largest number of them there is another prompt.
+    shift = max(map(len, by_prompt.values())) % len(rows) or 1
+    for place, i in enumerate(order):
+        row, others = rows[i], rows[order[(place + shift) % len(rows)]].completion_ids
+        room = max_length - len(row.prompt_ids)
+        row.mismatched_ids = [others[k % len(others)][:room] for k in range(len(row.completions))]
 
 
 def _encode(row: PreferenceRow, chat: Chat) -> tuple[list[int], list[list[int]]]:

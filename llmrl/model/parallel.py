@@ -25,6 +25,16 @@ T = TypeVar("T")
 PROCESS_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another before it gives up."""
 
+RUN_NAMES = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+    "dvclive": "exp_name",
+}
+"""What each tracker calls the name of a run. What accelerate calls so is the project, except for mlflow."""
+
 
 class Parallel:
     """The processes that train one model together, and this one's place among them.
@@ -139,9 +149,33 @@ class Parallel:
 
     # --- trackers and the end ---
 
-    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
-        """Start accelerate's trackers (those of `make_parallel`) on the main process."""
-        self.accelerator.init_trackers(project, config)
+    def start_trackers(self, project: str, run_name: str | None, config: dict[str, Any]) -> None:
+        """Start accelerate's trackers (those of `make_parallel`) on the main process.
+
+        Args:
+            project: name of the project. In TensorBoard it is a folder, and the run a folder inside it.
+            run_name: name of the run. Default: the tracker makes one up.
+            config: the run's options, flat.
+        """
+        if run_name is None:
+            self.accelerator.init_trackers(project, config)
+            return
+        from accelerate.tracking import TensorBoardTracker
+
+        self.accelerator.log_with = [
+            TensorBoardTracker(os.path.join(project, run_name), self.accelerator.logging_dir)
+            if str(tracker) == TensorBoardTracker.name
+            else tracker
+            for tracker in self.accelerator.log_with
+        ]
+        named = {tracker: {key: run_name} for tracker, key in RUN_NAMES.items()}
+        self.accelerator.init_trackers(project, config, init_kwargs=named | {"aim": {"experiment": project}})
+        if self.is_main:  # these two take a name only once they run
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "comet_ml":
+                    tracker.tracker.set_name(run_name)
+                if tracker.name == "aim":
+                    tracker.tracker.name = run_name
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         """Send metrics to the trackers."""

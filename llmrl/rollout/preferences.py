@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrl.algo.preference.loss_options import KtoLoss
 from llmrl.algo.preference.options import DPO, KTO
-from llmrl.algo.samples import samples_of
+from llmrl.algo.samples import mismatched_samples, samples_of
 from llmrl.data.chat import Chat
-from llmrl.data.preferences import PreferenceRow, encode_preferences
+from llmrl.data.preferences import PreferenceRow, encode_preferences, mismatch
 from llmrl.data.sampler import TaskSampler
 from llmrl.errors import UserError
 from llmrl.rollout.source import Feed, Source, StartEngine
@@ -80,6 +81,9 @@ class PreferenceFeed(Feed):
         notes = [f"{len(self.rows)} preferences from {self.data.path}"]
         self.rows, more = encode_preferences(self.rows, chat, max_length=limit)
         self.eval_rows, about_eval = encode_preferences(self.eval_rows, chat, max_length=limit)
+        if isinstance(self.options, KTO) and isinstance(self.options.loss, KtoLoss):
+            mismatch(self.rows, max_length=limit)
+            mismatch(self.eval_rows, max_length=limit)
         self.tasks, self.eval_tasks = [row.task for row in self.rows], [row.task for row in self.eval_rows]
         return notes + more + [f"evaluation: {note}" for note in about_eval]
 
@@ -125,24 +129,30 @@ class PreferenceSource(Source):
         return RolloutGroup(task=task, rollouts=rollouts, position=position)
 
     def _rollout(self, row: PreferenceRow, index: int) -> Rollout:
-        text, ids = row.completions[index], row.completion_ids[index]
+        text, ids, known = row.completions[index], row.completion_ids[index], row.ref_logprobs
         messages = [Message(role="assistant", content=text)] if isinstance(text, str) else text
-        turn = Turn(
-            prompt_ids=row.prompt_ids,
-            completion_ids=ids,
-            rollout_logprobs=[0.0] * len(ids),  # placeholders: no sampler drew these tokens (`TrainBatch.sampled`)
-            finish="stop",
-            policy_version=(0, 0),
-            message=messages[0],
-            replies=messages[1:],
-        )
-        return Rollout(
-            task=row.task,
-            index=index,
-            turns=[turn],
-            score=Score(reward=row.rewards[index]),
-            ref_logprobs=None if row.ref_logprobs is None else row.ref_logprobs[index],
-        )
+        rollout = _stored(row, index, ids, row.rewards[index], messages, None if known is None else known[index])
+        if row.mismatched_ids:
+            ids, known = row.mismatched_ids[index], row.mismatched_ref_logprobs
+            nobody = [Message(role="assistant", content="")]
+            rollout.mismatched = _stored(row, index, ids, 0.0, nobody, None if known is None else known[index])
+        return rollout
+
+
+def _stored(
+    row: PreferenceRow, index: int, ids: list[int], reward: float, messages: list[Message], ref: np.ndarray | None
+) -> Rollout:
+    turn = Turn(
+        prompt_ids=row.prompt_ids,
+        completion_ids=ids,
+        rollout_logprobs=[0.0] * len(ids),  # placeholders: no sampler drew these tokens (`TrainBatch.sampled`)
+        finish="stop",
+        policy_version=(0, 0),
+        message=messages[0],
+        replies=messages[1:],
+    )
+    score = Score(reward=reward)
+    return Rollout(task=row.task, index=index, turns=[turn], score=score, advantage=0.0, ref_logprobs=ref)
 
 
 # --- the reference, computed once -------------------------------------------------------------------------------------
@@ -175,15 +185,15 @@ def precompute_reference(source: PreferenceSource, learner: Learner, folder: Pat
     parts = iter(np.split(flat, np.cumsum(lengths)[:-1]))
     for row in rows:
         row.ref_logprobs = [next(parts) for _ in row.completions]
+    for row in rows:
+        row.mismatched_ref_logprobs = [next(parts) for _ in row.mismatched_ids]
     return f"reference log-probabilities of {len(samples)} completions {'from' if known else 'saved in'} {file}"
 
 
 def _samples(source: PreferenceSource, rows: list[PreferenceRow]) -> list[Sample]:
+    """Return a sample of every completion of all rows, then of every mismatched one."""
     groups = [source.group(row.task) for row in rows]
-    for group in groups:
-        for rollout in group.rollouts:
-            rollout.advantage = 0.0
-    return samples_of(groups)
+    return samples_of(groups) + mismatched_samples(groups)
 
 
 def _fingerprint(learner: Learner, samples: list[Sample]) -> str:

@@ -201,7 +201,7 @@ def _files(config: RunConfig, parallel: Parallel) -> tuple[Record | None, Ledger
         record = Record(config.track, folder, log=parallel.log)
         ledger = Ledger(folder / "ledger.jsonl")
     if config.track.report_to:
-        parallel.start_trackers(config.track.project, flatten(to_dict(config)))
+        parallel.start_trackers(config.track.project, config.track.run_name, flatten(to_dict(config)))
     return record, ledger
 
 

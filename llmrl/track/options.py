@@ -17,7 +17,7 @@ class TrackConfig:
     project: str = "llmrl"
     """Project name in the trackers."""
     run_name: str | None = None
-    """Run name in the trackers."""
+    """Run name in the trackers (in TensorBoard, the folder). Default: the tracker's own."""
     save_rollouts: Literal["all", "sample", "none"] = "all"
     """rollouts.jsonl: every rollout, the first group of each step, or nothing."""
     num_saved_rollouts: Count | None = None

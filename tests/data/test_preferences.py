@@ -11,7 +11,7 @@ import pytest
 
 from llmrl.data.chat import Chat
 from llmrl.data.options import RowsConfig
-from llmrl.data.preferences import encode_preferences, load_preferences, preferences_from_rows
+from llmrl.data.preferences import PreferenceRow, encode_preferences, load_preferences, mismatch, preferences_from_rows
 from llmrl.errors import UserError
 from llmrl.rollout.preferences import PreferenceSource
 from llmrl.tiny import byte_tokenizer
@@ -187,3 +187,37 @@ def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(PLAIN[0]) + "\n" + json.dumps({"prompt": "a", "chosen": 1, "rejected": "c"}) + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2, column chosen: must be text"):
         load_preferences(RowsConfig(path=str(file)))
+
+
+def of_prompts(prompts: list[int], *, completions: int = 1) -> list[PreferenceRow]:
+    rows = [{"prompt": "q", "completion": "c", "label": True}] * len(prompts)
+    found = preferences_from_rows(rows, RowsConfig(path="rows"), "rows")
+    for i, (row, prompt) in enumerate(zip(found, prompts, strict=True)):
+        row.prompt_ids, row.completions = [prompt] * 3, ["c"] * completions
+        row.completion_ids = [[100 + i, 7, 7, 7, k] for k in range(completions)]
+    return found
+
+
+@pytest.mark.parametrize("prompts", [[0, 1], [0, 0, 1, 1], [0, 1, 0, 2, 0, 3], list(range(9)), [0, 0, 0, 1, 2, 2, 3]])
+def test_every_row_gets_the_completion_of_one_other_row_with_another_prompt(prompts: list[int]) -> None:
+    rows = of_prompts(prompts)
+    mismatch(rows, max_length=8)
+    given = [row.mismatched_ids[0][0] - 100 for row in rows]
+    assert sorted(given) == list(range(len(rows))), "each completion is used once"
+    assert all(prompts[i] != prompts[k] for i, k in enumerate(given))
+    again = of_prompts(prompts)
+    mismatch(again, max_length=8)
+    assert [row.mismatched_ids for row in again] == [row.mismatched_ids for row in rows]
+
+
+def test_mismatched_completions_where_prompts_repeat_and_rows_differ_in_size() -> None:
+    rows = of_prompts([0, 0, 0], completions=2)
+    mismatch(rows, max_length=5)
+    assert [len(row.mismatched_ids) for row in rows] == [2, 2, 2]
+    assert all(ids[0] - 100 != i and len(ids) == 2 for i, row in enumerate(rows) for ids in row.mismatched_ids)
+    (alone,) = of_prompts([0])
+    mismatch([alone], max_length=5)
+    assert alone.mismatched_ids == []
+    different = [*of_prompts([0], completions=2), *of_prompts([1])]
+    mismatch(different, max_length=8)
+    assert [len(row.mismatched_ids) for row in different] == [2, 1]

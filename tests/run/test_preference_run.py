@@ -125,6 +125,26 @@ def test_a_precomputed_reference_changes_nothing(lora: dict[str, int] | None, tm
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "first")
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("rows", [LABELLED, PAIRS], ids=["labels", "pairs"])
+def test_a_precomputed_reference_knows_the_completions_that_kto_puts_behind_other_prompts(
+    rows: list[dict[str, Any]], lora: dict[str, int] | None, tmp_path: Path
+) -> None:
+    for name, known in (("plain", False), ("known", True)):
+        options = settings(tmp_path / name, algo__precompute_ref_log_probs=known, eval__steps=2, model__lora=lora)
+        held_out = [{**row, "prompt": f"Held out: {row['prompt']}"} for row in rows[:5]]
+        run = Trainer(options, model="tiny:qwen2", train_dataset=rows, eval_dataset=held_out, algorithm="kto")
+        if known:
+            assert run.policy._reference is None
+        run.train()
+    plain, known = numbers(tmp_path / "plain"), numbers(tmp_path / "known")
+    assert any(row["preference/kl"] > 0 for row in plain), "an easy case"
+    for ours, other in zip(known, plain, strict=True):
+        assert ours.keys() == other.keys()
+        for key in {"loss/total", "preference/kl", "policy/grad_norm", "eval/loss", "eval/kl"} & ours.keys():
+            assert ours[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+
+
 def test_another_model_does_not_get_the_cache(tmp_path: Path) -> None:
     cached = {"algo__precompute_ref_log_probs": True, "algo__ref_cache_dir": str(tmp_path / "c")}
     trainer(tmp_path / "a", train__max_steps=1, **cached).train()

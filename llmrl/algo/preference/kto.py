@@ -12,7 +12,7 @@ from llmrl.algo.ops import preference_losses as losses
 from llmrl.algo.options import sampling_batches
 from llmrl.algo.preference import loss_options, options
 from llmrl.algo.preference.dpo import ref_sync
-from llmrl.algo.samples import samples_of
+from llmrl.algo.samples import mismatched_samples, samples_of
 from llmrl.types import Sample, TrainBatch
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ class KTO(Algorithm):
         )
 
     def prepare(self, groups: list[RolloutGroup], *, policy_version: int) -> TrainBatch:
-        """Stage 4: label completions (advantage 1 or -1); for `kto`, also put each behind another group's prompt."""
+        """Stage 4: label completions (advantage 1 or -1); for `kto`, also put others behind their prompts.
+
+        A dataset says which; of rollouts those of the group before are taken.
+        """
         threshold = self.config.desirable_above if isinstance(self.config, options.OnlineKTO) else DATASET_THRESHOLD
         for group in groups:
             for rollout in group.rollouts:
@@ -61,7 +64,7 @@ class KTO(Algorithm):
                 rollout.advantage = 0.0 if reward is None else 1.0 if reward > threshold else -1.0
         samples = samples_of(groups)
         desirable = sum(bool(s.advantages[0] > 0) for s in samples)
-        probes = mismatched(samples) if self.estimates_kl else []
+        probes = (mismatched_samples(groups) or mismatched(samples)) if self.estimates_kl else []
         return TrainBatch(
             samples=samples + probes,
             num_groups=len(groups),
