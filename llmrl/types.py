@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
@@ -321,6 +321,29 @@ class TrainBatch:
     """Whether an engine drew the tokens. If False they come from a dataset, and `rollout_logprobs` mean nothing."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visibility:
+    """Which earlier positions of its row each position sees, in numbers per position instead of a [T, T] mask.
+
+    `model/attention.py` makes of it what an attention kernel takes, on the device and for one pass: a mask, a block
+    mask, or the boundaries of sequences.
+    """
+
+    segment_ids: Int[Tensor, "B T"]
+    """Positions with different numbers do not see each other; 0 is padding."""
+    branch_ids: Int[Tensor, "B T"] | None = None
+    """0 in a prefix that sequences share, else the number of the branch behind it. A position sees its segment's prefix
+    and its own branch. None: restarting positions keep the sequences of a row apart, and transformers sees to that."""
+    causal_head: int = 0
+    """This many positions at the beginning of every row see everything before them."""
+    boundaries: Int[Tensor, " S+1"] | None = None
+    """int32; where each sequence begins in the flattened rows, and B * T. None where sequences share a prefix."""
+    longest: int = 0
+    """Positions between the boundaries that are farthest apart."""
+    alone: bool = False
+    """Every row holds one sequence, with padding behind it at most, so that causal attention needs no mask."""
+
+
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
     """What one forward pass sees: packed rows, and streams over their M trained tokens.
@@ -337,10 +360,8 @@ class MicroBatch:
 
     input_ids: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
-    segment_ids: Int[Tensor, "B T"]
-    attention_mask: Bool[Tensor, "B 1 S T"] | None
-    """What the last S positions of a row see; earlier positions see everything before them. None: restarting positions
-    keep the sequences of a row apart."""
+    visibility: Visibility
+    """How the sequences of a row are kept apart."""
     targets: Int[Tensor, " M"]
     predict_from: Int[Tensor, " M"]
     """Index into the B * T positions: `targets[m]` is predicted by the hidden state there."""
@@ -357,6 +378,10 @@ class MicroBatch:
     """[S] index in the batch of each sequence's sample, to return results to it."""
     samples: list[Sample] = field(default_factory=list)
     """[S] the samples themselves, for what concerns a whole sequence."""
+
+    @property
+    def segment_ids(self) -> Int[Tensor, "B T"]:
+        return self.visibility.segment_ids
 
 
 @dataclass(kw_only=True, slots=True)

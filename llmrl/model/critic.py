@@ -24,11 +24,12 @@ from llmrl.model.load import add_lora, load_model
 from llmrl.model.precision import checkpoint_gradients, compute_in
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.model.options import CriticConfig, ModelConfig
+    from llmrl.types import Visibility
 
 
 class ValueHead(nn.Module):
@@ -75,7 +76,7 @@ class Critic(nn.Module):
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
+        visibility: Visibility | None = None,
     ) -> Float[Tensor, " M"]:
         """Compute the value of the state before each trained token, at the position that predicts the token.
 
@@ -83,7 +84,7 @@ class Critic(nn.Module):
         arguments are those of `PolicyModule.forward`.
         """
         if self.trunk is not None:
-            return self.head(self.hidden_states(input_ids, position_ids, predict_from, attention_mask))
+            return self.head(self.hidden_states(input_ids, position_ids, predict_from, visibility))
         assert policy_hidden is not None
         return self.head(policy_hidden if self.train_trunk else policy_hidden.detach())
 
@@ -92,12 +93,12 @@ class Critic(nn.Module):
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
+        visibility: Visibility | None = None,
     ) -> Float[Tensor, "M H"]:
         """Compute the hidden states of the critic's own trunk at `predict_from`, in rows packed as for the policy."""
         assert self.trunk is not None
         with compute_in(self.dtype, self.trunk):
-            hidden = last_hidden_states(self.trunk, input_ids, position_ids, attention_mask)
+            hidden = last_hidden_states(self.trunk, input_ids, position_ids, visibility)
         return hidden.flatten(0, 1)[predict_from]
 
 

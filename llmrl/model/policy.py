@@ -17,7 +17,14 @@ from torch import nn
 
 from llmrl.errors import RunFailed, UserError
 from llmrl.model import adapters
-from llmrl.model.attention import last_hidden_states, shortest_window, understands_causal_head, use_causal_head
+from llmrl.model.attention import (
+    Kernel,
+    kernel_of,
+    last_hidden_states,
+    shortest_window,
+    understands_causal_head,
+    use_causal_head,
+)
 from llmrl.model.logprob_head import (
     Head,
     ReferenceHead,
@@ -31,13 +38,13 @@ from llmrl.model.save import save_language_model
 from llmrl.types import ForwardOutputs
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from llmrl.model.critic import Critic
     from llmrl.model.parallel import Parallel
-    from llmrl.types import Adapter, MicroBatch
+    from llmrl.types import Adapter, MicroBatch, Visibility
 
 
 class PolicyModule(nn.Module):
@@ -67,12 +74,12 @@ class PolicyModule(nn.Module):
         self,
         input_ids: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
-        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
+        visibility: Visibility | None = None,
     ) -> Float[Tensor, "B T H"]:
         """Compute the last hidden states (after the final norm)."""
         decoder = self.causal_lm.get_decoder()
         with compute_in(self.dtype, decoder):
-            return last_hidden_states(decoder, input_ids, position_ids, attention_mask)
+            return last_hidden_states(decoder, input_ids, position_ids, visibility)
 
     def forward(
         self,
@@ -80,7 +87,7 @@ class PolicyModule(nn.Module):
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
+        visibility: Visibility | None = None,
         temperature: float | None = None,
         with_hidden: bool = False,
         with_values: bool = False,
@@ -91,7 +98,7 @@ class PolicyModule(nn.Module):
         The tensors are fields of `MicroBatch`. `temperature` is the policy's own by default. Hidden states come without
         gradient, values only where there is a critic, and the KL with the `reference` from `Policy.reference_head`.
         """
-        hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
+        hidden = self.hidden_states(input_ids, position_ids, visibility).flatten(0, 1)[predict_from]
         head, outputs = self.head(temperature), dict[str, "Tensor"]()
         if reference is None:
             outputs["logprobs"], outputs["entropy"] = token_logprobs(hidden, head, targets)
@@ -99,7 +106,7 @@ class PolicyModule(nn.Module):
             found = token_logprobs_and_kl(hidden, head, targets, reference)
             outputs["logprobs"], outputs["entropy"], outputs["kl"] = found
         if with_values and self.critic is not None:
-            outputs["values"] = self.critic(hidden, input_ids, position_ids, predict_from, attention_mask)
+            outputs["values"] = self.critic(hidden, input_ids, position_ids, predict_from, visibility)
         if with_hidden:
             outputs["hidden"] = hidden.detach()
         return outputs
@@ -125,7 +132,8 @@ class Policy:
             the model given. Once a learner has it, what it trains is held in float32.
         wrapped: `module`, or its data-parallel wrapper after `distribute`. Forward passes of training go through it.
         can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out.
-        causal_head: whether the model takes masks that leave out queries which are plainly causal.
+        kernel: what its attention (and its critic's) takes, which decides how rows are laid out.
+        own_masks: whether masks of ours are faster than those that transformers makes from restarting positions.
         window: tokens that the layer with the shortest view sees, or None.
     """
 
@@ -149,7 +157,11 @@ class Policy:
             trunks.append(critic.trunk)
         for trunk in trunks:
             use_causal_head(trunk)
-        self.causal_head = all(understands_causal_head(trunk) for trunk in trunks)
+        kernels = {kernel_of(trunk.config) for trunk in trunks}
+        # Of two, the one that takes less.
+        self.kernel = next(kind for kind in (Kernel.VARLEN, Kernel.MASKED, Kernel.BLOCKS) if kind in kernels)
+        causal_heads = all(understands_causal_head(trunk.config) for trunk in trunks)
+        self.own_masks = self.kernel is Kernel.BLOCKS or causal_heads
         self.window = min((w for trunk in trunks if (w := shortest_window(trunk.config))), default=None)
         self._reference: PolicyModule | None = None
         self.reference_moved = False
@@ -237,7 +249,7 @@ class Policy:
         if self.critic is None:
             raise RunFailed("values were asked for, but there is no critic")
         hidden = self._hidden(self.module, batch) if self.critic.trunk is None else None
-        return self.critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.attention_mask)
+        return self.critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.visibility)
 
     @torch.no_grad()
     def collisions(self, batch: MicroBatch) -> Float[Tensor, " M"]:
@@ -442,12 +454,12 @@ class Policy:
 
     def _hidden(self, module: PolicyModule, batch: MicroBatch) -> Float[Tensor, "M H"]:
         """Compute the hidden states that predict the trained tokens, past the data-parallel wrapper."""
-        hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+        hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.visibility)
         return hidden.flatten(0, 1)[batch.predict_from]
 
 
-def _inputs(batch: MicroBatch) -> tuple[Tensor | None, ...]:
-    return (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
+def _inputs(batch: MicroBatch) -> tuple[Any, ...]:
+    return (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.visibility)
 
 
 @contextlib.contextmanager

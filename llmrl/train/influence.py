@@ -15,7 +15,8 @@ import torch
 from llmrl.algo.ops.token_hidden_reward import influence, influence_matrix, prediction_errors
 from llmrl.algo.policy_gradient.refine import INFLUENCE, INFLUENCE_WEIGHTS
 from llmrl.model.policy import evaluating
-from llmrl.train.packing import plan_micro_batches, to_tensor
+from llmrl.train.packing import to_tensor
+from llmrl.train.planning import plan_micro_batches
 from llmrl.train.streams import Found, share_streams, split
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class GroupScores:
         return set(share_streams(self.parallel, samples, found))
 
     def _score_group(self, samples: list[Sample], indices: list[int], found: Found) -> None:
-        micro_batches = self.layout.micro_batches([samples[i] for i in indices], all_here=True)
+        micro_batches = [*self.layout.micro_batches([samples[i] for i in indices], all_here=True)]
         # Processes score different numbers of groups, so these passes must not wait for each other.
         outputs = [self.policy.forward(batch, with_hidden=True, past_wrapper=True) for batch in micro_batches]
         order = [indices[i] for micro_batch in micro_batches for i in micro_batch.sample_indices]

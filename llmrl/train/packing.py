@@ -1,132 +1,30 @@
-"""Ragged samples -> packed micro-batches, dealt out over processes. Every process computes the same plan.
+"""Ragged samples -> packed micro-batches, made one at a time.
 
-Packing changes speed, never the result. A row is as wide as the longest sequence of its micro-batch; shorter sequences
-share a row one after another, and each attends only to itself.
+Packing changes speed, never the result. Where attention takes a mask, a row is as wide as the longest sequence of its
+micro-batch; shorter sequences share a row one after another. Where it takes boundaries or blocks (FlashAttention,
+FlexAttention), a micro-batch is a single row without padding. Each sequence attends only to itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from llmrl.train.prefixes import Tree, causal_length, layer_cost, share_prefixes, single_trees, tree_mask
-from llmrl.types import MicroBatch, Sample
+from llmrl.model.attention import Kernel
+from llmrl.train.planning import Rows, fits, num_positions, plan_micro_batches
+from llmrl.train.prefixes import Tree, causal_length, layer_cost, share_prefixes, single_trees
+from llmrl.types import MicroBatch, Sample, Visibility
 
 if TYPE_CHECKING:
     from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
     from llmrl.train.options import TrainConfig
-
-Rows = list[list[int]]
-"""One micro-batch: for each row the indices of what lies in it (samples, or trees of samples that share a prefix)."""
-
-
-def plan_micro_batches(
-    lengths: Sequence[int],
-    *,
-    max_tokens: int,
-    num_processes: int = 1,
-    packing: bool = True,
-    units: Sequence[int] | None = None,
-) -> list[list[Rows]]:
-    """Decide which process computes which sequences in which forward pass.
-
-    Units of sequences are dealt to processes by estimated cost: the costliest unit goes first, to the process with the
-    least work. Each process then fills micro-batches of at most `max_tokens` positions (rows * width), longest
-    sequences first.
-
-    Args:
-        lengths: tokens of each sequence.
-        max_tokens: positions of one micro-batch, padding included. A larger unit gets a micro-batch of its own.
-        num_processes: how many processes share the work.
-        packing: False gives every sequence a row of its own.
-        units: a number for each sequence; sequences with the same number share a micro-batch. By default each sequence
-            is a unit of its own.
-
-    Returns:
-        The micro-batches of each process. All processes have the same number: shorter lists end in empty micro-batches,
-        because processes must run forward and backward passes together.
-    """
-    members: dict[int, list[int]] = {}
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        members.setdefault(i if units is None else units[i], []).append(i)
-    costs = {unit: sum(_cost(lengths[i]) for i in found) for unit, found in members.items()}
-    shares: list[list[list[int]]] = [[] for _ in range(num_processes)]
-    load = [0.0] * num_processes
-    for unit in sorted(members, key=lambda unit: -costs[unit]):
-        process = load.index(min(load))
-        shares[process].append(members[unit])
-        load[process] += costs[unit]
-    plans = [_fill_micro_batches(share, lengths, max_tokens, packing) for share in shares]
-    longest = max(1, max(len(plan) for plan in plans))
-    return [plan + [[]] * (longest - len(plan)) for plan in plans]
-
-
-def fits(lengths: Sequence[int], *, max_tokens: int, packing: bool = True) -> bool:
-    """Return whether sequences of these lengths fit into one micro-batch of `max_tokens` positions."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    width = lengths[order[0]]
-    _, rows = _place(order, [], lengths, width, packing)
-    return len(rows) * width <= max_tokens
-
-
-def _cost(length: int) -> float:
-    """Estimate the relative cost of a sequence.
-
-    It is the cost of linear layers plus that of attention. For common shapes the two are equal at about 8,000 tokens.
-    """
-    return length * (1 + length / 8000)
-
-
-def _fill_micro_batches(
-    share: list[list[int]], lengths: Sequence[int], max_tokens: int, packing: bool
-) -> list[list[list[int]]]:
-    """Fill micro-batches first-fit decreasing.
-
-    Units come in order of their longest sequence, so that the first sequence of a micro-batch sets its width.
-    """
-    batches: list[Rows] = []
-    waiting = sorted(share, key=lambda unit: -lengths[unit[0]])
-    while waiting:
-        width = lengths[waiting[0][0]]
-        max_rows = max_tokens // width
-        rows: Rows = []
-        space: list[int] = []
-        left: list[list[int]] = []
-        for unit in waiting:
-            places, new_space = _place(unit, space, lengths, width, packing)
-            if rows and len(new_space) > max(max_rows, len(rows)):
-                left.append(unit)
-                continue
-            rows += [[] for _ in range(len(new_space) - len(rows))]
-            for i, row in zip(unit, places, strict=True):
-                rows[row].append(i)
-            space = new_space
-        batches.append(rows)
-        waiting = left
-    return batches
-
-
-def _place(
-    unit: list[int], space: list[int], lengths: Sequence[int], width: int, packing: bool
-) -> tuple[list[int], list[int]]:
-    """Find a row for each sequence of a unit: the first with room, or a new one.
-
-    Returns:
-        (row of each sequence, space that is then left in each row).
-    """
-    space, places = [*space], list[int]()
-    for i in unit:
-        row = next((r for r, free in enumerate(space) if free >= lengths[i]), None) if packing else None
-        if row is None:
-            row = len(space)
-            space.append(width)
-        space[row] -= lengths[i]
-        places.append(row)
-    return places, space
 
 
 def build_micro_batch(
@@ -134,7 +32,7 @@ def build_micro_batch(
     rows: Rows,
     *,
     trees: Sequence[Tree] | None = None,
-    causal_head: bool = False,
+    own_masks: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
     """Lay one plan entry out in a rectangle, with streams over the trained tokens.
@@ -145,20 +43,26 @@ def build_micro_batch(
         samples: all that the indices may refer to.
         rows: indices of `trees`.
         trees: how samples share prefixes; by default they share none.
-        causal_head: the model takes masks without rows for a causal beginning (`attention.use_causal_head`). Then rows
-            with more than one sequence, or with padding, are faster with a mask. Else only shared prefixes get one.
+        own_masks: masks of ours keep all sequences of a row apart, which is faster on some models (`Policy.own_masks`).
+            Else they are for shared prefixes only, and transformers goes by restarting positions.
         device: where the tensors go.
     """
     trees = single_trees(samples) if trees is None else trees
     width = max((sum(trees[i].length for i in row) for row in rows), default=2)
     shape = (max(1, len(rows)), width)
+    shared = any(len(trees[i].samples) > 1 for row in rows for i in row)
+    alone = not shared and all(len(row) == 1 for row in rows)
     input_ids, position_ids, segment_ids, branch_ids = (np.zeros(shape, np.int64) for _ in range(4))
+    if alone:  # positions go on in the padding, so that transformers finds no second sequence there to mask
+        position_ids[:] = np.arange(width)
     chosen: list[int] = []
     predict_from, targets = list[np.ndarray](), list[np.ndarray]()
+    begins: list[int] = []
     for r, row in enumerate(rows):
         column = 0
         for segment, tree in enumerate((trees[i] for i in row), start=1):
             root, prefix = column, tree.prefix
+            begins.append(r * width + root)
             segment_ids[r, root : root + tree.length] = segment
             column += prefix
             for branch, i in enumerate(tree.samples, start=1):
@@ -182,18 +86,20 @@ def build_micro_batch(
         values = [getattr(sample, name) for sample in picked]
         return None if any(v is None for v in values) else to_tensor(_concatenate(values, np.float32), device)
 
-    segments = to_tensor(segment_ids, device)
-    # Restarting positions keep packed sequences apart without a mask; branches of a tree need one.
-    masked = any(len(trees[i].samples) > 1 for row in rows for i in row)
-    head = 0
-    if causal_head:
-        masked |= any(len(row) > 1 or trees[row[0]].length < width for row in rows)
-        head = causal_length([[trees[i] for i in row] for row in rows])
+    own_masks = own_masks or shared  # positions cannot keep branches apart
+    boundaries = np.array([*begins, shape[0] * width], np.int32)
+    visibility = Visibility(
+        segment_ids=to_tensor(segment_ids, device),
+        branch_ids=to_tensor(branch_ids, device) if own_masks else None,
+        causal_head=causal_length([[trees[i] for i in row] for row in rows]),
+        boundaries=None if shared or not begins else to_tensor(boundaries, device),
+        longest=int(np.diff(boundaries).max(initial=0)),
+        alone=alone,
+    )
     return MicroBatch(
         input_ids=to_tensor(input_ids, device),
         position_ids=to_tensor(position_ids, device),
-        segment_ids=segments,
-        attention_mask=tree_mask(segments, to_tensor(branch_ids, device), skip=head) if masked else None,
+        visibility=visibility,
         targets=to_tensor(_concatenate(targets, np.int64), device),
         predict_from=to_tensor(_concatenate(predict_from, np.int64), device),
         sequence_ids=to_tensor(np.repeat(np.arange(len(picked)), lengths), device),
@@ -221,16 +127,21 @@ class Layout:
 
     Attributes:
         max_tokens: positions of one micro-batch, padding included.
+        one_row: whether a micro-batch is a single row without padding.
+        largest: positions of the largest micro-batch that the user was told of, because it is above `max_tokens`.
     """
 
     def __init__(self, policy: Policy, options: TrainConfig, parallel: Parallel) -> None:
         self.policy, self.options, self.parallel = policy, options, parallel
         by_device = 2048 if parallel.device.type == "cpu" else 16384
         self.max_tokens = options.max_tokens_per_micro_batch or by_device
+        # Flattened, the rows of a recurrent model would run into each other; such a model is not packed at all.
+        self.one_row = options.packing and policy.kernel is not Kernel.MASKED
+        self.largest = 0
 
     def micro_batches(
         self, samples: list[Sample], *, whole: Collection[int] = (), all_here: bool = False
-    ) -> list[MicroBatch]:
+    ) -> MicroBatches:
         """Return the micro-batches of this process: equally many on every process.
 
         Args:
@@ -240,31 +151,73 @@ class Layout:
         """
         trees = self.trees(samples)
         groups = [samples[tree.samples[0]].group for tree in trees]
+        lengths = [tree.length for tree in trees]
         plans = plan_micro_batches(
-            [tree.length for tree in trees],
+            lengths,
             max_tokens=self.max_tokens,
             num_processes=1 if all_here else self.parallel.world,
             packing=self.options.packing,
+            one_row=self.one_row,
             units=[group if group in whole else -1 - i for i, group in enumerate(groups)],
         )
-        causal_head = self.policy.causal_head and self._supports_masks(samples)
-        return [
-            build_micro_batch(samples, rows, trees=trees, causal_head=causal_head, device=self.parallel.device)
-            for rows in plans[0 if all_here else self.parallel.rank]
-        ]
+        self._check_bound(plans, lengths)
+        own_masks = self.policy.own_masks and self._supports_masks(samples)
+        device = self.parallel.device
+        build = partial(build_micro_batch, samples, trees=trees, own_masks=own_masks, device=device)
+        return MicroBatches(plans[0 if all_here else self.parallel.rank], build, ahead=device.type != "cpu")
 
     def trees(self, samples: list[Sample]) -> list[Tree]:
         """Return how samples share prefixes. A tree holds samples of one group."""
-        share = self.options.share_prefixes and self._supports_masks(samples)
-        return share_prefixes(samples, layer_cost(self.policy)) if share else single_trees(samples)
+        if not self.options.share_prefixes or not self._supports_masks(samples):
+            return single_trees(samples)
+        return share_prefixes(samples, layer_cost(self.policy), max_tokens=self.max_tokens)
 
     def fits(self, samples: list[Sample]) -> bool:
         """Return whether samples lie in one micro-batch together."""
         lengths = [tree.length for tree in self.trees(samples)]
-        return fits(lengths, max_tokens=self.max_tokens, packing=self.options.packing)
+        return fits(lengths, max_tokens=self.max_tokens, packing=self.options.packing, one_row=self.one_row)
 
     def _supports_masks(self, samples: list[Sample]) -> bool:
         return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))
+
+    def _check_bound(self, plans: list[list[Rows]], lengths: list[int]) -> None:
+        """Tell the user of the largest micro-batch that the bound on memory could not keep small."""
+        largest = max((rows for plan in plans for rows in plan), key=lambda rows: num_positions(rows, lengths))
+        size = num_positions(largest, lengths)
+        if size <= max(self.max_tokens, self.largest) or not self.parallel.is_main:
+            return
+        self.largest = size
+        alone = sum(map(len, largest)) == 1
+        what = "one sequence" if alone else "the sequences of one group, which are compared with each other,"
+        warnings.warn(
+            f"a micro-batch has {size} tokens, more than train.max_tokens_per_micro_batch {self.max_tokens}: {what} "
+            "cannot be split. If memory runs out, shorten rollouts (rollout.max_completion_length) or prompts",
+            stacklevel=4,
+        )
+
+
+class MicroBatches:
+    """The micro-batches of one pass. Their number is known; each is made when it is its turn.
+
+    Args:
+        plan: what lies in each.
+        build: makes one.
+        ahead: make each while the device computes the one before, so that it does not wait for layout and copy.
+    """
+
+    def __init__(self, plan: list[Rows], build: Callable[[Rows], MicroBatch], *, ahead: bool) -> None:
+        self.plan, self.build, self.ahead = plan, build, ahead
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        made: deque[MicroBatch] = deque()
+        for rows in self.plan:
+            made.append(self.build(rows))
+            if len(made) > self.ahead:
+                yield made.popleft()
+        yield from made
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
@@ -272,6 +225,7 @@ def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarra
 
 
 def to_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """Copy an array to a device."""
+    """Copy an array to a device. A GPU does not wait for it: the copy leaves from pinned memory."""
     tensor: torch.Tensor = torch.from_numpy(np.ascontiguousarray(array))  # pyright: ignore[reportUnknownMemberType]
-    return tensor.to(device, non_blocking=True)
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
-    from torch import Tensor
+from llmrl.model.attention import Kernel
 
+if TYPE_CHECKING:
     from llmrl.model.policy import Policy
     from llmrl.types import Sample
 
@@ -40,20 +38,29 @@ class Tree:
 class Cost:
     """Arithmetic of one layer, to decide what is worth sharing.
 
-    Sharing is not always cheaper: attention also computes the pairs between branches, which the mask then hides.
+    Sharing is not always cheaper: with a mask, attention also computes the pairs between branches, which the mask then
+    hides. On a GPU the time of attention follows this count (docs/performance.md).
     """
 
     per_token: float
     """Multiply-adds of the linear layers for one token."""
     per_pair: float
     """Multiply-adds of attention for one (query, key) pair."""
+    skips_hidden: bool = False
+    """Attention skips what the mask hides (FlexAttention)."""
 
-    def of(self, tree: Tree) -> float:
-        """Return the cost of a tree: causal attention inside its prefix, and from its branches to everything."""
-        shared = len(tree.samples) > 1
-        causal = tree.prefix if shared else tree.length
-        pairs = causal * causal / 2 + (tree.length - causal) * tree.length
-        return tree.length * self.per_token + pairs * self.per_pair
+    def of(self, tree: Tree, samples: Sequence[Sample]) -> float:
+        """Return the cost of a tree of these samples.
+
+        Attention is causal inside the prefix; a branch sees the prefix and, causally, itself. With a plain mask every
+        branch costs as if it saw the whole tree.
+        """
+        prefix, behind = tree.prefix, tree.length - tree.prefix
+        if self.skips_hidden or len(tree.samples) == 1:
+            seen = sum((len(samples[i].input_ids) - prefix) ** 2 for i in tree.samples) / 2 + prefix * behind
+        else:
+            seen = behind * tree.length
+        return tree.length * self.per_token + (prefix * prefix / 2 + seen) * self.per_pair
 
 
 def layer_cost(policy: Policy) -> Cost:
@@ -63,7 +70,11 @@ def layer_cost(policy: Policy) -> Cost:
     embeddings.add(id(policy.module.head().weight))
     inside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Cost(per_token=inside / config.num_hidden_layers, per_pair=2.0 * head_dim * config.num_attention_heads)
+    return Cost(
+        per_token=inside / config.num_hidden_layers,
+        per_pair=2.0 * head_dim * config.num_attention_heads,
+        skips_hidden=policy.kernel is Kernel.BLOCKS,
+    )
 
 
 def single_trees(samples: Sequence[Sample]) -> list[Tree]:
@@ -71,12 +82,13 @@ def single_trees(samples: Sequence[Sample]) -> list[Tree]:
     return [Tree(samples=(i,), prefix=0, length=len(sample.input_ids)) for i, sample in enumerate(samples)]
 
 
-def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
+def share_prefixes(samples: Sequence[Sample], cost: Cost, *, max_tokens: int) -> list[Tree]:
     """Lay the samples of each group out as trees, with the number of branches per tree that makes the group cheapest.
 
     Args:
         samples: samples of one group carry the same `group` number.
         cost: of one layer of the model.
+        max_tokens: no tree is longer, unless a single sample is.
 
     Returns:
         Trees that hold every sample once. Where sharing does not pay (long completions, short prompts), each sample is
@@ -88,8 +100,8 @@ def share_prefixes(samples: Sequence[Sample], cost: Cost) -> list[Tree]:
     trees: list[Tree] = []
     for members in groups.values():
         prefix = _common_prefix([samples[i] for i in members])
-        layouts = [_branch(samples, members, prefix, num) for num in _branch_counts(len(members), prefix)]
-        trees += min(layouts, key=lambda layout: sum(cost.of(tree) for tree in layout))
+        layouts = [_branch(samples, members, prefix, num, max_tokens) for num in _branch_counts(len(members), prefix)]
+        trees += min(layouts, key=lambda layout: sum(cost.of(tree, samples) for tree in layout))
     return trees
 
 
@@ -109,15 +121,25 @@ def _branch_counts(num_samples: int, prefix: int) -> list[int]:
     return [*powers, num_samples] if prefix else [1]
 
 
-def _branch(samples: Sequence[Sample], members: list[int], prefix: int, num_branches: int) -> list[Tree]:
-    """Deal `members`, in order, into trees of `num_branches`."""
-    trees: list[Tree] = []
-    for start in range(0, len(members), num_branches):
-        chosen = tuple(members[start : start + num_branches])
-        shared = prefix if len(chosen) > 1 else 0
-        length = shared + sum(len(samples[i].input_ids) - shared for i in chosen)
-        trees.append(Tree(samples=chosen, prefix=shared, length=length))
-    return trees
+def _branch(
+    samples: Sequence[Sample], members: list[int], prefix: int, num_branches: int, max_tokens: int
+) -> list[Tree]:
+    """Deal `members`, in order, into trees of up to `num_branches` branches and `max_tokens` tokens."""
+    parts: list[list[int]] = []
+    length = 0
+    for i in members:
+        behind = len(samples[i].input_ids) - prefix
+        if not parts or len(parts[-1]) == num_branches or length + behind > max_tokens:
+            parts.append([])
+            length = prefix
+        parts[-1].append(i)
+        length += behind
+    return [_tree(samples, part, prefix if len(part) > 1 else 0) for part in parts]
+
+
+def _tree(samples: Sequence[Sample], part: list[int], prefix: int) -> Tree:
+    length = prefix + sum(len(samples[i].input_ids) - prefix for i in part)
+    return Tree(samples=tuple(part), prefix=prefix, length=length)
 
 
 def causal_length(rows: Sequence[Sequence[Tree]]) -> int:
@@ -128,21 +150,3 @@ def causal_length(rows: Sequence[Sequence[Tree]]) -> int:
     widths = [sum(tree.length for tree in row) for row in rows]
     heads = [row[0].prefix if len(row[0].samples) > 1 else row[0].length for row in rows]
     return min(heads) if rows and 2 * min(heads) >= max(widths) else 0
-
-
-def tree_mask(
-    segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"], *, skip: int = 0
-) -> Bool[Tensor, "B 1 S T"]:
-    """Return which keys (last axis) each query may see: itself and earlier ones of its own branch or its tree's prefix.
-
-    Args:
-        segment_ids: the tree of each position; 0 is padding, which sees only itself so that no softmax is empty.
-        branch_ids: 0 in a tree's prefix, otherwise the number of the branch in its tree.
-        skip: leave out the rows of the first `skip` queries (S = T - skip).
-    """
-    queries, length = segment_ids[:, skip:, None], segment_ids.shape[1]
-    same_tree = queries == segment_ids[:, None, :]
-    visible = (branch_ids[:, None, :] == 0) | (branch_ids[:, skip:, None] == branch_ids[:, None, :])
-    places = torch.arange(length, device=segment_ids.device)
-    causal, itself = places[skip:, None] >= places, places[skip:, None] == places
-    return (same_tree & visible & causal & ((queries != 0) | itself))[:, None]

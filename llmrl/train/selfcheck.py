@@ -6,6 +6,7 @@ architecture that transformers or we treat differently than expected would train
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from llmrl.types import MicroBatch
 
 PROMPT_LENGTH = 12
-COMPLETION_LENGTHS = (3, 1, 5)
+COMPLETION_LENGTHS = (3, 5, 1)
 
 
 def check_forward(policy: Policy, *, packing: bool = True) -> None:
@@ -52,18 +53,24 @@ def check_forward(policy: Policy, *, packing: bool = True) -> None:
     apart = lay_out([[0], [1], [2]])
     _compare(policy, "log-prob head", apart, plain, "this architecture changes its logits in a way not known here")
     if packing:
-        fix, packed = "set train.packing false, or try model.attn_implementation sdpa", lay_out([[0, 1, 2]])
-        _compare(policy, "packed row", packed, plain, fix)
-        _compare_critic(policy.critic, "packed row", apart, packed, fix)
-    tree = Tree(samples=(0, 1, 2), prefix=PROMPT_LENGTH, length=PROMPT_LENGTH + sum(COMPLETION_LENGTHS))
+        fix = "set train.packing false, or try model.attn_implementation sdpa"
+        for rows in ([[0, 1, 2]], [[0], [1, 2]]):
+            packed = lay_out(rows)
+            _compare(policy, "packed row", packed, plain, fix)
+            _compare_critic(policy.critic, "packed row", apart, packed, fix)
+    trees = [
+        Tree(samples=(0, 1), prefix=PROMPT_LENGTH, length=PROMPT_LENGTH + sum(COMPLETION_LENGTHS[:2])),
+        Tree(samples=(2,), prefix=0, length=PROMPT_LENGTH + COMPLETION_LENGTHS[2]),
+    ]
     try:
-        for causal_head in {False, policy.causal_head}:
-            shared = lay_out([[0]], trees=[tree], causal_head=causal_head)
+        for causal_head in {0, PROMPT_LENGTH}:
+            shared = lay_out([[0, 1]], trees=trees)
+            shared.visibility = replace(shared.visibility, causal_head=causal_head)
             _compare(policy, "shared prefix", shared, plain, "")
             _compare_critic(policy.critic, "shared prefix", apart, shared, "")
         policy.can_share_prefixes = True
     except (RunFailed, RuntimeError, ValueError, TypeError):
-        # Some models reject a four-dimensional mask, others ignore it. Either way prefixes are simply not shared.
+        # Some models reject a mask of ours, others ignore it. Either way prefixes are simply not shared.
         policy.can_share_prefixes = False
 
 
@@ -100,7 +107,7 @@ def _compare_critic(critic: Critic | None, what: str, apart: MicroBatch, togethe
         return
     with torch.no_grad(), evaluating(critic):
         expected, found = (
-            critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.attention_mask).float()
+            critic.hidden_states(b.input_ids, b.position_ids, b.predict_from, b.visibility).float()
             for b in (apart, together)
         )
     tolerance = _tolerance(critic.dtype)

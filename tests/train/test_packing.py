@@ -1,99 +1,22 @@
-"""Packing: properties of the plan, and micro-batches against a literal loop."""
+"""Micro-batches against a literal loop, made one at a time; what lies above the bound is said."""
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrl.train.packing import build_micro_batch, fits, plan_micro_batches
-from llmrl.types import Sample
-
-LENGTHS = st.lists(st.integers(2, 200), max_size=40)
-PLANS = {
-    "lengths": LENGTHS,
-    "max_tokens": st.integers(1, 600),
-    "num_processes": st.integers(1, 5),
-    "packing": st.booleans(),
-}
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(**PLANS)
-def test_plan(lengths: list[int], max_tokens: int, num_processes: int, packing: bool) -> None:
-    options = {"max_tokens": max_tokens, "num_processes": num_processes, "packing": packing}
-    plans = plan_micro_batches(lengths, **options)
-    assert plans == plan_micro_batches(list(lengths), **options), "every rank must compute the same plan"
-    assert len(plans) == num_processes
-    assert len({len(plan) for plan in plans}) == 1, "processes run their backward passes together"
-    micro_batches = [rows for plan in plans for rows in plan]
-    assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(len(lengths)))
-    for rows in micro_batches:
-        if not rows:
-            continue
-        assert all(rows), "a row without a sequence is only padding"
-        widths = [sum(lengths[i] for i in row) for row in rows]
-        longest = max(lengths[i] for row in rows for i in row)
-        assert max(widths) == longest, "a row must not be wider than the longest sequence"
-        single = len(rows) == 1 and len(rows[0]) == 1
-        assert longest * len(rows) <= max_tokens or single or len(rows) == 1, "over the budget"
-        assert longest <= max_tokens or len(rows) == 1
-        if not packing:
-            assert all(len(row) == 1 for row in rows)
-    for plan in plans:
-        filled = [bool(rows) for rows in plan]
-        assert filled == sorted(filled, reverse=True), "empty micro-batches come last"
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(2, 50), min_size=8, max_size=40), num_processes=st.integers(2, 4))
-def test_processes_share_the_work(lengths: list[int], num_processes: int) -> None:
-    plans = plan_micro_batches(lengths, max_tokens=100, num_processes=num_processes)
-    loads = [sum(lengths[i] for rows in plan for row in rows for i in row) for plan in plans]
-    assert max(loads) - min(loads) <= max(lengths) + 1, "greedy dealing leaves at most one sequence between them"
-
-
-def test_packing_fills_rows_and_not_packing_pads() -> None:
-    lengths = [10, 6, 4, 5, 5, 3]
-    assert plan_micro_batches(lengths, max_tokens=100) == [[[[0], [1, 2], [3, 4], [5]]]]
-    assert plan_micro_batches(lengths, max_tokens=100, packing=False) == [[[[0], [1], [3], [4], [2], [5]]]]
-    assert plan_micro_batches(lengths, max_tokens=20) == [[[[0], [1, 2]], [[3], [4], [5]]]]
-    assert plan_micro_batches([], max_tokens=20, num_processes=2) == [[[]], [[]]]
-    assert plan_micro_batches([50, 9], max_tokens=20, packing=False) == [[[[0]], [[1]]]]
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(data=st.data(), **PLANS)
-def test_units_stay_whole(
-    lengths: list[int], max_tokens: int, num_processes: int, packing: bool, data: st.DataObject
-) -> None:
-    units = data.draw(st.lists(st.integers(0, 8), min_size=len(lengths), max_size=len(lengths)))
-    options = {"max_tokens": max_tokens, "num_processes": num_processes, "packing": packing}
-    plans = plan_micro_batches(lengths, units=units, **options)
-    assert len({len(plan) for plan in plans}) == 1
-    micro_batches = [rows for plan in plans for rows in plan if rows]
-    found = [i for rows in micro_batches for row in rows for i in row]
-    assert sorted(found) == list(range(len(lengths)))
-    holds = [{units[i] for row in rows for i in row} for rows in micro_batches]
-    assert sum(map(len, holds)) == len(set(units)), "no unit in two micro-batches"
-    for rows, inside in zip(micro_batches, holds, strict=True):
-        longest = max(lengths[i] for row in rows for i in row)
-        assert max(sum(lengths[i] for i in row) for row in rows) == longest
-        if longest * len(rows) > max_tokens:
-            members = {unit: [lengths[i] for i in found if units[i] == unit] for unit in inside}
-            assert any(not fits(m, max_tokens=max_tokens, packing=packing) for m in members.values()), "over the budget"
-
-
-def test_whether_a_unit_fits_and_where_it_goes() -> None:
-    assert fits([6, 4, 3], max_tokens=18, packing=False)
-    assert not fits([6, 4, 3], max_tokens=17, packing=False)
-    assert fits([6, 4, 2], max_tokens=12)
-    assert not fits([6, 4, 3], max_tokens=17)
-    lengths, units = [6, 4, 5, 2], [0, 1, 1, 0]
-    assert plan_micro_batches(lengths, max_tokens=12) == [[[[0], [2]], [[1], [3]]]], "without units as they come"
-    assert plan_micro_batches(lengths, max_tokens=12, units=units) == [[[[0], [3]], [[2], [1]]]]
-    assert plan_micro_batches(lengths, max_tokens=1, units=units) == [[[[0], [3]], [[2], [1]]]], "whole, over the limit"
+from llmrl.train import packing
+from llmrl.train.learner import Learner
+from llmrl.train.packing import MicroBatches, build_micro_batch
+from llmrl.train.planning import plan_micro_batches
+from llmrl.types import MicroBatch, Sample
+from tests.invariance.cases import make_config, make_learner, tiny_model
 
 
 def make_samples(seed: int, count: int) -> list[Sample]:
@@ -147,8 +70,9 @@ def assert_layout(samples: list[Sample], rows: list[list[int]], batch) -> None:
     """Walk the rectangle cell by cell."""
     height, width = batch.input_ids.shape
     targets, predict_from, sequence_ids, number = [], [], [], 0
+    alone = all(len(row) == 1 for row in rows)
     for r, row in enumerate(rows):
-        cells = [(0, 0, 0)] * width
+        cells = [(0, column if alone else 0, 0) for column in range(width)]
         column = 0
         for segment, i in enumerate(row):
             for t, token in enumerate(samples[i].input_ids.tolist()):
@@ -207,3 +131,50 @@ def test_the_example_in_the_types() -> None:
     assert batch.segment_ids[1].tolist() == [1, 1, 1, 2, 2, 0]
     assert batch.targets.tolist() == [1, 7, 9]
     assert batch.predict_from.tolist() == [4, 6 + 1, 6 + 3]
+
+
+def learner_of(**train: Any) -> Learner:
+    return make_learner(tiny_model(), make_config(train=train))[0]
+
+
+def test_micro_batches_are_made_when_it_is_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(max_tokens_per_micro_batch=12)
+    samples = make_samples(1, 9)
+    made = list[int]()
+
+    def build(*inputs: Any, **options: Any) -> MicroBatch:
+        made.append(len(made))
+        return build_micro_batch(*inputs, **options)
+
+    monkeypatch.setattr(packing, "build_micro_batch", build)
+    batches = learner.layout.micro_batches(samples)
+    assert len(batches) > 3 and not made, "the plan comes first"
+    for number, _ in enumerate(batches, start=1):
+        assert len(made) == number
+    assert len(made) == len(batches)
+    found = sorted(i for batch in batches for i in batch.sample_indices)
+    assert found == [*range(9)]
+
+
+def test_ahead_makes_the_next_micro_batch_before_it_gives_one() -> None:
+    made: list[Any] = []
+    batches = MicroBatches([[[0]], [[1]], [[2]]], lambda rows: made.append(rows) or rows, ahead=True)  # pyright: ignore
+    counts = [(batch, len(made)) for batch in batches]
+    assert counts == [([[0]], 2), ([[1]], 3), ([[2]], 3)]
+
+
+def test_what_cannot_be_split_is_said_once() -> None:
+    samples = make_samples(2, 6)
+    for number, sample in enumerate(samples):
+        sample.group = number // 2
+    longest = max(len(s.input_ids) for s in samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner_of(max_tokens_per_micro_batch=longest).layout.micro_batches(samples)
+    for bound, whole, said in ((longest - 1, (), "one sequence"), (longest, (0, 1, 2), "the sequences of one group")):
+        layout = learner_of(max_tokens_per_micro_batch=bound).layout
+        with pytest.warns(UserWarning, match=f"more than train.max_tokens_per_micro_batch {bound}: {said}"):
+            layout.micro_batches(samples, whole=whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layout.micro_batches(samples, whole=whole)

@@ -27,11 +27,11 @@ from llmrl.model.precision import hold
 from llmrl.types import ForwardOutputs
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from llmrl.data.chat import Chat
-    from llmrl.types import MicroBatch
+    from llmrl.types import MicroBatch, Visibility
 
 FOLDER, HEADS, DESCRIPTION = "bcoder", "heads.safetensors", "bcoder.json"
 ANCHORS, BASE_VALUES = "anchors", "base_values"
@@ -78,13 +78,13 @@ class QModule(PolicyModule):
         position_ids: Int[Tensor, "B T"],
         predict_from: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-        attention_mask: Bool[Tensor, "B 1 S T"] | None = None,
+        visibility: Visibility | None = None,
         anchors: Int[Tensor, " M"] | None = None,
         base_values: Float[Tensor, " M"] | None = None,
     ) -> dict[str, Any]:
         """Return the fields of `ForwardOutputs`; `extras` has l(target) - max l and (no gradient) l(anchor) - max l."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "policy"):
-            hidden = self.hidden_states(input_ids, position_ids, attention_mask).flatten(0, 1)[predict_from]
+            hidden = self.hidden_states(input_ids, position_ids, visibility).flatten(0, 1)[predict_from]
             logprobs, entropy = self._head(hidden, targets)
             # log p differs from l by a constant of the state, and so do l - max l and log p - max log p.
             with torch.no_grad():
@@ -158,7 +158,7 @@ class QPolicy(Policy):
     def forward(self, batch: MicroBatch, **_: Any) -> ForwardOutputs:
         """Return log-probabilities, advantages and values of the trained tokens, through the data-parallel wrapper."""
         anchors, base_values = batch.extras[ANCHORS].long(), batch.extras[BASE_VALUES]
-        rows = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.attention_mask)
+        rows = (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.visibility)
         return ForwardOutputs(**self.wrapped(*rows, anchors, base_values))
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class QPolicy(Policy):
         """Return the anchors, and V_phi before the cap; both are of the model before training and never change."""
         module = self._reference or self.module
         with self.without_adapter():
-            hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+            hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.visibility)
         hidden = hidden.flatten(0, 1)[batch.predict_from]
         greedy = greedy_tokens(hidden, module.head())
         return {ANCHORS: greedy.float(), BASE_VALUES: self.module.value_head(hidden)}

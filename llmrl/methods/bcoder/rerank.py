@@ -94,7 +94,8 @@ class Ranker:
 
         from llmrl.methods.bcoder.bellman import per_sequence, recovered_reward
         from llmrl.model.policy import evaluating
-        from llmrl.train.packing import build_micro_batch, plan_micro_batches
+        from llmrl.train.packing import build_micro_batch
+        from llmrl.train.planning import plan_micro_batches
 
         lengths = [len(sample.input_ids) for sample in samples]
         found = [0.0] * len(samples)
