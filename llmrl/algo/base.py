@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from llmrl.types import Counts, ForwardOutputs, MicroBatch, RolloutGroup, Sample, TrainBatch
@@ -83,7 +84,13 @@ class Algorithm:
         """
         raise NotImplementedError
 
-    # --- and these where `needs` asks for them ---
+    # --- and these where `needs` or `policy_frozen` asks for them ---
+
+    def value_loss(
+        self, values: Float[Tensor, " M"], batch: MicroBatch, counts: Counts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the critic's share of `loss` and of the metrics. With `policy_frozen` it is the whole loss."""
+        raise NotImplementedError
 
     def refine(self, batch: TrainBatch) -> None:
         """Adjust the advantages by the policy's own view of the batch (between stages 4 and 5; with `needs.refine`).

@@ -90,11 +90,21 @@ class Parallel:
         # DDP averages gradients over processes. The shares are to be added, so each is scaled up first.
         self.accelerator.backward(loss * self.world)
 
-    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do what `backward` does for passes that went past the wrapper: add their gradients up (collective)."""
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self.world  # each share was scaled up for the wrapper, which averages
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients down to the norm `limit` and return the norm they had (collective)."""
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
         assert norm is not None, "accelerate gives no norm under DeepSpeed, which is not supported yet"
-        return float(norm)
+        return norm
 
     # --- what processes tell each other ---
 

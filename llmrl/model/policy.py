@@ -243,12 +243,12 @@ class Policy:
         options = {"with_hidden": with_hidden, "with_values": True, "reference": reference}
         return ForwardOutputs(**module(*_inputs(batch), **options))
 
-    @torch.no_grad()
     def values(self, batch: MicroBatch) -> Float[Tensor, " M"]:
-        """Compute the critic's values alone, past the data-parallel wrapper."""
+        """Compute the critic's values alone, past the data-parallel wrapper, with gradient in its own parameters."""
         if self.critic is None:
             raise RunFailed("values were asked for, but there is no critic")
-        hidden = self._hidden(self.module, batch) if self.critic.trunk is None else None
+        with torch.no_grad():
+            hidden = self._hidden(self.module, batch) if self.critic.trunk is None else None
         return self.critic(hidden, batch.input_ids, batch.position_ids, batch.predict_from, batch.visibility)
 
     @torch.no_grad()

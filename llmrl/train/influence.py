@@ -84,17 +84,17 @@ class GroupScores:
         if not present:
             return
         assert outputs.hidden is not None
-        lengths = micro_batch.sequence_lengths
+        lengths = [sample.num_tokens for sample in micro_batch.samples]
         logprobs, weights = outputs.logprobs.detach(), micro_batch.extras[INFLUENCE_WEIGHTS]
-        numbers = torch.tensor(group_of, device=weights.device).repeat_interleave(lengths)
+        numbers = to_tensor(np.repeat(group_of, lengths), weights.device)
         influences = torch.zeros_like(logprobs)
         for group in present:
             places = torch.nonzero(numbers == group)[:, 0]
             hidden, targets = outputs.hidden[places], micro_batch.targets[places]
             influences[places] = _group_influence(self.policy, hidden, logprobs[places], targets, weights[places])
-        pieces = split(influences.cpu(), lengths)
+        pieces = split(influences.cpu().numpy(), lengths)
         by_index = zip(micro_batch.sample_indices, group_of, pieces, strict=True)
-        self._reweight({index: piece.numpy() for index, group, piece in by_index if group in self.waiting}, samples)
+        self._reweight({index: piece for index, group, piece in by_index if group in self.waiting}, samples)
         advantages = np.concatenate([samples[i].advantages for i in micro_batch.sample_indices])
         micro_batch.advantages = to_tensor(advantages, weights.device)
 

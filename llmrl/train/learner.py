@@ -17,7 +17,7 @@ from llmrl.model.policy import evaluating
 from llmrl.train.influence import GroupScores
 from llmrl.train.packing import Layout, to_tensor
 from llmrl.train.streams import compute_streams
-from llmrl.types import Counts, MicroBatch, Sample, TrainBatch
+from llmrl.types import Counts, ForwardOutputs, MicroBatch, Sample, TrainBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ class Learner:
             for micro_batch in self.layout.micro_batches(batch.samples, whole=whole):
                 loss, metrics = algorithm.loss(self.policy.forward(micro_batch), micro_batch, counts)
                 _accumulate(totals, metrics | {"loss/total": loss})
-        return {key: value.item() for key, value in self._reduce(totals).items()}
+        return to_floats(self._reduce(totals))
 
     def fill_reference(self, samples: list[Sample]) -> None:
         """Set the reference log-probabilities before the first update.
@@ -129,10 +129,12 @@ class Learner:
     def _fill(self, samples: list[Sample], algorithm: Algorithm, scores: GroupScores) -> None:
         """Compute what the loss and `refine` read of the policy as it is now, and of the reference."""
         needs, policy, layout = algorithm.needs, self.policy, self.layout
-        if needs.ref_logprobs:
+        # Value pre-training uses of the policy what `refine` reads of it, for a KL in the reward.
+        unread = algorithm.policy_frozen and not (needs.old_logprobs or needs.old_entropies)
+        if needs.ref_logprobs and not unread:
             without = [s for s in samples if s.ref_logprobs is None]
             compute_streams(layout, without, lambda rows: {"ref_logprobs": policy.reference_logprobs(rows)})
-        wants_old = algorithm.steps_per_batch > 1 or needs.old_logprobs or needs.old_entropies
+        wants_old = (algorithm.steps_per_batch > 1 and not unread) or needs.old_logprobs or needs.old_entropies
         if needs.rollout_as_old:
             wants_old = False
             for sample in samples:
@@ -172,7 +174,7 @@ class Learner:
             return {}
         old = to_tensor(np.concatenate([s.old_logprobs for s in known if s.old_logprobs is not None]), "cpu")
         drawn = to_tensor(np.concatenate([s.rollout_logprobs for s in known]), "cpu")
-        return finish_metrics({key: v.item() for key, v in mismatch_metrics(old, drawn, len(old)).items()})
+        return finish_metrics(to_floats(mismatch_metrics(old, drawn, len(old))))
 
     # --- optimizer steps ---
 
@@ -197,22 +199,24 @@ class Learner:
         for number, micro_batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.parallel.no_sync(self.policy.wrapped):
-                reference = self.policy.reference_head(micro_batch) if algorithm.needs.full_kl else None
-                outputs = self.policy.forward(micro_batch, with_hidden=bool(scores.waiting), reference=reference)
-                scores.apply(micro_batch, outputs, computed)
-                loss, metrics = algorithm.loss(outputs, micro_batch, counts)
-                loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
+                if algorithm.policy_frozen:
+                    loss, metrics = algorithm.value_loss(self.policy.values(micro_batch), micro_batch, counts)
+                else:
+                    reference = self.policy.reference_head(micro_batch) if algorithm.needs.full_kl else None
+                    outputs = self.policy.forward(micro_batch, with_hidden=bool(scores.waiting), reference=reference)
+                    scores.apply(micro_batch, outputs, computed)
+                    loss, metrics = algorithm.loss(outputs, micro_batch, counts)
+                    loss = loss + 0.0 * outputs.logprobs.sum()  # a micro-batch without tokens still has a graph
+                    metrics |= _policy_metrics(outputs, micro_batch, counts, sampled=batch.sampled)
                 self.parallel.backward(loss)
-            metrics["loss/total"] = loss.detach()
-            if batch.sampled:
-                drawn = micro_batch.rollout_logprobs
-                metrics |= mismatch_metrics(outputs.logprobs.detach(), drawn, counts.num_computed_tokens)
-            metrics["policy/entropy"] = outputs.entropy.detach().sum() / counts.num_computed_tokens
-            _accumulate(totals, metrics)
+            _accumulate(totals, metrics | {"loss/total": loss.detach()})
+        if algorithm.policy_frozen:
+            self.parallel.add_gradients(self.critic_parameters)
         scores.finish(computed)
-        totals = self._reduce(totals)
-        norms = self._clip(policy_frozen=algorithm.policy_frozen)
-        report = finish_metrics({key: value.item() for key, value in totals.items()})
+        totals, gradient_norms = self._reduce(totals), self._clip()
+        found = to_floats(totals | gradient_norms)  # the one place in a step that waits for the device
+        norms = {key: found.pop(key) for key in gradient_norms}
+        report = finish_metrics(found)
         if not computed:  # nothing was measured: no value is better than a 0 that looks like one
             report = {"loss/total": report["loss/total"]}
         report |= norms
@@ -246,11 +250,8 @@ class Learner:
         """Add every metric over processes, or take the maximum where its key ends in `/max`."""
         return self.parallel.reduce(totals, largest={key for key in totals if key.endswith("/max")})
 
-    def _clip(self, *, policy_frozen: bool = False) -> dict[str, float]:
+    def _clip(self) -> dict[str, Tensor]:
         """Clip gradients and return their norms before. Policy and critic do not shorten each other's steps."""
-        if policy_frozen:
-            for parameter in self.policy_parameters:  # no gradient at all: with zeros Adam would count a step
-                parameter.grad = None
         limit = self.options.max_grad_norm or math.inf
         parts = {"policy/grad_norm": self.policy_parameters, "value/grad_norm": self.critic_parameters}
         return {name: self.parallel.clip(parameters, limit) for name, parameters in parts.items() if parameters}
@@ -330,6 +331,24 @@ def _over_steps(reports: list[dict[str, float]]) -> dict[str, float]:
             if not key.startswith(MISMATCH):  # later steps would measure the update
                 values.setdefault(key, []).append(value)
     return {key: max(found) if key.endswith("/max") else float(np.mean(found)) for key, found in values.items()}
+
+
+def _policy_metrics(
+    outputs: ForwardOutputs, micro_batch: MicroBatch, counts: Counts, *, sampled: bool
+) -> dict[str, Tensor]:
+    """Return this micro-batch's share of what is measured of every policy, whatever its loss is."""
+    tokens, metrics = counts.num_computed_tokens, dict[str, "Tensor"]()
+    if sampled:
+        metrics |= mismatch_metrics(outputs.logprobs.detach(), micro_batch.rollout_logprobs, tokens)
+    return metrics | {"policy/entropy": outputs.entropy.detach().sum() / tokens}
+
+
+def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """Return numbers that lie on a device, all in one copy."""
+    if not values:
+        return {}
+    found: list[float] = torch.stack([value.float() for value in values.values()]).tolist()  # pyright: ignore
+    return dict(zip(values, found, strict=True))
 
 
 def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:

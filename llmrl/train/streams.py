@@ -32,19 +32,24 @@ def compute_streams(layout: Layout, samples: list[Sample], compute: Callable[[Mi
     """
     if not samples:
         return
-    found: Found = {}
+    indices, lengths, parts = list[int](), list[int](), dict[str, "list[Tensor]"]()
     with evaluating(layout.policy.wrapped):
         for micro_batch in layout.micro_batches(samples):
+            indices += micro_batch.sample_indices
+            lengths += [sample.num_tokens for sample in micro_batch.samples]
             for name, values in compute(micro_batch).items():
-                parts = split(values.float(), micro_batch.sequence_lengths)
-                for index, part in zip(micro_batch.sample_indices, parts, strict=True):
-                    found.setdefault(index, {})[name] = part.cpu().numpy()
+                parts.setdefault(name, []).append(values.float())
+    found: Found = {index: {} for index in indices}
+    for name, values in parts.items():
+        # One copy to the host for all micro-batches: each would wait until the device has nothing left to do.
+        for index, part in zip(indices, split(torch.cat(values).cpu().numpy(), lengths), strict=True):
+            found[index][name] = part
     share_streams(layout.parallel, samples, found)
 
 
-def split(stream: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Cut a stream of a micro-batch into its sequences, which have `lengths` trained tokens."""
-    return stream.split(lengths.tolist())  # pyright: ignore
+def split(stream: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    """Cut a stream of several sequences into those of each, which has `lengths` trained tokens."""
+    return np.split(stream, np.cumsum(lengths[:-1])) if lengths else []
 
 
 def share_streams(parallel: Parallel, samples: list[Sample], found: Found) -> Found:

@@ -240,12 +240,12 @@ def update_and_look(learner: Learner, algorithm: Algorithm, samples: list[Sample
     gradients: dict[str, Tensor] = {}
     clip = learner._clip
 
-    def look_and_clip(**options: Any) -> dict[str, float]:
+    def look_and_clip() -> dict[str, Tensor]:
         for name, parameter in learner.policy.module.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, f"{name} got no gradient"
                 gradients[name] = parameter.grad.clone()
-        return clip(**options)
+        return clip()
 
     learner._clip = look_and_clip  # pyright: ignore
     batch = train_batch(samples) if isinstance(samples, list) else samples

@@ -44,6 +44,8 @@ CRITICS: dict[str, dict[str, Any]] = {
         "kind": "adapter", "lora": True, "algo": {"kl": {"kind": "reward", "beta": 0.1}},
     },
     "value pre-training": {"kind": "separate", "algo": {"warmup": {"steps": 1}}},
+    "value pre-training of a shared critic": {"kind": "shared", "algo": {"warmup": {"steps": 1, "iterations": 2}}},
+    "value pre-training of an adapter critic": {"kind": "adapter", "lora": True, "algo": {"warmup": {"steps": 1}}},
 }  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from llmrl import Trainer
 from llmrl.model.parallel import Parallel
 from llmrl.run.checkpoint import load_checkpoint, save_checkpoint
 from llmrl.track.files import read_jsonl
+from llmrl.train.influence import GroupScores
 from llmrl.train.learner import Learner
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.selfcheck import check_forward
-from llmrl.types import TrainBatch
+from llmrl.types import Counts, TrainBatch
 from tests.invariance.cases import (
     Outcome,
     assert_same,
@@ -77,7 +78,6 @@ def test_values_are_of_the_state_before_each_token(kind: str, lora: bool, seed: 
     assert outputs.values is not None
     torch.testing.assert_close(outputs.values, torch.cat(expected), rtol=0, atol=1e-5)
     alone = policy.values(build_micro_batch(samples, [[0, 1, 2], [3], [4, 5, 6, 7], [8]]))
-    assert not alone.requires_grad
     torch.testing.assert_close(alone, outputs.values, rtol=0, atol=1e-6)
 
 
@@ -107,23 +107,36 @@ def test_layout_changes_nothing(kind: str, lora: bool, arch: str, seed: int) -> 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def frozen(kind: str, lora: bool, seed: int) -> Outcome:
-    """Return the gradients of the value loss alone, those of the policy from before they are dropped."""
-    options = one_step(algo={"warmup": {"steps": 3}, "value": {"lam_critic": 1.0}})
-    return update(kind, lora, seed, **options)
+def value_gradients(kind: str, lora: bool, seed: int, *, alone: bool, **critic: Any) -> dict[str, Tensor]:
+    """Return the gradients of the value loss: of values that come with the policy's passes, or `alone`."""
+    learner, algorithm = make_ppo_learner(kind, lora=lora, critic=critic)
+    batch = batch_of(algorithm, seed)
+    learner._fill(batch.samples, algorithm, GroupScores(learner.layout, algorithm, batch))
+    algorithm.refine(batch)
+    (micro_batch,) = learner.layout.micro_batches(batch.samples)
+    values = learner.policy.values(micro_batch) if alone else learner.policy.forward(micro_batch).values
+    assert values is not None
+    counts = Counts(num_tokens=1, num_sequences=1, num_groups=1, max_completion_length=1)
+    algorithm.value_loss(values, micro_batch, counts)[0].backward()
+    named = learner.policy.module.named_parameters()
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
 @every_kind
 def test_where_the_gradient_of_the_value_loss_goes(kind: str, lora: bool, seed: int) -> None:
-    policy, critic = sides(frozen(kind, lora, seed).gradients)
+    gradients = value_gradients(kind, lora, seed, alone=False)
+    policy, critic = sides(gradients)
     assert all(gradient.abs().max() > 0 for name, gradient in critic.items() if "k_proj.bias" not in name)
     if kind == "shared":
         assert set(critic) == {"critic.head.weight", "critic.head.bias"}
         assert any(gradient.abs().max() > 0 for gradient in policy.values())
-        detached = update(kind, lora, seed, **one_step(critic={"train_trunk": False}, algo={"warmup": {"steps": 3}}))
-        assert not any(gradient.any() for gradient in sides(detached.gradients)[0].values())
+        assert not sides(value_gradients(kind, lora, seed, alone=False, train_trunk=False))[0]
     else:
-        assert not any(gradient.any() for gradient in policy.values())
+        assert not policy
+    alone = value_gradients(kind, lora, seed, alone=True)
+    assert alone.keys() == critic.keys()
+    for name, gradient in critic.items():
+        torch.testing.assert_close(alone[name], gradient, rtol=1e-5, atol=1e-6)
     adapters = ["lora_" in name for name in critic if ".head." not in name]
     assert all(adapters) if kind == "adapter" else not any(adapters), "a separate critic is trained whole by default"
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmrl import Trainer
+from llmrl.model.attention import last_hidden_states
 from llmrl.tiny import build_tiny_model, char_tokenizer, fine_tune
 from llmrl.track.files import read_jsonl
 from tests.invariance.cases import make_ppo_learner, scored_groups
@@ -49,6 +52,34 @@ def test_when_pre_training_ends_early_the_schedule_fills_what_is_left() -> None:
     found = rates(lr_scheduler_type="linear", early_end=1)
     assert [critic for _, critic in found[:4]] == pytest.approx([0.8, 0.7, 0.6, 0.5])
     assert [policy for policy, _ in found[4:]] == pytest.approx([0.1 * (1 - k / 8) for k in range(8)])
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("separate", False), ("shared", False), ("adapter", True)])
+def test_it_computes_nothing_but_the_critic(kind: str, lora: bool) -> None:
+    """Counted: values before the update, then two passes forward and backward of what is trained."""
+    learner, algorithm = make_ppo_learner(
+        kind, lora=lora, algo={"num_mini_batches": 1, "warmup": {"steps": 1, "iterations": 2}}
+    )
+    policy, critic = learner.policy, learner.policy.critic
+    assert critic is not None
+    batch = algorithm.prepare(scored_groups(0), policy_version=0)
+    with FlopCounterMode(display=False) as needed:
+        (micro_batch,) = learner.layout.micro_batches(batch.samples)
+        for trained in (False, True, True):
+            with torch.set_grad_enabled(trained and kind != "shared"):  # of a shared trunk only the head is trained
+                trunk = critic.trunk or policy.causal_lm.get_decoder()
+                hidden = last_hidden_states(
+                    trunk, micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_mask
+                ).flatten(0, 1)[micro_batch.predict_from]
+            with torch.set_grad_enabled(trained):
+                values = critic.head(hidden)
+            if trained:
+                values.sum().backward()
+    policy.module.zero_grad()
+    with FlopCounterMode(display=False) as used:
+        metrics = learner.update(batch, algorithm)
+    assert used.get_total_flops() == pytest.approx(needed.get_total_flops(), rel=0.01)
+    assert metrics["value/loss"] > 0 and "policy/entropy" not in metrics
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.algo.ops import values
+from llmrl.algo.ops import values as ops
 from llmrl.algo.policy_gradient import refine as steps
 from llmrl.algo.policy_gradient.algorithm import PolicyLoss
 from llmrl.algo.policy_gradient.refine import View, stream
@@ -20,6 +20,7 @@ from llmrl.algo.samples import token_rewards
 from llmrl.types import TrainBatch
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from llmrl.algo.ppo import options
@@ -94,22 +95,22 @@ class PPO(PolicyLoss):
     def _estimate(self, view: View) -> None:
         """Compute advantages with the policy's lambda and targets with the critic's, for all rollouts at once."""
         rollouts, o, metrics = list(view.rollouts.values()), self.options.value, view.batch.metrics
-        rewards = values.pad([stream(samples, REWARDS) for samples in rollouts])
+        rewards = ops.pad([stream(samples, REWARDS) for samples in rollouts])
         if self.options.kl_in_reward is not None:
-            rewards = rewards - self.beta * values.pad(list(view.divergences().values()))
-        old_values = values.pad([stream(samples, OLD_VALUES) for samples in rollouts])
+            rewards = rewards - self.beta * ops.pad(list(view.divergences().values()))
+        old_values = ops.pad([stream(samples, OLD_VALUES) for samples in rollouts])
         lengths = torch.tensor([sum(s.num_tokens for s in samples) for samples in rollouts])
         lam = self.options.lam
         if lam is None:
             assert o.length_alpha is not None
-            lam = values.length_adaptive_lambda(lengths, o.length_alpha)
+            lam = ops.length_adaptive_lambda(lengths, o.length_alpha)
             metrics["value/lambda"] = lam.mean().item()
         lam_critic = lam if o.lam_critic is None else o.lam_critic
         if self.policy_frozen:
             lam_critic = 1.0
-        advantages = values.gae(rewards, old_values, gamma=o.gamma, lam=lam)
-        targets = old_values + values.gae(rewards, old_values, gamma=o.gamma, lam=lam_critic)
-        outcomes = old_values + values.gae(rewards, old_values, gamma=o.gamma, lam=1.0)
+        advantages = ops.gae(rewards, old_values, gamma=o.gamma, lam=lam)
+        targets = old_values + ops.gae(rewards, old_values, gamma=o.gamma, lam=lam_critic)
+        outcomes = old_values + ops.gae(rewards, old_values, gamma=o.gamma, lam=1.0)
         for k, samples in enumerate(rollouts):
             view.set_advantages(samples, advantages[k, : lengths[k]])
             for sample, part in zip(samples, steps.split(targets[k, : lengths[k]], samples), strict=True):
@@ -142,7 +143,7 @@ class PPO(PolicyLoss):
         if self.options.warmup is not None:
             metrics["value/warmup_steps"] = float(len(self.warmup_variances) + self.policy_frozen)
         metrics |= {
-            "value/explained_variance": values.explained_variance(old_values, outcomes),
+            "value/explained_variance": ops.explained_variance(old_values, outcomes),
             "value/mean": old_values.mean().item(),
             "return/mean": outcomes.mean().item(),
             "return/std": outcomes.std(correction=0).item(),
@@ -154,28 +155,28 @@ class PPO(PolicyLoss):
     # --- stage 5 ---
 
     def loss(self, outputs: ForwardOutputs, batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add up GRPO's loss on these advantages, the critic's error, and the language-model loss on correct rollouts.
-
-        While the policy is frozen, the loss is the critic's error alone.
-        """
+        """Add up GRPO's loss on these advantages, the critic's error, and the loss on tokens of correct rollouts."""
         if outputs.values is None:
             raise ValueError("PPO needs the critic's values")
-        if self.policy_frozen:
-            total, metrics = 0.0 * outputs.logprobs.sum(), {}
-        else:
-            total, metrics = super().loss(outputs, batch, counts)
-            if self.options.positive_lm_coef:
-                nll = -(outputs.logprobs * _extra(batch, LM_WEIGHTS)).sum() / counts.num_tokens
-                total = total + self.options.positive_lm_coef * nll
-                if self.any_correct:
-                    metrics["loss/positive_lm"] = nll.detach()
+        total, metrics = super().loss(outputs, batch, counts)
+        if self.options.positive_lm_coef:
+            nll = -(outputs.logprobs * _extra(batch, LM_WEIGHTS)).sum() / counts.num_tokens
+            total = total + self.options.positive_lm_coef * nll
+            if self.any_correct:
+                metrics["loss/positive_lm"] = nll.detach()
+        value_loss, found = self.value_loss(outputs.values, batch, counts)
+        return total + value_loss, metrics | found
+
+    def value_loss(
+        self, values: Float[Tensor, " M"], batch: MicroBatch, counts: Counts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the critic's error, times its coefficient."""
         old_values, returns = _extra(batch, OLD_VALUES), _extra(batch, RETURNS)
         clip = 0.0 if self.policy_frozen else self.options.value.clip
-        errors, clipped = values.value_loss(outputs.values, old_values, returns, clip=clip)
-        value_loss = errors.sum() / counts.num_tokens
+        errors, clipped = ops.value_loss(values, old_values, returns, clip=clip)
+        loss = errors.sum() / counts.num_tokens
         coefficient = 1.0 if self.options.value.coef is None else self.options.value.coef
-        metrics |= {"value/loss": value_loss.detach(), "value/clip_frac": clipped.sum() / counts.num_tokens}
-        return total + coefficient * value_loss, metrics
+        return coefficient * loss, {"value/loss": loss.detach(), "value/clip_frac": clipped.sum() / counts.num_tokens}
 
     # --- value pre-training ---
 
