@@ -69,7 +69,7 @@ def test_it_computes_nothing_but_the_critic(kind: str, lora: bool) -> None:
             with torch.set_grad_enabled(trained and kind != "shared"):  # of a shared trunk only the head is trained
                 trunk = critic.trunk or policy.causal_lm.get_decoder()
                 hidden = last_hidden_states(
-                    trunk, micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_mask
+                    trunk, micro_batch.input_ids, micro_batch.position_ids, micro_batch.visibility
                 ).flatten(0, 1)[micro_batch.predict_from]
             with torch.set_grad_enabled(trained):
                 values = critic.head(hidden)
