@@ -10,6 +10,7 @@ Four names, never mixed: `rollout_logprobs` (the sampler's), `old_logprobs` (the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -427,6 +428,10 @@ class Receipt:
     version: int
     max_gap: float
     """Largest |engine - learner| log-probability over the probe tokens (nats)."""
+    mean_gap: float = 0.0
+    """Their mean (nats)."""
+    limit: float = math.inf
+    """The largest mean that rounding explains (nats)."""
     change: float
     """Largest change of the learner's probe log-probabilities since the previous push (nats)."""
     seconds: float

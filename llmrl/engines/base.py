@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
+from llmrl.noise import Limit
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 
@@ -14,6 +17,12 @@ class Engine(Protocol):
 
     takes_adapters: bool
     """The engine keeps the base weights, and a push brings only the adapter: `load_adapter`, not `load_weights`."""
+    dtype: torch.dtype
+    """The type it computes in."""
+    quantized: bool
+    """Whether it also rounds weights to fewer bits."""
+    limit: Limit | None
+    """What rounding explains between it and the learner, once measured. Replicas may differ as much."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
         """Draw one completion.
@@ -43,6 +52,13 @@ class Engine(Protocol):
         """Serve the base weights with `adapter` from now on. Only for an engine with `takes_adapters`."""
         ...
 
+    async def differing(self, sent: WeightSource | Adapter) -> list[str]:
+        """Return the names of tensors that it does not hold as they are in `sent`, bit for bit in the type it uses.
+
+        It compares as much as it can: what it was given, what it holds, or both.
+        """
+        ...
+
     async def sleep(self) -> None:
         """Lend the device's memory to the learner, if the options ask for it. No request comes before the next push."""
         ...
@@ -62,6 +78,8 @@ class FakeEngine:
     """
 
     takes_adapters = False
+    dtype = torch.float32
+    quantized = False
 
     def __init__(
         self,
@@ -74,6 +92,7 @@ class FakeEngine:
         self.latency = latency
         self.logprob = logprob
         self.version = 0
+        self.limit: Limit | None = None
         self.calls: list[tuple[list[int], Sampling, str]] = []
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, *, session: str) -> Completion:
@@ -98,6 +117,9 @@ class FakeEngine:
 
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
         self.version = version
+
+    async def differing(self, sent: WeightSource | Adapter) -> list[str]:
+        return []
 
     async def sleep(self) -> None:
         pass

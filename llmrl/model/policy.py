@@ -131,7 +131,8 @@ class Policy:
         dtype: the type it computes in, which engines serve too unless they are told another; by default the type of
             the model given. Once a learner has it, what it trains is held in float32.
         wrapped: `module`, or its data-parallel wrapper after `distribute`. Forward passes of training go through it.
-        can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out.
+        can_pack: whether sequences in one row do not see each other; `check_forward` finds out.
+        can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out, too.
         kernel: what its attention (and its critic's) takes, which decides how rows are laid out.
         own_masks: whether masks of ours are faster than those that transformers makes from restarting positions.
         window: tokens that the layer with the shortest view sees, or None.
@@ -151,7 +152,10 @@ class Policy:
         self.wrapped: nn.Module = self.module
         self.parallel: Parallel | None = None
         self.has_adapters = hasattr(model, "disable_adapter")
+        self.can_pack = True
         self.can_share_prefixes = False
+        self.likely: list[list[int]] | None = None
+        """What `rounding.likely_sequences` has drawn."""
         trunks: list[Any] = [self.causal_lm]
         if critic is not None and critic.trunk is not None:
             trunks.append(critic.trunk)

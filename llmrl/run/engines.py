@@ -41,8 +41,7 @@ def start_engine(
     from llmrl.run.sync import WeightSync
 
     engine = ENGINES[rollout.engine](model, rollout, policy, parallel, log_dir=log_dir, say=say)
-    sync = WeightSync(policy, engine, vocab_size=policy.vocab_size, **engine_precision(model, rollout))
-    return engine, sync.push
+    return engine, WeightSync(policy, engine).push
 
 
 def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, **_: Any) -> Engine:
@@ -119,11 +118,3 @@ def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: P
         raise UserError(f"rollout.vllm.lora_sync adapter: vLLM cannot, because {reason}; use merged")
     # On a CPU vLLM decodes 3.3 times slower with an adapter, and merged weights travel in milliseconds.
     return wanted == "adapter" or (wanted == "auto" and reason is None and str(device) != "cpu")
-
-
-def engine_precision(model: ModelConfig, rollout: SamplingConfig) -> dict[str, Any]:
-    """Return the arguments of `WeightSync` that tell how exactly the engine computes."""
-    options = rollout.vllm
-    if options is None:
-        return {"dtype": model.dtype}
-    return {"dtype": options.dtype or model.dtype, "quantized": options.quantization is not None}

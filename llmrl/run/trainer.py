@@ -137,7 +137,8 @@ class Trainer:
     async def __aenter__(self) -> Trainer:
         """Check the forward pass, open the source, resume if asked to, and serve the weights."""
         try:
-            check_forward(self.policy, packing=self.config.train.packing)
+            for note in check_forward(self.policy, packing=self.config.train.packing):
+                self.console.say(note)
             for note in await self.source.open(self.learner):
                 self.console.say(note)
             self._resume()
@@ -213,7 +214,8 @@ class Trainer:
         for line in self.algorithm.observe(metrics):
             self.console.say(line)
         if receipt is not None:
-            metrics |= {"sync/max_gap": receipt.max_gap, "sync/change": receipt.change}
+            metrics |= {"sync/max_gap": receipt.max_gap, "sync/gap": receipt.mean_gap, "sync/limit": receipt.limit}
+            metrics["sync/change"] = receipt.change
             metrics["time/receipt_s"] = receipt.proof_seconds
         return metrics
 

@@ -11,6 +11,9 @@ from llmrl.types import RolloutGroup, Score
 
 PATIENCE = 5
 """Consecutive steps with a symptom before it is reported."""
+MISMATCH_MARGIN = 2.0
+"""Warn when sampler and trainer differ by more than this many times what rounding explains on the probes: rollouts at a
+higher temperature consist of less likely tokens, on which rounding shows more."""
 MIN_SAMPLE_SIZE = 0.5
 """Warn when the effective sample size, as a share of the tokens, falls below this: most of a batch teaches nothing."""
 MIN_LAMBDA = 0.5
@@ -27,12 +30,12 @@ class Health:
 
     Args:
         on_policy: every batch is trained on by the policy that sampled it, in one optimizer step.
-        mismatch_tolerance: largest difference in nats between sampler and trainer that is normal then.
     """
 
-    def __init__(self, *, on_policy: bool, mismatch_tolerance: float = 0.05) -> None:
+    def __init__(self, *, on_policy: bool) -> None:
         self.on_policy = on_policy
-        self.mismatch_tolerance = mismatch_tolerance
+        self.explained_gap = math.inf
+        """The largest mean difference between sampler and trainer (nats) that rounding explained at the last push."""
         self.streaks: dict[str, int] = {}
         """Consecutive steps that showed each symptom, by its name."""
         self.first_entropy: float | None = None
@@ -95,11 +98,13 @@ class Health:
         gap = metrics.get(names.MISMATCH, 0.0)
         # Tokens from older weights are expected to differ.
         stale = metrics.get(names.STALENESS, 0.0) > 0
-        apart = self.on_policy and not stale and gap > self.mismatch_tolerance
+        apart = self.on_policy and not stale and gap > MISMATCH_MARGIN * self.explained_gap
+        explained, self.explained_gap = self.explained_gap, metrics.get(names.EXPLAINED_GAP, self.explained_gap)
         if self._fires("mismatch", apart, 1):
             warnings.append(
-                f"sampler and trainer disagree by up to {gap:.3g} nats on tokens of the current policy: check dtypes, "
-                "the temperature, and that both run the same weights"
+                f"sampler and trainer disagree by {gap:.3g} nats on average about tokens of the current policy "
+                f"(rounding explains {explained:.3g}): check the temperature, and that both compute the same model: "
+                "dropout, positions beyond what the model was made for, the length of its window"
             )
         return warnings
 

@@ -113,8 +113,8 @@ _add("policy/skipped_updates", "count", "Optimizer steps skipped so far: gradien
 _add("train/computed_frac", "share", "Sequences with a gradient; the others were not computed.")
 _add("kl/ref", "nats", "KL divergence of the policy from the reference, per token.")
 _add("kl/mismatch", "nats", "KL divergence of the trainer from the sampler on the same tokens.", "down")
-_add("kl/mismatch/gap", "nats", "Mean absolute difference of the two log-probabilities.", "down")
-MISMATCH = _add("kl/mismatch/max", "nats", "Largest difference between the two log-probabilities of a token.", "down")
+MISMATCH = _add("kl/mismatch/gap", "nats", "Mean absolute difference of the two log-probabilities.", "down")
+_add("kl/mismatch/max", "nats", "Largest difference between the two log-probabilities of a token.", "down")
 _add("kl/mismatch/ratio/max", "1", "Largest probability ratio of trainer to sampler.", "down")
 SAMPLE_SIZE = _add("kl/mismatch/ess", "share", "Effective sample size, as a share of the tokens.", "up")
 _add("thr/p", "1", "Current p of Token Hidden Reward: above 0 favors exploitation, below 0 exploration.")
@@ -148,6 +148,8 @@ _add("value/q/max", "reward", "Largest Q of the step; growth without end means o
 
 # --- 6 weight sync, evaluation, time ----------------------------------------------------------------------------------
 
+_add("sync/gap", "nats", "Mean difference between engine and trainer on the probes after the sync.", "down")
+EXPLAINED_GAP = _add("sync/limit", "nats", "The largest mean difference that rounding explains.")
 _add("sync/max_gap", "nats", "Largest difference between engine and trainer on the probes after the sync.", "down")
 _add("sync/change", "nats", "Largest change on the probes since the previous sync; 0: no update.")
 _add("eval/pass@{k}", "share", "Chance that at least one of k rollouts of a held-out task is correct.", "up")

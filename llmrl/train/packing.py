@@ -127,7 +127,6 @@ class Layout:
 
     Attributes:
         max_tokens: positions of one micro-batch, padding included.
-        one_row: whether a micro-batch is a single row without padding.
         largest: positions of the largest micro-batch that the user was told of, because it is above `max_tokens`.
     """
 
@@ -135,8 +134,6 @@ class Layout:
         self.policy, self.options, self.parallel = policy, options, parallel
         by_device = 2048 if parallel.device.type == "cpu" else 16384
         self.max_tokens = options.max_tokens_per_micro_batch or by_device
-        # Flattened, the rows of a recurrent model would run into each other; such a model is not packed at all.
-        self.one_row = options.packing and policy.kernel is not Kernel.MASKED
         self.largest = 0
 
     def micro_batches(
@@ -156,7 +153,7 @@ class Layout:
             lengths,
             max_tokens=self.max_tokens,
             num_processes=1 if all_here else self.parallel.world,
-            packing=self.options.packing,
+            packing=self.packing,
             one_row=self.one_row,
             units=[group if group in whole else -1 - i for i, group in enumerate(groups)],
         )
@@ -175,7 +172,20 @@ class Layout:
     def fits(self, samples: list[Sample]) -> bool:
         """Return whether samples lie in one micro-batch together."""
         lengths = [tree.length for tree in self.trees(samples)]
-        return fits(lengths, max_tokens=self.max_tokens, packing=self.options.packing, one_row=self.one_row)
+        return fits(lengths, max_tokens=self.max_tokens, packing=self.packing, one_row=self.one_row)
+
+    @property
+    def packing(self) -> bool:
+        """Whether sequences share rows: `check_forward` may have found that this model cannot."""
+        return self.options.packing and self.policy.can_pack
+
+    @property
+    def one_row(self) -> bool:
+        """Whether a micro-batch is a single row without padding.
+
+        Flattened, the rows of a recurrent model would run into each other; such a model is not packed at all.
+        """
+        return self.packing and self.policy.kernel is not Kernel.MASKED
 
     def _supports_masks(self, samples: list[Sample]) -> bool:
         return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))

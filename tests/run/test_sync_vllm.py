@@ -47,7 +47,7 @@ class Training:
 
     def __init__(self, policy: Policy, engine: VllmEngine) -> None:
         self.policy, self.engine = policy, engine
-        self.sync = WeightSync(policy, engine, vocab_size=VOCABULARY)
+        self.sync = WeightSync(policy, engine)
         self.version = -1
 
     def step(self, learning_rate: float) -> None:
@@ -87,7 +87,7 @@ def training(request: pytest.FixtureRequest) -> Training:
     """Pushed twice, so that there is a version before; `merged` serves a policy with adapters from whole weights."""
     if request.param != "merged":
         training: Training = request.getfixturevalue(request.param)
-        training.sync = WeightSync(training.policy, training.engine, vocab_size=VOCABULARY)
+        training.sync = WeightSync(training.policy, training.engine)
     else:
         whole: Training = request.getfixturevalue("whole")
         training = Training(policy_of("qwen3", tied=False, lora=True), whole.engine)
@@ -172,7 +172,7 @@ def swapped(name: str) -> str:
 
 def test_a_base_without_its_adapter_is_named(apart):
     training = apart
-    training.sync = WeightSync(training.policy, training.engine, vocab_size=VOCABULARY)
+    training.sync = WeightSync(training.policy, training.engine)
     training.step(1e-2)
     load = training.engine.load_adapter
 
@@ -191,7 +191,7 @@ def test_a_base_without_its_adapter_is_named(apart):
 
 def test_an_adapter_counted_twice_is_named(apart, monkeypatch):
     training = apart
-    training.sync = WeightSync(training.policy, training.engine, vocab_size=VOCABULARY)
+    training.sync = WeightSync(training.policy, training.engine)
     training.step(1e-2)
     load = training.engine.load_adapter
 

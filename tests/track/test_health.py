@@ -68,16 +68,17 @@ def test_several_at_once() -> None:
 
 
 def test_sampler_and_trainer_apart_is_reported_at_once_and_on_policy_only() -> None:
-    apart = FINE | {"kl/mismatch/max": 0.3}
+    fine, apart = FINE | {"sync/limit": 0.1, "kl/mismatch/gap": 0.1}, FINE | {"sync/limit": 0.1, "kl/mismatch/gap": 0.3}
     health = Health(on_policy=True)
+    assert health.observe(apart) == [], "before the first push of the run nothing is known about rounding"
     (warning,) = health.observe(apart)
-    assert "0.3 nats" in warning
+    assert "0.3 nats on average" in warning and "rounding explains 0.1" in warning
     assert health.observe(apart) == []
-    assert health.observe(FINE) == []
+    assert health.observe(fine) == []
     assert len(health.observe(apart)) == 1
-    assert Health(on_policy=False).observe(apart) == []
-    assert Health(on_policy=True).observe(apart | {"rollout/staleness/max": 1.0}) == []
-    assert Health(on_policy=True, mismatch_tolerance=0.5).observe(apart) == []
+    for on_policy, metrics in ((False, apart), (True, apart | {"rollout/staleness/max": 1.0})):
+        health = Health(on_policy=on_policy)
+        assert [health.observe(metrics) for _ in range(3)] == [[], [], []]
 
 
 def abstention(task: str, index: int, info: dict) -> Rollout:

@@ -34,10 +34,47 @@ def test_a_packed_row_whose_sequences_see_each_other_is_caught(monkeypatch: pyte
         return self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
     monkeypatch.setattr(PolicyModule, "hidden_states", with_a_mask)
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = policy_of(tiny_model().to(dtype))
+        [note] = check_forward(policy)
+        assert "train.packing is off for this run" in note and "sequences of a packed row see each other" in note
+        assert not policy.can_pack and not policy.can_share_prefixes
+        assert check_forward(policy, packing=False) == []
+
+
+@pytest.mark.parametrize("error", [IndexError("too many indices"), KeyError("mask"), AssertionError()])
+def test_a_model_that_refuses_a_layout_trains_without_it(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    honest = PolicyModule.hidden_states
+
+    def refuses(self: PolicyModule, ids: Tensor, positions: Tensor, visibility: Any = None) -> Tensor:
+        if visibility.branch_ids is not None:
+            raise error
+        return honest(self, ids, positions, visibility)
+
+    monkeypatch.setattr(PolicyModule, "hidden_states", refuses)
     policy = policy_of(tiny_model())
-    with pytest.raises(RunFailed, match=r"the packed row gives .* set train.packing false"):
-        check_forward(policy)
-    check_forward(policy, packing=False)
+    assert check_forward(policy) == []
+    assert policy.can_pack and not policy.can_share_prefixes
+
+
+def test_a_lack_of_memory_says_nothing_about_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = PolicyModule.hidden_states
+
+    def refuses(self: PolicyModule, ids: Tensor, positions: Tensor, visibility: Any = None) -> Tensor:
+        if visibility.branch_ids is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, ids, positions, visibility)
+
+    monkeypatch.setattr(PolicyModule, "hidden_states", refuses)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_forward(policy_of(tiny_model()))
+
+
+def test_a_model_that_cannot_be_run_is_one_line() -> None:
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda *_: {}["rotary"])
+    with pytest.raises(RunFailed, match=r"Qwen2ForCausalLM cannot be trained here: .* \(KeyError: 'rotary'\)"):
+        check_forward(policy_of(model))
 
 
 @pytest.mark.parametrize("factor", [1.05, -1.0, math.nan])
@@ -50,7 +87,7 @@ def test_logits_that_are_changed_after_the_head_are_caught(factor: float) -> Non
 
     model.register_forward_hook(change)
     for packing in (True, False):
-        with pytest.raises(RunFailed, match="log-prob head gives"):
+        with pytest.raises(RunFailed, match="the log-prob head gives"):
             check_forward(policy_of(model), packing=packing)
 
 
@@ -58,7 +95,7 @@ def test_logits_that_are_changed_after_the_head_are_caught(factor: float) -> Non
 def test_constants_of_the_configuration_that_the_model_does_not_apply_are_caught(field: str, value: float) -> None:
     model = tiny_model()
     setattr(model.config, field, value)
-    with pytest.raises(RunFailed, match="log-prob head gives"):
+    with pytest.raises(RunFailed, match="the log-prob head gives"):
         check_forward(policy_of(model))
 
 
@@ -72,7 +109,7 @@ def test_gemma2s_soft_cap_matters() -> None:
 
 
 def test_a_critic_that_cannot_handle_a_layout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trunk that ignores masks turns shared prefixes off; one that mixes up packed sequences stops the run."""
+    """A trunk that ignores masks turns shared prefixes off; one that mixes up packed sequences turns packing off."""
     learner, _ = make_ppo_learner("separate")
     policy, critic = learner.policy, learner.policy.module.critic
     assert critic is not None
@@ -89,5 +126,5 @@ def test_a_critic_that_cannot_handle_a_layout_is_caught(monkeypatch: pytest.Monk
         return honest(input_ids, torch.arange(position_ids.shape[1])[None].expand_as(position_ids), *rest)
 
     monkeypatch.setattr(critic, "hidden_states", blind_to_positions)
-    with pytest.raises(RunFailed, match="the critic's Qwen2Model: the packed row changes its hidden states"):
-        check_forward(policy)
+    [note] = check_forward(policy)
+    assert not policy.can_pack and "train.packing is off" in note and "Qwen2Model" in note

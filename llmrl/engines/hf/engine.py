@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,6 +22,9 @@ from llmrl.engines.hf.rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
 from llmrl.engines.hf.weights import unsupported_reason
 from llmrl.engines.sampling import SamplingRows, check_sampling, check_tokens, sample_tokens
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.precision import compute_in
+from llmrl.model.rounding import draw, rounding_errors
+from llmrl.noise import Gap, Limit
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
 
 SELF_CHECK_PARAMETERS = 50_000_000
 """Up to this size, a new engine compares its fast decoder with transformers."""
+CHECKED_LENGTH = 32
+"""Tokens of each of the two sequences that are compared."""
+MORE_DRAWS = 8
+"""Rounding errors drawn when the decoder looks wrong, before it is called wrong."""
 
 
 class Decoder(Protocol):
@@ -42,6 +50,7 @@ class Decoder(Protocol):
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
     def load(self, name: str, tensor: Tensor) -> None: ...
     def finish_load(self) -> None: ...
+    def holds(self, name: str, tensor: Tensor) -> bool: ...
     def drop_prefixes(self) -> None: ...
     def reset(self) -> None: ...
 
@@ -76,6 +85,7 @@ class HFEngine:
     """
 
     takes_adapters = False
+    quantized = False
 
     def __init__(
         self,
@@ -97,6 +107,8 @@ class HFEngine:
         self.vocab_size = text_config.vocab_size
         self.max_num_seqs = max_num_seqs
         self.device = device
+        self.dtype = dtype
+        self.limit: Limit | None = None
         self.version = 0
         self._attn_implementation = attn_implementation
         self._decoder: Decoder = self._build_decoder(config, dtype, decoder)
@@ -148,6 +160,13 @@ class HFEngine:
     async def load_adapter(self, adapter: Adapter, *, version: int) -> None:
         """Raise RunFailed: this engine takes merged weights."""
         raise RunFailed("the hf engine takes merged weights: call load_weights")
+
+    async def differing(self, sent: WeightSource | Adapter) -> list[str]:
+        """Compare every tensor that is used with `sent`; see `Engine.differing`."""
+        if isinstance(sent, Adapter):
+            raise RunFailed("the hf engine takes merged weights, so it holds no adapter")
+        with torch.inference_mode():
+            return [name for name, tensor in sent() if not self._decoder.holds(name, tensor.detach())]
 
     async def sleep(self) -> None:
         """Do nothing: this engine's weights are small next to what the learner holds."""
@@ -306,7 +325,7 @@ class HFEngine:
             raise RunFailed(f"{self._broken}: the source gave other parameters the second time it was iterated")
         self._decoder.drop_prefixes()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _self_check(self, config: PretrainedConfig, dtype: torch.dtype, weights: WeightSource, wanted: str) -> None:
         """Compare prompts, steps and whole sequences with a plain forward pass of transformers' model."""
         if self.max_model_len is not None and self.max_model_len < 4:
@@ -317,11 +336,13 @@ class HFEngine:
                 return
             reference = self._build_generic(config, dtype)
             _copy_into(reference, weights(), set())
-        gap = _largest_gap(self._decoder, reference, self.vocab_size, self.max_model_len or 12)
-        tolerance = 1e-3 if dtype == torch.float32 else 0.5
-        if gap <= tolerance:
-            return
-        finding = f"log-probabilities differ from transformers' plain forward pass by {gap:.3g} (at most {tolerance})"
+        check = _SelfCheck(reference, self.vocab_size, self.max_model_len)
+        gap = Gap.between(*check.compare(self._decoder))
+        for draws in (1, MORE_DRAWS):
+            limit = Limit.of(check.errors(draws))
+            if limit.explains(gap):
+                return
+        finding = f"log-probabilities differ from transformers' plain forward pass by {limit.describe(gap)}"
         if reference is self._decoder:
             raise RunFailed(f"the hf engine cannot serve {config.model_type!r}: with a cache its {finding}")
         if wanted == "fast":
@@ -352,19 +373,37 @@ def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loade
     decoder.finish_load()
 
 
-def _largest_gap(decoder: Decoder, reference: GenericDecoder, vocab_size: int, max_length: int) -> float:
-    """Return the largest gap of log-probabilities over two random sequences, read whole and token by token."""
-    length = min(12, max_length)
-    sequences = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).tolist()
-    wanted = torch.tensor([reference.plain_logprobs(sequence) for sequence in sequences])
-    gap = float((torch.tensor(decoder.logprobs(sequences)) - wanted).abs().max())
-    prompts = [length // 2, length // 2 - 1]  # of unequal length, to test masks as well
-    logits = decoder.admit([tuple(sequence[:cut]) for sequence, cut in zip(sequences, prompts, strict=True)])
-    for offset in range(length - prompts[0]):
-        logprobs = logits.float().log_softmax(-1).cpu()
-        tokens = [sequence[cut + offset] for sequence, cut in zip(sequences, prompts, strict=True)]
-        for row, (cut, token) in enumerate(zip(prompts, tokens, strict=True)):
-            gap = max(gap, abs(float(logprobs[row, token] - wanted[row, cut + offset - 1])))
-        logits = decoder.step(torch.tensor(tokens, device=logits.device))
-    decoder.reset()
-    return gap
+class _SelfCheck:
+    """Two sequences that the model itself draws, and transformers' plain log-probabilities of their tokens."""
+
+    def __init__(self, reference: GenericDecoder, vocab_size: int, max_length: int | None) -> None:
+        self.reference = reference
+        self.dtype = reference.model.dtype
+        generator = torch.Generator().manual_seed(0)
+        self.length = min(CHECKED_LENGTH, max_length or CHECKED_LENGTH)
+        first = torch.randint(vocab_size, (2, 1), generator=generator)
+        self.sequences: list[list[int]] = draw(reference.model, first, self.length, generator).tolist()
+        self.wanted = self.plain()
+
+    def plain(self) -> Float[Tensor, "2 T"]:
+        with compute_in(self.dtype, self.reference.model):
+            return torch.tensor([self.reference.plain_logprobs(sequence) for sequence in self.sequences])
+
+    def errors(self, draws: int) -> Float[np.ndarray, " n"]:
+        """Measure the rounding errors of the plain forward pass and of another one."""
+        return rounding_errors(self, self.reference.model, lambda: self.plain().flatten(), draws=draws)
+
+    def compare(self, decoder: Decoder) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Return the decoder's log-probabilities, read whole and token by token, and the plain ones."""
+        found, wanted = [torch.tensor(decoder.logprobs(self.sequences)).flatten()], [self.wanted.flatten()]
+        prompts = [self.length // 2, self.length // 2 - 1]  # of unequal length, to test masks as well
+        logits = decoder.admit([tuple(ids[:cut]) for ids, cut in zip(self.sequences, prompts, strict=True)])
+        for offset in range(self.length - prompts[0]):
+            logprobs = logits.float().log_softmax(-1).cpu()
+            tokens = [ids[cut + offset] for ids, cut in zip(self.sequences, prompts, strict=True)]
+            for row, (cut, token) in enumerate(zip(prompts, tokens, strict=True)):
+                found.append(logprobs[row, token][None])
+                wanted.append(self.wanted[row, cut + offset - 1][None])
+            logits = decoder.step(torch.tensor(tokens, device=logits.device))
+        decoder.reset()
+        return torch.cat(found).double().numpy(), torch.cat(wanted).double().numpy()

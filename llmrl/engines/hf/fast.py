@@ -72,7 +72,7 @@ class FastDecoder:
         powers = torch.arange(0, self.weights.head_dim, 2, dtype=torch.float32) / self.weights.head_dim
         self.inverse_frequencies = (1.0 / config.rope_parameters["rope_theta"] ** powers).to(device)
         self.shapes = self.weights.shapes
-        self.load, self.finish_load = self.weights.load, self.weights.finish
+        self.load, self.finish_load, self.holds = self.weights.load, self.weights.finish, self.weights.holds
         self.reset()
 
     def reset(self) -> None:

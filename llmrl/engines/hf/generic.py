@@ -88,6 +88,10 @@ class GenericDecoder:
         """Copy one parameter (or persistent buffer) into the model."""
         self._tensors[name].copy_(tensor)
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Return whether one parameter is held as it is in `tensor`, bit for bit in the type of the model."""
+        return torch.equal(self._tensors[name], tensor.to(self._tensors[name]))
+
     def finish_load(self) -> None:
         """Do nothing: this decoder derives nothing from the weights."""
 

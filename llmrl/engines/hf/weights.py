@@ -83,6 +83,10 @@ class _Target:
     """If not 0, rows are reordered in each of this many heads so that the members of a rotary pair are adjacent."""
     offset: float = 0.0
     """Added to the tensor, because Gemma stores norm gains minus 1."""
+    gain: Tensor | None = None
+    """If weights are folded: the norm before this matrix, by which its columns are multiplied."""
+    factor: float = 1.0
+    """If weights are folded: what the tensor is multiplied by after that."""
 
 
 class FusedWeights:
@@ -119,31 +123,37 @@ class FusedWeights:
     def load(self, name: str, tensor: Tensor) -> None:
         """Copy one parameter to its place. Call `finish` after all of `shapes` are loaded."""
         target = self._targets[name]
-        if target.rotary_heads:
-            pairs = tensor.reshape(target.rotary_heads, 2, -1, *tensor.shape[1:])
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        target.view.copy_(tensor)
+        target.view.copy_(_arranged(tensor, target))
         if target.offset:
             target.view.add_(target.offset)
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Return whether one parameter is held, bit for bit, as `load` and `finish` leave it."""
+        target = self._targets[name]
+        wanted = torch.empty_like(target.view).copy_(_arranged(tensor, target))
+        if target.offset:
+            wanted.add_(target.offset)
+        self._fold(wanted, target)
+        return torch.equal(wanted, target.view)
+
     def finish(self) -> None:
         """Fold gains and the score factor into the matrices, after a complete load."""
-        queries = self.heads * self.head_dim
-        if self.folded:
-            self.final_gain *= self.hidden**0.5
         for layer in self.layers:
             if layer.qk_gain is not None:
                 assert layer.q_gain is not None and layer.k_gain is not None, "the three gains are set together"
                 layer.qk_gain[: self.heads] = layer.q_gain * self.scale
                 layer.qk_gain[self.heads :] = layer.k_gain
-            if not self.folded:
-                continue
-            layer.qkv *= layer.input_gain * self.hidden**0.5
-            layer.gate_up *= layer.post_gain * self.hidden**0.5
-            if layer.qk_gain is None:
-                layer.qkv[:queries] *= self.scale
-                if layer.qkv_bias is not None:
-                    layer.qkv_bias[:queries] *= self.scale
+        for target in self._targets.values():
+            self._fold(target.view, target)
+
+    def _fold(self, tensor: Tensor, target: _Target) -> None:
+        """Fold gains and factors into a tensor that is arranged as `target`, in place."""
+        if not self.folded:
+            return
+        if target.gain is not None:
+            tensor *= target.gain * self.hidden**0.5
+        if target.factor != 1.0:
+            tensor *= target.factor
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -168,7 +178,7 @@ class FusedWeights:
         gain: dict[str, Any] = {"offset": self.gain_offset}
         targets = {
             "model.embed_tokens.weight": _Target(self.embed),
-            "model.norm.weight": _Target(self.final_gain, **gain),
+            "model.norm.weight": _Target(self.final_gain, **gain, factor=self.hidden**0.5),
         }
         if not tied:
             targets["lm_head.weight"] = _Target(self.head)
@@ -177,8 +187,8 @@ class FusedWeights:
             targets[prefix + "input_layernorm.weight"] = _Target(layer.input_gain, **gain)
             targets[prefix + "post_attention_layernorm.weight"] = _Target(layer.post_gain, **gain)
             targets[prefix + "self_attn.o_proj.weight"] = _Target(layer.o)
-            targets[prefix + "mlp.gate_proj.weight"] = _Target(layer.gate_up[: self.intermediate])
-            targets[prefix + "mlp.up_proj.weight"] = _Target(layer.gate_up[self.intermediate :])
+            targets[prefix + "mlp.gate_proj.weight"] = _Target(layer.gate_up[: self.intermediate], gain=layer.post_gain)
+            targets[prefix + "mlp.up_proj.weight"] = _Target(layer.gate_up[self.intermediate :], gain=layer.post_gain)
             targets[prefix + "mlp.down_proj.weight"] = _Target(layer.down)
             targets |= self._attention_targets(prefix + "self_attn.", layer)
         return targets
@@ -188,12 +198,21 @@ class FusedWeights:
         first = 0
         for letter, heads, rotary in (("q", self.heads, True), ("k", self.kv_heads, True), ("v", self.kv_heads, False)):
             rows = slice(first * self.head_dim, (first + heads) * self.head_dim)
-            rotary_heads = heads if rotary else 0
-            targets[f"{prefix}{letter}_proj.weight"] = _Target(layer.qkv[rows], rotary_heads)
+            factor = self.scale if letter == "q" and not self.has_qk_norm else 1.0
+            form: dict[str, Any] = {"rotary_heads": heads if rotary else 0, "factor": factor}
+            targets[f"{prefix}{letter}_proj.weight"] = _Target(layer.qkv[rows], gain=layer.input_gain, **form)
             if layer.qkv_bias is not None:
-                targets[f"{prefix}{letter}_proj.bias"] = _Target(layer.qkv_bias[rows], rotary_heads)
+                targets[f"{prefix}{letter}_proj.bias"] = _Target(layer.qkv_bias[rows], **form)
             first += heads
         if layer.q_gain is not None and layer.k_gain is not None:
             targets[prefix + "q_norm.weight"] = _Target(layer.q_gain, 1)
             targets[prefix + "k_norm.weight"] = _Target(layer.k_gain, 1)
         return targets
+
+
+def _arranged(tensor: Tensor, target: _Target) -> Tensor:
+    """Return a tensor with its rows in the order of `target`."""
+    if not target.rotary_heads:
+        return tensor
+    pairs = tensor.reshape(target.rotary_heads, 2, -1, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

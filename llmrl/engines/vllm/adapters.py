@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmrl.engines.vllm.digests import adapter_digests
 from llmrl.engines.vllm.transfer import shared_path
 from llmrl.errors import RunFailed
 
@@ -25,6 +26,8 @@ class AdapterFolders:
 
     def __init__(self) -> None:
         self.count = 0
+        self.saved: dict[str, str] = {}
+        """Digests of the newest one, by name."""
         self._root: Path | None = None
         self._kept: list[int] = []
         self._remove: weakref.finalize | None = None
@@ -48,6 +51,7 @@ class AdapterFolders:
             (folder / "adapter_config.json").write_text(json.dumps(adapter.config))
         except OSError as error:
             raise RunFailed(f"the adapter cannot be written to {folder}: {error}") from error
+        self.saved = adapter_digests(adapter)
         self._kept.append(self.count)
         old, self._kept = self._kept[:-ADAPTERS_KEPT], self._kept[-ADAPTERS_KEPT:]
         for number in old:

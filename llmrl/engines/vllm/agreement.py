@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrl.errors import RunFailed
+from llmrl.noise import Gap, Limit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+class ReplicasDisagree(RunFailed):
+    """Replicas give different log-probabilities. Rounding may explain it once it has been measured again."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class Served:
 class Agreement:
     """Compares replicas with each other, and a replica that returns with what the others gave.
 
-    Args:
-        tolerance: largest gap (nats) between replicas that serve the same weights.
+    Attributes:
+        limit: what rounding explains between two replicas that serve the same weights. None: not measured yet, so that
+            nothing is refused.
+        last: what the replicas agreed on.
     """
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
+    def __init__(self, limit: Limit | None = None) -> None:
+        self.limit = limit
         self.last: Served | None = None
 
     def check(self, version: int | None, sequences: list[list[int]], answers: list[tuple[str, list]]) -> None:
@@ -43,50 +50,44 @@ class Agreement:
             answers: (name of the replica, log-probabilities per sequence).
 
         Raises:
-            RunFailed: they do not agree; the message names the replica that serves something else.
+            ReplicasDisagree: they do not agree; the message names the replica that serves something else.
         """
         rows = [(name, _flat(answer)) for name, answer in answers]
         first = rows[0][1]
-        if not all(_gap(row, first) <= self.tolerance for _, row in rows[1:]):
-            raise RunFailed(self._disagreement(version, sequences, rows))
+        if not all(self._explains(Gap.between(row, first)) for _, row in rows[1:]):
+            raise ReplicasDisagree(self._disagreement(version, sequences, rows))
         self.last = Served(version, sequences, first)
 
     def check_one(self, served: Served, answer: list[list[float]]) -> None:
         """Compare the answer of a replica that returned, for `served.sequences`, with what the others gave.
 
         Raises:
-            RunFailed: it differs by more than the tolerance.
+            RunFailed: it differs by more than rounding.
         """
-        gap = _gap(_flat(answer), served.logprobs)
-        if not gap <= self.tolerance:
+        gap = Gap.between(_flat(answer), served.logprobs)
+        if not self._explains(gap):
+            limit = self.limit or Limit(0.0, 0.0)
             raise RunFailed(
-                f"after it was given version {served.version} its log-probabilities are {gap:.3g} nats away from what "
-                f"that version gives (tolerance {self.tolerance:g})"
+                f"after it was given version {served.version} its log-probabilities are off what that version gives by "
+                f"{limit.describe(gap)}"
             )
+
+    def _explains(self, gap: Gap) -> bool:
+        return math.isfinite(gap.mean) if self.limit is None else self.limit.explains(gap)
 
     def _disagreement(self, version: int | None, sequences: list[list[int]], rows: list[tuple[str, np.ndarray]]) -> str:
         """Describe each replica by its distance from the others, and name one that still serves the old weights."""
         before = self.last.logprobs if self.last is not None and self.last.sequences == sequences else None
         lines = []
         for name, row in rows:
-            others = [_gap(row, other) for who, other in rows if who != name]
-            line = f"{name}: {min(others):.3g} to {max(others):.3g} nats from the others"
-            if before is not None and _gap(row, before) <= self.tolerance:
+            others = [Gap.between(row, other).mean for who, other in rows if who != name]
+            line = f"{name}: {min(others):.3g} to {max(others):.3g} nats from the others on average"
+            if before is not None and self._explains(Gap.between(row, before)):
                 line += ", and the same as before the push: the push did not arrive there"
             lines.append(line)
-        return (
-            f"the vLLM servers serve different weights (version {version}, tolerance {self.tolerance:g}):\n  "
-            + "\n  ".join(lines)
-        )
+        explained = "" if self.limit is None else f", rounding explains {self.limit.mean:.3g} nats"
+        return f"the vLLM servers serve different weights (version {version}{explained}):\n  " + "\n  ".join(lines)
 
 
 def _flat(rows: list[list[float]]) -> np.ndarray:
     return np.asarray([value for row in rows for value in row])
-
-
-def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the largest difference; infinite if the shapes differ or a value is NaN or infinite."""
-    if a.shape != b.shape:
-        return math.inf
-    gap = float(np.abs(a - b).max(initial=0.0))
-    return gap if math.isfinite(gap) else math.inf

@@ -24,10 +24,12 @@ import torch
 
 from llmrl.engines.sampling import check_sampling, check_tokens
 from llmrl.engines.vllm.adapters import AdapterFolders, save_base
+from llmrl.engines.vllm.digests import Held, differences, sent_adapter, sent_weights
 from llmrl.engines.vllm.options import VllmConfig
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
 from llmrl.errors import RunFailed, UserError
+from llmrl.noise import Limit
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ class VllmEngine:
             raise UserError("rollout.vllm.enable_sleep_mode: vLLM cannot sleep on a CPU; leave it out")
         self.vocab_size = config.get_text_config().vocab_size
         self.takes_adapters = base is not None
+        self.dtype: torch.dtype = getattr(torch, self.options.dtype or dtype)
+        self.quantized = self.options.quantization is not None
+        self.limit: Limit | None = None
+        self._held = Held()
         self.version: int | None = None
         self._asleep = False
         self._staged = StagedWeights()
@@ -169,6 +175,17 @@ class VllmEngine:
         folder, old = self._adapters.save(adapter)
         await self._thread.call(self._load_adapter(str(folder), version, old))
         self.version = version
+
+    async def differing(self, sent: WeightSource | Adapter) -> list[str]:
+        """Compare digests of `sent` with those of what vLLM's workers received and hold; see `Engine.differing`."""
+        self._check_open()
+        answers = await self._thread.call(self._llm.collective_rpc("llmrl_held"))
+        if not isinstance(sent, Adapter):
+            return self._held.weights(sent_weights(sent(), self.dtype, quantized=self.quantized), answers)
+        if self._adapter is None or self._adapter.lora_int_id != self._adapters.count:
+            return ["the adapter itself, which no request asks for"]
+        wanted = sent_adapter(sent, self.dtype)
+        return differences(self._adapters.saved, wanted.parts) or self._held.adapter(wanted, answers)
 
     async def sleep(self) -> None:
         """Lend the GPU's memory to the learner until the next push, if `enable_sleep_mode` is set."""

@@ -10,6 +10,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from llmrl.engines.vllm.digests import Held
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost
 from llmrl.errors import RunFailed, UserError
 from llmrl.types import Completion, Sampling
@@ -28,6 +29,7 @@ WEIGHT_ROUTES = (
     "/weight_info",
 )
 ADAPTER_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/weight_info")
+WORKER_CALL = "/collective_rpc"
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TEMPERATURE = 0.5
 LOOP_STALL_S = 2.0
@@ -58,6 +60,7 @@ class VllmServer:
         self.run = ""
         self.label: str | None = None
         self.adapter: str | None = None
+        self.held = Held()
         self.ready_to_receive = False
         self.routes: frozenset[str] = frozenset()
         self.model = ""
@@ -210,6 +213,17 @@ class VllmServer:
             return max(choice["logprobs"]["top_logprobs"][0].values())
 
         return abs(await top(1.0) - await top(PROBE_TEMPERATURE)) > 1e-4
+
+    async def holds(self) -> list[dict[str, Any]] | None:
+        """Return what `WeightReceiver.llmrl_held` returns on each worker, or None for a server started without it."""
+        if WORKER_CALL not in self.routes:
+            return None
+        try:
+            return (await self._json("POST", WORKER_CALL, {"method": "llmrl_held"}))["results"]
+        except ReplicaLost:
+            raise
+        except (ReplicaFailed, RunFailed):
+            return None
 
     # --- weights --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ update_weights, finish_weight_update), the same in process and over HTTP.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from llmrl.engines.vllm.digests import combined, digest, digests
 from llmrl.engines.vllm.transfer import BACKEND, REFUSED, check_names_and_shapes, read_staged
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
     init_info_cls = NoInit
     update_info_cls = StagedInfo
     wanted: dict[str, tuple[int, ...]] | None = None
+    received: dict[str, str] | None = None
+    """Digests of what was loaded last, by name."""
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
         """Note which tensors a checkpoint of the architecture holds.
@@ -83,9 +87,16 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
             if wrong := check_names_and_shapes(given, self.wanted):
                 raise ValueError(f"{REFUSED}:\n  {wrong}")
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(read_staged(asdict(update_info)))  # pyright: ignore[reportCallIssue]
+        self.received = {}
+        self.model.load_weights(self._noted(asdict(update_info)))  # pyright: ignore[reportCallIssue]
         finalize_layerwise_reload(self.model, self.model_config)
         prepare_heads(self.model)
+
+    def _noted(self, staged: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.received is not None
+        for name, tensor in read_staged(staged):
+            self.received[name] = digest(tensor)
+            yield name, tensor
 
     def finish_weight_update(self) -> None:
         """Do nothing: `receive_weights` has finished the update."""
@@ -95,7 +106,36 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
 
 
 class WeightReceiver:
-    """The worker extension that vLLM looks for. Empty: it exists so that vLLM imports this module."""
+    """The worker extension that vLLM looks for: a part of every worker, which answers what the worker holds."""
+
+    def llmrl_held(self) -> dict[str, Any]:
+        """Return digests of what this worker holds.
+
+        received: of each tensor that was loaded last, by name; None if they came by another way than ours.
+        served: of all parameters; None if some lie in a form that only their kernels read (on a CPU, after packing).
+        adapters: of each adapter, by its number.
+        """
+        worker: Any = self
+        parameters = dict(worker.model_runner.get_model().named_parameters())
+        readable = all(parameter.numel() for parameter in parameters.values())
+        tensors = ((name, parameter.data) for name, parameter in parameters.items())
+        manager = getattr(worker.model_runner, "lora_manager", None)
+        adapters = {} if manager is None else manager._adapter_manager.list_adapters()
+        return {
+            "received": getattr(worker.weight_transfer_engine, "received", None),
+            "served": combined(digests(tensors)) if readable else None,
+            "adapters": {str(number): _adapter_digest(adapter) for number, adapter in adapters.items()},
+        }
+
+
+def _adapter_digest(adapter: Any) -> str:
+    found: dict[str, str] = {}
+    for name, layer in adapter.loras.items():
+        for kind in ("lora_a", "lora_b"):
+            tensors = getattr(layer, kind)
+            parts = tensors if isinstance(tensors, list) else [tensors]
+            found |= digests((f"{name}.{kind}.{i}", part) for i, part in enumerate(parts) if part is not None)
+    return combined(found)
 
 
 def checkpoint_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]] | None:

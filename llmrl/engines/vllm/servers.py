@@ -15,21 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from llmrl.engines.sampling import check_sampling
 from llmrl.engines.vllm.adapters import AdapterFolders
 from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
+from llmrl.engines.vllm.digests import differences, sent_adapter, sent_weights
 from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
 from llmrl.errors import RunFailed, UserError
-from llmrl.tolerance import same_weights_gap
+from llmrl.noise import Limit
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
 if TYPE_CHECKING:
-    import torch
-
     from llmrl.engines.options import EngineConfig
     from llmrl.model.options import ModelConfig
 
@@ -49,7 +50,8 @@ class VllmServerEngine:
         delivery: how weights travel. Default: through shared memory, for servers on this machine.
         on_update: what happens to running requests when new weights arrive: they finish first (wait), continue under
             the new weights (keep), or are drawn again from the start (abort).
-        dtype: type the servers compute in; it sets how far replicas may differ.
+        dtype: type the servers compute in.
+        quantized: whether they also round weights to fewer bits.
         api_key: sent to servers that require one.
         slack: see `Replicas`; about the size of a group.
         request_timeout_s: limit of one request.
@@ -70,6 +72,7 @@ class VllmServerEngine:
         delivery: Delivery | None = None,
         on_update: Literal["wait", "keep", "abort"] = "keep",
         dtype: str = "float32",
+        quantized: bool = False,
         api_key: str | None = None,
         slack: int = 8,
         request_timeout_s: float = 1800.0,
@@ -94,7 +97,10 @@ class VllmServerEngine:
         self.delivery = delivery or SharedMemoryDelivery()
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
         self.is_sender, self.barrier, self.processes = is_sender, barrier, processes
-        self.agreement = Agreement(same_weights_gap(dtype))
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.quantized = quantized
+        self.limit: Limit | None = None
+        self.agreement = Agreement()
         self.takes_adapters = takes_adapters
         self._adapters = AdapterFolders()
         self._adapter: Path | None = None
@@ -151,6 +157,7 @@ class VllmServerEngine:
             delivery=NcclDelivery(host=server.nccl_host, device=device) if nccl else None,
             on_update=vllm.on_update,
             dtype=vllm.dtype or model.dtype,
+            quantized=vllm.quantization is not None,
             api_key=os.environ.get(server.api_key_env),
             slack=slack,
             request_timeout_s=server.request_timeout_s,
@@ -206,8 +213,31 @@ class VllmServerEngine:
             if answers:
                 break
             await self.replicas.wait_for_one()
+        self.agreement.limit = None if self.limit is None else self.limit.doubled()
         self.agreement.check(self.version, sequences, [(server.name, answer) for server, answer in answers])
         return answers[0][1]
+
+    async def differing(self, sent: WeightSource | Adapter) -> list[str]:
+        """Compare digests of `sent` with those of what every server received and holds; see `Engine.differing`.
+
+        Servers that others have started may be unable to answer. What they compute is compared all the same.
+        """
+        if isinstance(sent, Adapter):
+            wanted = sent_adapter(sent, self.dtype)
+        else:  # in every process, because gathering sharded weights needs them all
+            wanted = sent_weights(sent(), self.dtype, quantized=self.quantized)
+        if not self.is_sender:
+            return []
+        if self.takes_adapters and (different := differences(self._adapters.saved, wanted.parts)):
+            return different
+        different: list[str] = []
+        for server, answers in await self.replicas.each(lambda server: server.holds()):
+            if self.takes_adapters and server.adapter != self._adapter_name(self._num_adapters):
+                return [f"the adapter itself, which no request to {server.name} asks for"]
+            if answers is not None:
+                found = server.held.adapter if self.takes_adapters else server.held.weights
+                different += [f"{server.name}: {name}" for name in found(wanted, answers)]
+        return different
 
     # --- weights --------------------------------------------------------------------------------------------------
 

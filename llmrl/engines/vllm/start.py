@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from llmrl.engines.vllm.options import VllmConfig
 
-IPC_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
+IPC_ARGS = RECEIVER_ARGS | {"weight_transfer_config": {"backend": "ipc"}}
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A launcher sets these for the trainer's processes. vLLM's processes must not take them for their own."""
 SHARE_BESIDE_TRAINER = 0.4

@@ -115,7 +115,7 @@ class Training:
         self.policy = Policy(model, temperature=1.0, keep_reference=False)
         self.said: list[str] = []
         self.engine = VllmServerEngine(urls, say=self.said.append, slack=4, **options)
-        self.sync = WeightSync(self.policy, self.engine, vocab_size=self.vocabulary)
+        self.sync = WeightSync(self.policy, self.engine)
         self.version = -1
 
     def step(self, learning_rate: float = 3e-3) -> None:
