@@ -27,11 +27,11 @@ def rows(split: str) -> list[dict[str, Any]]:
     except ImportError as error:
         raise UserError(f"recipes/smollm2_sums.py: {error}; pip install 'llmrl[tasks]'") from error
     made = reasoning_gym.create_dataset("chain_sum", size=20_000, seed=1, **TASK)
-    found = {row["metadata"]["expression"]: row["answer"] for row in map(made.__getitem__, range(len(made)))}
-    mine = [sum_ for sum_ in found if is_held_out(sum_) == (split == "test")]
-    return [{"question": f"{sum_} =", "answer": found[sum_]} for sum_ in mine[: NUM_ROWS[split]]]
+    found = {row["question"]: row["answer"] for row in map(made.__getitem__, range(len(made)))}
+    mine = [question for question in found if is_held_out(question) == (split == "test")]
+    return [{"question": question, "answer": found[question]} for question in mine[: NUM_ROWS[split]]]
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question is for the test split: a tenth of all, chosen by their text."""
+    """Return whether a question is in the test split: a tenth of all, chosen by their text."""
     return hashlib.sha256(question.encode()).digest()[0] < 26

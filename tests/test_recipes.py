@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 """A script's own folder is on its path, not this checkout: another one may be installed."""
 
 KINDS = ("grpo", "ppo", "dpo", "kto", "online_dpo")
-RUNS = sorted(f for kind in KINDS for f in RECIPES.glob(f"{kind}*.yaml"))
+RUNS = sorted(f for kind in (*KINDS, "smollm2") for f in RECIPES.glob(f"{kind}*.yaml"))
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)

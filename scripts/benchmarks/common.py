@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SIDES = ("ours", "rival")
 MEASURED = {"cpu": "cpu_s", "wall": "wall_s", "memory": "memory_mb"}
 """Name of a ratio in the result -> key of the measurement that it is computed from."""
-TIME_LIMIT_S = 1800
+TIME_LIMIT_S = 7200
 """Time limit of one measurement."""
 
 

@@ -154,7 +154,9 @@ def trl_reward(work: Work) -> Callable[..., list[float | None]]:
 
     reward = resolve(work.config.rewards[0].fn, work.config.rewards[0].args)
 
-    def named(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-        return [reward(completion=c, answer=a).reward for c, a in zip(completions, answer, strict=True)]
+    def named(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
+        # A completion of a conversation is a list with one message.
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [reward(completion=c, answer=a).reward for c, a in zip(texts, answer, strict=True)]
 
     return named

@@ -9,13 +9,13 @@ import importlib.util
 import random
 import string
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY
 from llmrl.algo.policy_gradient.options import PolicyGradient
-from llmrl.config import Config, DataConfig, ModelConfig, RolloutConfig, TrackConfig, TrainConfig, parse
+from llmrl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig, TrackConfig, TrainConfig, parse
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " "
 NEVER = "<|never|>"
@@ -50,6 +50,8 @@ class Work:
     tokenizer: Any
     reward: Any = None
     """A function from completion to number, or None if `config.rewards` names one."""
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that a learning curve is measured on."""
 
 
 def synthetic_work(case: Synthetic, folder: Path, *, seed: int, output_dir: Path) -> Work:
@@ -164,4 +166,36 @@ def natural_work(folder: Path, *, seed: int, output_dir: Path) -> Work:
     rows = recipe.rows(recipe.pairs(held_out=False))
     from transformers import AutoTokenizer
 
-    return Work(config=config, rows=rows, tokenizer=AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Work(config=config, rows=rows, tokenizer=tokenizer, held_out=recipe.held_out_rows())
+
+
+# --- a pretrained model on short sums: recipes/smollm2_sums.yaml ------------------------------------------------------
+
+
+def sums_work(folder: Path, *, seed: int, output_dir: Path) -> Work:
+    """Return the work of recipes/smollm2_sums.yaml with the pretrained model in `folder`.
+
+    Both sides get the conversations that the recipe's templates make of its rows.
+    """
+    from transformers import AutoTokenizer
+
+    from llmrl.data.tasks import load_tasks
+
+    file = REPOSITORY / "recipes" / "smollm2_sums.yaml"
+    arguments = ["--model.path", str(folder), "--train.output_dir", str(output_dir), "--train.seed", str(seed)]
+    config: Any = parse(["--config", str(file), *arguments], config_class=Config)
+    rows, held_out = (
+        [{"prompt": task.messages, "answer": task.answer} for task in load_tasks(data)]
+        for data in (config.data, config.eval.data)
+    )
+    (reward,) = config.rewards
+    config = replace(
+        config,
+        data=DataConfig(path=config.data.path),
+        rewards=[replace(reward, fn=str(REPOSITORY / reward.fn))],
+        train=replace(config.train, save_steps=0),
+        eval=EvalConfig(),
+        track=replace(config.track, console="quiet"),
+    )
+    return Work(config=config, rows=rows, tokenizer=AutoTokenizer.from_pretrained(folder), held_out=held_out)
