@@ -96,7 +96,7 @@ TRL = {
     "gamma": "algo.value.gamma",
     "kl_coef": "algo.kl.beta",
     "whiten_rewards": "algo.whiten",
-    "bf16": "model.dtype bfloat16, or accelerate's --mixed_precision bf16",
+    "bf16": "model.dtype bfloat16",
     "fp16": "model.dtype bfloat16 (fp16 is not supported)",
     "logging_steps": "nothing: every step is logged",
     "eval_strategy": "eval.steps",

@@ -357,7 +357,7 @@ class Policy:
     def exact_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """Compute log-probabilities at temperature 1, dropout off."""
         with evaluating(self.module):
-            return self.module(*_inputs(batch), temperature=1.0)["logprobs"]
+            return self._exact(*_inputs(batch), temperature=1.0)["logprobs"]
 
     @torch.no_grad()
     def sequence_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -370,9 +370,13 @@ class Policy:
             for sequence in sequences:
                 ids = torch.tensor([sequence], device=self.device)
                 places = torch.arange(len(sequence), device=self.device)
-                outputs = self.module(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
+                outputs = self._exact(ids, places[None], places[:-1], ids[0, 1:], temperature=1.0)
                 rows.append(outputs["logprobs"].tolist())
         return rows
+
+    def _exact(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
+        # The module of a method may have a forward pass of its own, which computes more.
+        return PolicyModule.forward(self.module, *inputs, **options)
 
     def computing(self) -> AbstractContextManager[None]:
         """Let the transformers model itself compute as it does in training inside the block."""

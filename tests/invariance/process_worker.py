@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
         "pairs": True,
         "lora": True,
     },
+    "bfloat16": {"algo": {"aggregation": "dapo", "kl": {"beta": 0.1}}, "dtype": torch.bfloat16},
+    "bfloat16, lora": {"algo": {"aggregation": "dapo"}, "lora": True, "dtype": torch.bfloat16},
     "fewer sequences than processes": {"samples": {"groups": 1, "size": 1}},
     "fewer sequences than processes, penalty": {"algo": {"kl": {"beta": 0.1}}, "samples": {"groups": 1, "size": 1}},
 }
@@ -59,7 +61,7 @@ def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
     for name, case in CASES.items():
         model = make_lora(tiny_model()) if case.get("lora") else tiny_model()
         config = make_config(algo=case.get("algo"), train=case.get("train"))
-        learner, algorithm = make_learner(model, config, parallel=parallel)
+        learner, algorithm = make_learner(model, config, parallel=parallel, dtype=case.get("dtype"))
         steps = []
         for step in range(STEPS):
             samples = make_samples(seed + step, **case.get("samples", {}))

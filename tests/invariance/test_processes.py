@@ -30,7 +30,21 @@ def one_process() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "dtype" in case])
+def test_two_processes_are_one_to_rounding(case: str, two_processes: dict, one_process: dict) -> None:
+    """In bfloat16 another layout of the same sequences rounds differently, by 2**-9 of each number."""
+    for step in range(STEPS):
+        ours, alone = two_processes[case][step], one_process[case][step]
+        for key in ("loss/total", "policy/grad_norm"):
+            assert ours["metrics"][key] == pytest.approx(alone["metrics"][key], rel=0.02, abs=0.01), f"{step}: {key}"
+        assert ours["gradients"].keys() == alone["gradients"].keys()
+        found, expected = (torch.cat([g.flatten() for g in side["gradients"].values()]) for side in (ours, alone))
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.02 * expected.norm(), f"step {step}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "dtype" not in case])
 def test_two_processes_are_one(case: str, two_processes: dict, one_process: dict) -> None:
     for step in range(STEPS):
         ours, alone = two_processes[case][step], one_process[case][step]

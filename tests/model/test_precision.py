@@ -343,3 +343,25 @@ def test_quantized_weights_are_left_alone() -> None:
     assert [p.dtype for p in model.parameters()] == [torch.uint8, BF16, BF16, BF16]
     with compute_in(BF16, model):
         assert model[0].weight.dtype == torch.uint8
+
+
+def test_training_goes_on_exactly_from_what_is_trained(seed: int) -> None:
+    """The float32 parameters of a checkpoint are all there is: their casts are made anew. A separate critic too."""
+
+    def learner_of() -> Any:
+        options = {"algo": {"num_mini_batches": 1}, "model": {"dtype": "bfloat16"}, "critic": {"learning_rate": 1e-4}}
+        return make_ppo_learner("separate", train={"learning_rate": 1e-4, "adam_epsilon": 1e-8}, **options)
+
+    learner, algorithm = learner_of()
+    batches = [algorithm.prepare(scored_groups(seed + step), policy_version=step) for step in range(3)]
+    learner.update(batches[0], algorithm)
+    parameters = {name: tensor.clone() for name, tensor in learner.policy.trained_parameters().items()}
+    state = copy.deepcopy(learner.state_dict())
+    expected = [learner.update(batch, algorithm) for batch in copy.deepcopy(batches[1:])]
+    resumed, _ = learner_of()
+    resumed.policy.load_trained_parameters(parameters)
+    resumed.load_state_dict(state)
+    assert [resumed.update(batch, algorithm) for batch in batches[1:]] == expected
+    found = resumed.policy.trained_parameters()
+    for name, tensor in learner.policy.trained_parameters().items():
+        assert tensor.dtype == torch.float32 and torch.equal(found[name], tensor), name

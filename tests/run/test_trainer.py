@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llmrl import Score, Trainer
@@ -67,6 +68,29 @@ def test_a_function_a_list_and_a_loaded_model_are_enough(tmp_path: Path) -> None
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+def test_a_loaded_models_own_type_decides(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+
+    def run(name: str, dtype: torch.dtype, **more: Any) -> Trainer:
+        tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model = build_tiny_model("qwen2", vocab_size=len(tokenizer), **tokens).to(dtype)
+        options = settings(tmp_path / name, train__max_steps=2, **more)
+        return Trainer(options, model=model, processing_class=tokenizer, reward=letters, train_dataset=ROWS)
+
+    for name, loaded, wanted in [
+        ("own", torch.bfloat16, "float32"),
+        ("both", torch.bfloat16, "bfloat16"),
+        ("asked", torch.float32, "bfloat16"),
+    ]:
+        trained = run(name, loaded, model__dtype=wanted, algo__kl__beta=0.1)
+        assert trained.config.model.dtype == "bfloat16" and trained.policy.dtype == torch.bfloat16
+        assert {p.dtype for p in trained.learner.parameters} == {torch.float32}
+        metrics = trained.train()
+        assert metrics["policy/grad_norm"] > 0 and metrics["sync/max_gap"] < 0.05
+    with pytest.raises(UserError, match="type float16, .* load it with dtype=torch.bfloat16"):
+        run("half", torch.float16)
+
+
 def test_it_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
     async def notebook() -> dict[str, float]:
         return trainer(tmp_path / "run", train__max_steps=1).train()
@@ -74,9 +98,10 @@ def test_it_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
     assert asyncio.run(notebook())["reward/mean"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
-def test_resumed_equals_undisturbed(lora: dict[str, int] | None, tmp_path: Path) -> None:
-    more = {"model__lora": lora, "algo__kl__beta": 0.1, "algo__num_mini_batches": 2}
+def test_resumed_equals_undisturbed(lora: dict[str, int] | None, dtype: str, tmp_path: Path) -> None:
+    more = {"model__lora": lora, "model__dtype": dtype, "algo__kl__beta": 0.1, "algo__num_mini_batches": 2}
     trainer(tmp_path / "whole", **more).train()
     trainer(tmp_path / "parts", train__max_steps=2, **more).train()
     trainer(tmp_path / "parts", train__resume_from_checkpoint="last", **more).train()
@@ -84,6 +109,7 @@ def test_resumed_equals_undisturbed(lora: dict[str, int] | None, tmp_path: Path)
     whole, parts = (load_file(tmp_path / name / "model" / file) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(whole[name].equal(parts[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}, "nothing that was learned is rounded away"
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
 
 
