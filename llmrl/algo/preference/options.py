@@ -126,6 +126,9 @@ class PairOptions(PreferenceOptions):
             f"algo.loss {' + '.join(kinds)} compares all pairs of an optimizer step with each other: set "
             "algo.num_iterations and algo.num_mini_batches to 1":
                 several_steps and self.sorts_batch,
+            "algo.ld_alpha discounts what a comparison of two lengths adds, but algo.loss sft compares nothing: leave "
+            "it out":
+                self.ld_alpha is not None and set(kinds) == {"sft"},
             "algo.ld_alpha shortens each pair by its own lengths, algo.loss aot compares pairs with each other: "
             "choose one":
                 self.ld_alpha is not None and self.sorts_batch,
@@ -212,6 +215,12 @@ class OnlineDPO(PairOptions):
     def findings(self) -> list[str]:
         """Return what is wrong among these options: one line each, with the fix."""
         found = super().findings()
+        found += [
+            f"algo.hierarchy: margin_in {level.margin_in} of {level.part!r} is only read with a margin above 0: leave "
+            "it out, or set margin"
+            for level in self.hierarchy or ()
+            if level.margin_in != "std" and not level.margin
+        ]
         if self.hierarchy and self.min_margin:
             found.append(
                 f"algo.min_margin {self.min_margin} is not read with algo.hierarchy: leave it out; each level has its "

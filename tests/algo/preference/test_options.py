@@ -123,6 +123,8 @@ AOT, MOVES = {"kind": "aot"}, {"steps": 1}
         (KTO, {"reference": MOVES, "precompute_ref_log_probs": True}, "algo.reference moves the reference"),
         (KTO, {"ref_cache_dir": "x"}, "algo.ref_cache_dir 'x' is only read with"),
         (OnlineDPO, {"min_margin": 0.1, "hierarchy": [{"part": "a"}]}, "algo.min_margin 0.1 is not read"),
+        (OnlineDPO, {"hierarchy": [{"part": "a", "margin_in": "value"}]}, "is only read with a margin above 0"),
+        (DPO, {"loss": {"kind": "sft"}, "ld_alpha": 0.5}, "algo.loss sft compares nothing"),
     ],
     ids=str,
 )
