@@ -51,6 +51,9 @@ VARIANTS = {
     "gemma-one-kv-head": ("gemma", {"num_key_value_heads": 1, "head_dim": 16}),
 }
 
+EAGER = {"bloom": "eager", "gemma2": "eager"}
+"""Families without sdpa: bloom has none, and it cannot soft-cap attention as gemma2 does."""
+
 
 @cache
 def tiny(name: str, seed: int = SEED) -> PreTrainedModel:
@@ -60,7 +63,8 @@ def tiny(name: str, seed: int = SEED) -> PreTrainedModel:
     config = AutoConfig.for_model(arch, **(base | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        kernel = {"attn_implementation": EAGER[name]} if name in EAGER else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kernel).eval()
         for parameter in model.parameters():
             parameter.data += 0.15 * torch.randn_like(parameter)
     return model
@@ -72,8 +76,8 @@ def weights_of(model: PreTrainedModel) -> Callable[[], Iterable[tuple[str, Tenso
 
 def engine_of(name: str, *, seed: int = SEED, **kwargs) -> HFEngine:
     model = tiny(name, seed)
-    if name == "bloom":  # transformers has no sdpa attention for it
-        kwargs.setdefault("attn_implementation", "eager")
+    if name in EAGER:
+        kwargs.setdefault("attn_implementation", EAGER[name])
     return HFEngine(model.config, weights=weights_of(model), **kwargs)
 
 
@@ -146,9 +150,8 @@ def test_logprobs_belong_to_the_tempered_distribution(decoder):
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_a_seed_gives_the_same_tokens_whatever_shares_its_batch(name):
-    model = tiny(name, 0)
     requests = [(prompt_of(3 + i % 6, salt=i % 6), Sampling(max_tokens=4 + i % 17, seed=i)) for i in range(40)]
-    engine = HFEngine(model.config, weights=weights_of(model), max_num_seqs=7)
+    engine = engine_of(name, seed=0, max_num_seqs=7)
     in_forty = asyncio.run(draw(engine, requests))
     in_five = asyncio.run(draw(engine, requests[:5]))
     for i in range(5):
@@ -495,10 +498,12 @@ def test_the_fast_decoder_refuses_what_it_does_not_support():
         asyncio.run(short.generate([1, 2, 3], Sampling(max_tokens=6), session="s"))
 
 
-def test_a_model_without_a_key_value_cache_is_refused():
+def test_a_model_without_keys_and_values_is_refused():
     config = AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1)
-    with pytest.raises(UserError, match="cannot serve 'mamba'"):
-        HFEngine(config, weights=dict, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Until transformers 5.23 for lack of a cache; from 5.24 on it takes one, but then computes something else.
+    with pytest.raises((UserError, RunFailed), match="cannot serve 'mamba'"):
+        HFEngine(model.config, weights=weights_of(model), attn_implementation="eager")
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
