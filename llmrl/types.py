@@ -407,8 +407,8 @@ class ForwardOutputs:
 
 
 WeightSource = Callable[[], Iterable[tuple[str, "Tensor"]]]
-"""Yields (Hugging Face parameter name, full tensor) of the policy, adapters merged in. It yields one parameter at a
-time, so that nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
+"""Yields (name, full tensor) of what `save_pretrained` would write of the policy, adapters merged in. It yields one
+layer at a time, so that nobody holds the model twice. Tied weights appear once, under the input embedding's name."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,16 +29,46 @@ def active_config(model: nn.Module) -> Any:
     return adapted.peft_config[adapted.active_adapter]
 
 
+SERVED_FIELDS = {
+    *(
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+"""Fields of a LoRA configuration that vLLM reads, or that change nothing for it."""
+
+
 def adapter_obstacle(model: nn.Module) -> str | None:
     """Return why vLLM cannot serve the model's adapter beside the base weights, or None when it can."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
     config = active_config(model)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         return f"it serves LoRA only, not {kind}"
-    if config.use_dora:
-        return "it does not support DoRA"
-    if config.bias != "none" or config.modules_to_save:
-        return "the adapter trains biases or whole layers too (bias, modules_to_save)"
+    plain = vars(peft.LoraConfig())
+    used = [name for name, value in vars(config).items() if name in plain and value != plain[name]]
+    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+        return f"init_lora_weights {config.init_lora_weights} changes the base weights"
+    if further := sorted(set(used) - SERVED_FIELDS):
+        return f"the adapter uses {', '.join(further)}"
+    head = cast("Any", model).get_base_model().get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and (
+            module is head
+            or not isinstance(module, peft.tuners.lora.Linear)
+            or type(module.base_layer) is not nn.Linear
+        ):
+            return f"the adapter is on {name}, which is not a linear layer of the trunk"
     return None
 
 

@@ -114,17 +114,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Mod
         seed: of their initial weights. The process's random state is left as it was.
 
     Raises:
-        UserError: no layer matches `target_modules`, or the output head is among them.
+        UserError: no layer matches `target_modules`.
     """
     import peft
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asdict(config)))
+            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asdict(config)))
         except ValueError as error:
             raise UserError(f"model.lora: {_first_line(error)}") from error
-    head = model.get_output_embeddings()
-    if any(module is head for module in wrapped.modules() if hasattr(module, "lora_A")):
-        raise UserError("model.lora.target_modules names the output head, which cannot carry an adapter; leave it out")
-    return wrapped

@@ -35,6 +35,7 @@ from llmrl.model.logprob_head import (
 )
 from llmrl.model.precision import checkpoint_gradients, compute_in, compute_type, hold, own_type
 from llmrl.model.save import save_language_model
+from llmrl.model.weights import checkpoint_weights, head_weight, merge_obstacle, served_config
 from llmrl.types import ForwardOutputs
 
 if TYPE_CHECKING:
@@ -112,10 +113,13 @@ class PolicyModule(nn.Module):
         return outputs
 
     def head(self, temperature: float | None = None) -> Head:
-        """Return the output head with the constants of this architecture; `temperature` is the policy's by default."""
+        """Return the output head with the constants of this architecture; `temperature` is the policy's by default.
+
+        With adapters its weight is the trained one; `Policy.without_adapter` gives the original.
+        """
         linear, config = cast("nn.Linear", self.causal_lm.get_output_embeddings()), self.causal_lm.config
         return Head(
-            weight=linear.weight,
+            weight=head_weight(linear),
             bias=getattr(linear, "bias", None),
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
@@ -153,6 +157,9 @@ class Policy:
         self.parallel: Parallel | None = None
         self.has_adapters = hasattr(model, "disable_adapter")
         self.can_pack = True
+        if self.has_adapters and adapters.active_config(model).is_prompt_learning:
+            raise UserError(f"{type(model).__name__}: adapters that change the prompt are not supported; use LoRA")
+        self.module.head()  # refuses an adapter on the head that log-probabilities cannot be computed with
         self.can_share_prefixes = False
         self.likely: list[list[int]] | None = None
         """What `rounding.likely_sequences` has drawn."""
@@ -351,6 +358,10 @@ class Policy:
         """Return why vLLM cannot serve the adapter beside the base weights, or None when it can."""
         return adapters.adapter_obstacle(self.module.model)
 
+    def merge_obstacle(self) -> str | None:
+        """Return why no engine can serve weights with the adapters merged in, or None when they can."""
+        return merge_obstacle(self.module.model) if self.has_adapters else None
+
     # --- exact numbers, for proofs ---
 
     @torch.no_grad()
@@ -385,39 +396,24 @@ class Policy:
     # --- weights ---
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, whole tensor) of what an engine should serve, adapters merged, layer by layer.
+        """Yield (name in a checkpoint, whole tensor) of what an engine should serve; see `checkpoint_weights`.
 
         They are what the policy computes with: in its `dtype`, even where they are held in float32.
-        The base weights are never written to. Tied weights appear once. Buffers that are saved with the model are
-        included.
         """
-        return self._served(self._weights(merged=True))
+        return checkpoint_weights(self.causal_lm, merged=True, served=self._served)
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the same without the adapters."""
-        return self._served(self._weights(merged=False))
+        return checkpoint_weights(self.causal_lm, merged=False, served=self._served)
 
-    def _served(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors in the types that the model computes with, each cast when its turn comes."""
-        for name, tensor in weights:
-            yield name, tensor.to(compute_type(self.causal_lm, name, tensor, self.dtype))
+    def _served(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a whole tensor in the type that the model computes with."""
+        return self._full(tensor).to(compute_type(self.causal_lm, name, tensor, self.dtype))
 
-    def _weights(self, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
-        inside_adapters: set[str] = set()
-        seen: set[int] = set()
-        for name, layer in self.causal_lm.named_modules():
-            if not hasattr(layer, "lora_A"):
-                continue
-            inside_adapters.add(name + ".")
-            base = cast("Any", layer).get_base_layer()
-            yield f"{name}.weight", _merged_weight(layer) if merged else self._full(base.weight)
-            if getattr(base, "bias", None) is not None:
-                yield f"{name}.bias", self._full(base.bias)
-        for name, tensor in self.causal_lm.state_dict(keep_vars=True).items():
-            if any(name.startswith(prefix) for prefix in inside_adapters) or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            yield name, self._full(tensor)
+    @property
+    def served_config(self) -> PretrainedConfig:
+        """The configuration that fits `weights`."""
+        return served_config(self.causal_lm)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of every parameter, the critic's and the adapters' included."""
@@ -479,11 +475,3 @@ def evaluating(module: nn.Module) -> Generator[None]:
         yield
     finally:
         module.train(training)
-
-
-@torch.no_grad()
-def _merged_weight(layer: Any) -> Tensor:
-    """Add the adapter's update to the base weight, through peft's own merge on a copy of this one layer."""
-    merged = copy.deepcopy(layer)
-    merged.merge(safe_merge=False)
-    return merged.get_base_layer().weight.detach()

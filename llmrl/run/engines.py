@@ -40,6 +40,8 @@ def start_engine(
     """
     from llmrl.run.sync import WeightSync
 
+    if reason := policy.merge_obstacle():
+        raise UserError(f"no engine can serve this adapter: {reason}")
     engine = ENGINES[rollout.engine](model, rollout, policy, parallel, log_dir=log_dir, say=say)
     return engine, WeightSync(policy, engine).push
 
@@ -50,7 +52,7 @@ def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: P
     from llmrl.engines.hf.engine import HFEngine
 
     return HFEngine(
-        policy.model_config,
+        policy.served_config,
         weights=policy.weights,
         max_num_seqs=rollout.max_num_seqs,
         dtype=getattr(torch, model.dtype),
@@ -65,7 +67,7 @@ def _vllm(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel:
 
     apart = serves_adapters_apart(model, rollout, policy, parallel.device)
     return VllmEngine(
-        policy.model_config,
+        policy.served_config,
         options=rollout.vllm or VllmConfig(),
         dtype=model.dtype,
         max_num_seqs=rollout.max_num_seqs,
@@ -82,6 +84,11 @@ def _vllm_server(
 ) -> Engine:
     from llmrl.engines.vllm.servers import VllmServerEngine
 
+    if policy.served_config is not policy.model_config:
+        raise UserError(
+            "rollout.engine vllm_server cannot serve an adapter on one of two tied weights (input embedding, output "
+            "head), because its servers load model.path with both tied: use rollout.engine vllm or hf"
+        )
     return VllmServerEngine.from_options(
         model,
         rollout,

@@ -13,97 +13,15 @@ from llmrl.model.load import add_lora, load_model, load_tokenizer
 from llmrl.model.policy import Policy
 from llmrl.train.packing import build_micro_batch
 from tests.invariance.cases import (
-    make_config,
-    make_learner,
     make_lora,
     make_samples,
     move,
     tiny_model,
-    train_batch,
 )
-
-ARCHS = ["qwen2", "qwen3", "llama", "gemma", "gemma2"]
-ADAPTERS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}
 
 
 def policy_of(model: torch.nn.Module, *, keep_reference: bool = False) -> Policy:
     return Policy(model, temperature=1.0, keep_reference=keep_reference)
-
-
-# --- weights ---
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_weights_of_a_whole_model_are_its_state_dict(arch: str, tied: bool) -> None:
-    model = tiny_model(arch, tie_word_embeddings=tied)
-    pushed = list(policy_of(model).weights())
-    names = [name for name, _ in pushed]
-    assert len(names) == len(set(names))
-    expected = dict(model.state_dict())
-    if tied:
-        del expected["lm_head.weight"]
-        assert "model.embed_tokens.weight" in names
-    assert set(names) == set(expected)
-    for name, tensor in pushed:
-        assert torch.equal(tensor, expected[name]), name
-        assert not tensor.requires_grad
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("arch", ["qwen2", "gemma"])
-def test_merged_weights_give_the_logits_of_the_adapted_model(arch: str, adapter: str, seed: int) -> None:
-    wrapped = make_lora(tiny_model(arch), lora_alpha=16, **ADAPTERS[adapter])
-    policy = policy_of(wrapped)
-    before = {name: parameter.clone() for name, parameter in wrapped.named_parameters()}
-    wrapped.train()  # where the learner leaves it
-    pushed = {name: tensor.clone() for name, tensor in policy.weights()}
-    assert wrapped.training
-    served = tiny_model(arch, seed=99)
-    missing, unexpected = served.load_state_dict(pushed, strict=False)
-    assert unexpected == []
-    assert missing == ["lm_head.weight"]  # tied
-    assert torch.equal(served.lm_head.weight, served.model.embed_tokens.weight)
-
-    ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(seed))
-    wrapped.eval()
-    with torch.no_grad():
-        ours, expected = served(input_ids=ids).logits, wrapped(input_ids=ids).logits
-        plain = tiny_model(arch)(input_ids=ids).logits
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
-    assert (expected - plain).abs().max() > 0.05, "the adapter must do something for this to say anything"
-    for name, parameter in wrapped.named_parameters():
-        assert torch.equal(parameter, before[name]), f"{name} was written to"
-
-
-def test_weights_after_an_update_are_the_new_ones(seed: int) -> None:
-    for model in (tiny_model(), make_lora(tiny_model())):
-        learner, algorithm = make_learner(model, make_config())
-        name = "model.layers.0.mlp.up_proj.weight"
-        old = {n: t.clone() for n, t in learner.policy.weights()}[name]
-        learner.update(train_batch(make_samples(seed)), algorithm)
-        assert not torch.equal(dict(learner.policy.weights())[name], old)
-
-
-def test_weights_come_one_layer_at_a_time() -> None:
-    """A consumer that stops early does not pay for merging the rest."""
-    policy = policy_of(make_lora(tiny_model()))
-    merged = 0
-    first = next(layer for _, layer in policy.module.causal_lm.named_modules() if hasattr(layer, "lora_A"))
-    merge = type(first).merge
-
-    def count(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal merged
-        merged += 1
-        merge(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(first), "merge", count)
-        pushed = policy.weights()
-        next(pushed)
-        assert merged == 1
-        list(pushed)
-    assert merged == 14  # 7 linear layers in each of 2 blocks
 
 
 # --- adapters ---
@@ -124,12 +42,9 @@ def test_fresh_adapters_change_nothing_are_seeded_and_alone_are_trained() -> Non
     assert not all(torch.equal(first.get_parameter(name), other.get_parameter(name)) for name in trained)
 
 
-@pytest.mark.parametrize(
-    ("target_modules", "message"), [(["nowhere"], "nowhere"), (["lm_head", "q_proj"], "output head")]
-)
-def test_impossible_target_modules_are_refused(target_modules: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        add_lora(tiny_model(), LoraConfig(target_modules=target_modules), seed=0)
+def test_impossible_target_modules_are_refused() -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        add_lora(tiny_model(), LoraConfig(target_modules=["nowhere"]), seed=0)
 
 
 # --- reference ---

@@ -48,6 +48,7 @@ class Decoder(Protocol):
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N V"]: ...
     def remove(self, finished: list[int], target: list[int], source: list[int]) -> None: ...
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+    def in_memory(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]: ...
     def load(self, name: str, tensor: Tensor) -> None: ...
     def finish_load(self) -> None: ...
     def holds(self, name: str, tensor: Tensor) -> bool: ...
@@ -148,10 +149,10 @@ class HFEngine:
     async def load_weights(self, source: WeightSource, *, version: int) -> None:
         """Serve the weights of `source` from now on, as policy `version`.
 
-        `source` is iterated twice: names and shapes are checked before any weight changes.
+        `source` is iterated once.
 
         Raises:
-            RunFailed: names are missing, unexpected or wrongly shaped; the old weights are still served.
+            RunFailed: names are missing, unexpected or wrongly shaped. The engine then serves nothing any more.
         """
         self._check_open()
         self._load(source)
@@ -166,7 +167,8 @@ class HFEngine:
         if isinstance(sent, Adapter):
             raise RunFailed("the hf engine takes merged weights, so it holds no adapter")
         with torch.inference_mode():
-            return [name for name, tensor in sent() if not self._decoder.holds(name, tensor.detach())]
+            sent = self._decoder.in_memory(sent())
+            return [name for name, tensor in sent if not self._decoder.holds(name, tensor.detach())]
 
     async def sleep(self) -> None:
         """Do nothing: this engine's weights are small next to what the learner holds."""
@@ -313,16 +315,13 @@ class HFEngine:
 
     @torch.inference_mode()
     def _load(self, source: WeightSource) -> None:
-        """Replace all weights, or none if names or shapes do not match."""
-        _check_names_and_shapes({name: tuple(t.shape) for name, t in source()}, self._decoder.shapes)
-        loaded = set()
-        try:
-            _copy_into(self._decoder, source(), loaded)
-        finally:
-            if loaded != set(self._decoder.shapes):
-                self._broken = "loading weights stopped halfway, so the engine holds parts of two policies"
-        if self._broken is not None:
-            raise RunFailed(f"{self._broken}: the source gave other parameters the second time it was iterated")
+        """Replace all weights, in one pass over the source: with adapters, every tensor of it takes a merge."""
+        self._broken = self._broken or "loading weights stopped halfway, so the engine holds parts of two policies"
+        wrong = _copy_into(self._decoder, source())
+        if wrong:
+            shown = "\n  ".join(wrong[:20] + ([f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []))
+            raise RunFailed(f"the weights do not fit the model that the hf engine serves:\n  {shown}")
+        self._broken = None
         self._decoder.drop_prefixes()
 
     @torch.no_grad()
@@ -335,7 +334,7 @@ class HFEngine:
             if sum(torch.Size(shape).numel() for shape in self._decoder.shapes.values()) > SELF_CHECK_PARAMETERS:
                 return
             reference = self._build_generic(config, dtype)
-            _copy_into(reference, weights(), set())
+            _copy_into(reference, weights())
         check = _SelfCheck(reference, self.vocab_size, self.max_model_len)
         gap = Gap.between(*check.compare(self._decoder))
         for draws in (1, MORE_DRAWS):
@@ -351,26 +350,20 @@ class HFEngine:
         self._decoder = reference
 
 
-def _check_names_and_shapes(given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise RunFailed listing every name that is missing, unexpected or wrongly shaped."""
-    wrong = [f"missing: {name} {wanted[name]}" for name in wanted if name not in given]
-    wrong += [f"unexpected: {name} {given[name]}" for name in given if name not in wanted]
-    wrong += [
-        f"wrong shape: {name} {given[name]}, expected {wanted[name]}"
-        for name in wanted
-        if name in given and given[name] != wanted[name]
-    ]
-    if wrong:
-        shown = "\n  ".join(wrong[:20] + ([f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []))
-        raise RunFailed(f"weights refused, the old ones are still served:\n  {shown}")
-
-
-def _copy_into(decoder: Decoder, parameters: Iterable[tuple[str, Tensor]], loaded: set[str]) -> None:
-    """Load parameters into a decoder and add each name to `loaded`."""
-    for name, tensor in parameters:
-        decoder.load(name, tensor.detach())
+def _copy_into(decoder: Decoder, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Load weights into a decoder. Returns every name that is missing, unexpected or wrongly shaped."""
+    wrong, loaded = list[str](), set[str]()
+    for name, tensor in decoder.in_memory(weights):
+        wanted, given = decoder.shapes.get(name), tuple(tensor.shape)
+        if wanted is None:
+            wrong.append(f"unexpected: {name} {given}")
+        elif wanted != given:
+            wrong.append(f"wrong shape: {name} {given}, expected {wanted}")
+        elif not wrong:
+            decoder.load(name, tensor.detach())
         loaded.add(name)
     decoder.finish_load()
+    return wrong + [f"missing: {name} {shape}" for name, shape in decoder.shapes.items() if name not in loaded]
 
 
 class _SelfCheck:

@@ -6,7 +6,7 @@ without gaps. A stored prompt is called a lane; its rows attend to it and, in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,10 @@ class FastDecoder:
         self.shapes = self.weights.shapes
         self.load, self.finish_load, self.holds = self.weights.load, self.weights.finish, self.weights.holds
         self.reset()
+
+    def in_memory(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """Return tensors of a checkpoint in the form that `load` takes: the checkpoints of these families have it."""
+        return weights
 
     def reset(self) -> None:
         """Drop all rows and prompts and release their memory."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmrl.errors import UserError
+from llmrl.model.weights import distinct_tensors, memory_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -80,9 +81,13 @@ class GenericDecoder:
         self.can_pad = self.takes_positions and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._new_cache().layers
         )
-        self._tensors = _distinct_tensors(self.model)
+        self._tensors = distinct_tensors(self.model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.reset()
+
+    def in_memory(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """Convert tensors of a checkpoint to the form that `load` takes."""
+        return memory_weights(self.model, weights)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Copy one parameter (or persistent buffer) into the model."""
@@ -260,14 +265,3 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = size - have
     return torch.cat([tensor.new_zeros(shape), tensor], dim)
-
-
-def _distinct_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, tied ones once, under the input embedding's name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.data
-    return found

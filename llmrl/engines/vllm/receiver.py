@@ -9,10 +9,9 @@ update_weights, finish_weight_update), the same in process and over HTTP.
 # (vLLM is an extra)
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -24,9 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from llmrl.engines.vllm.digests import combined, digest, digests
 from llmrl.engines.vllm.transfer import BACKEND, REFUSED, check_names_and_shapes, read_staged
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from llmrl.model.weights import checkpoint_shapes
 
 
 @dataclass
@@ -54,7 +51,7 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
 
     init_info_cls = NoInit
     update_info_cls = StagedInfo
-    wanted: dict[str, tuple[int, ...]] | None = None
+    wanted: list[dict[str, tuple[int, ...]]] | None = None
     received: dict[str, str] | None = None
     """Digests of what was loaded last, by name."""
 
@@ -83,9 +80,12 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInit, StagedInfo]):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         if self.wanted is not None:
-            given = zip(update_info.names, update_info.shapes, strict=True)
-            if wrong := check_names_and_shapes(given, self.wanted):
-                raise ValueError(f"{REFUSED}:\n  {wrong}")
+            given = list(zip(update_info.names, update_info.shapes, strict=True))
+            findings = [check_names_and_shapes(given, wanted) for wanted in self.wanted]
+            if all(findings):
+                raise ValueError(f"{REFUSED}:\n  {findings[0]}")
+        if self.device.type == "cpu":
+            forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         self.received = {}
         self.model.load_weights(self._noted(asdict(update_info)))  # pyright: ignore[reportCallIssue]
@@ -138,26 +138,12 @@ def _adapter_digest(adapter: Any) -> str:
     return combined(found)
 
 
-def checkpoint_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]] | None:
-    """Return names and shapes of the tensors in a checkpoint of this architecture, tied ones once.
-
-    The result is None for an architecture that transformers cannot build by itself.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except (ValueError, ImportError, KeyError, AttributeError):
-        return None
-    model.tie_weights()
-    shapes: dict[str, tuple[int, ...]] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have experts build their kernels again: on a CPU vLLM packs their weights only then, and not at a reload."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def prepare_heads(model: torch.nn.Module) -> None:
