@@ -54,31 +54,35 @@ def kernel_of(config: PretrainedConfig) -> Kernel:
     return Kernel.BLOCKS if name == "flex_attention" else Kernel.MASKED
 
 
-def check_attention(name: str, device: str, *, training: bool) -> None:
+def check_attention(name: str, dtype: str, device: str, *, training: bool = True) -> None:
     """Check that an attention kernel can run here, before anything is loaded.
 
     Args:
         name: `model.attn_implementation`.
+        dtype: `model.dtype`.
         device: type of the device (`cuda` ...).
         training: whether gradients are needed.
 
     Raises:
-        UserError: its package is missing, or it has no backward pass on this device.
+        UserError: its package is missing, it does not compute in this type, or it has no backward pass on this device.
     """
+    instead = "or set model.attn_implementation to sdpa, or on a GPU to flex_attention"
     packages = {
         "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
-        "flash_attention_3": ("flash-attn-3 (flash_attn_interface)", is_flash_attn_3_available),
+        "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
     }
-    hint = "install it, or set model.attn_implementation to sdpa, or on a GPU to flex_attention"
-    if name in packages and not packages[name][1]() and not is_kernels_available():
+    package, available = packages.get(name, ("kernels", is_kernels_available))
+    if "flash" in name and not available() and not is_kernels_available():
         raise UserError(
-            f"model.attn_implementation {name} needs a GPU and the package {packages[name][0]} (or `kernels`, "
-            f"with which transformers fetches it from the hub), which is not there: {hint}"
+            f"model.attn_implementation {name} needs a GPU and the package `{package}`, which transformers does not "
+            f"find: install it, {instead}"
         )
-    if "/" in name and not is_kernels_available():
-        raise UserError(f"model.attn_implementation {name} needs the package `kernels`, which is not there: {hint}")
+    if "flash" in name and device != "cpu" and dtype != "bfloat16":
+        raise UserError(
+            f"model.attn_implementation {name} does not compute in {dtype}: set model.dtype bfloat16, {instead}"
+        )
     if name == "flex_attention" and training and device == "cpu":
-        raise UserError("model.attn_implementation flex_attention has no backward pass on a CPU: set it to sdpa")
+        raise UserError(f"model.attn_implementation {name} has no backward pass on a CPU: set it to sdpa")
 
 
 def decoding_attention(name: str) -> str:
@@ -165,6 +169,7 @@ def block_mask(segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"]) 
     places = torch.arange(segments.shape[1], device=segment_ids.device)
     some = segments & (in_prefix[0] | branches) & (places[:, None] >= places)
     whole = same_segment & (in_prefix[1] | same_branch) & (places[:, None] > places)
+    whole &= places[:, None] < length // BLOCK  # not where the last block is cut short
 
     def sees(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_tree = segment_ids[batch, query] == segment_ids[batch, key]

@@ -8,6 +8,16 @@ from annotated_types import Ge, Lt
 
 from llmrl.option import KIND, MISSING, Count, NotNegative, Place, Positive, option
 
+Attention = Literal[
+    "sdpa",
+    "eager",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",
+    "kernels-community/vllm-flash-attn3",
+]
+
 
 @option
 class LoraConfig:
@@ -39,8 +49,9 @@ class ModelConfig:
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the model computes in, here and in engines. Whatever is trained is held in float32 all the same."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Attention kernel, by transformers' name."""
+    attn_implementation: Attention = "sdpa"
+    """Attention kernel, by transformers' name. `flex_attention` and the flash kernels need a GPU; the latter compute in
+    bfloat16 and share no prefixes. The hf engine samples with sdpa instead of either."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
     gradient_checkpointing: bool = False

@@ -64,6 +64,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     feed = method.feed(config, given)
 
     from llmrl.data.chat import with_template
+    from llmrl.model.attention import check_attention
     from llmrl.model.load import load_generation_config, load_tokenizer
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -79,6 +80,8 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     if config.rollout.num_prompts < parallel.world:
         raise UserError(f"rollout.num_prompts {config.rollout.num_prompts} is less than the {parallel.world} processes")
     loaded: PreTrainedModel | None = None if isinstance(given.model, str) else given.model
+    attention = config.model.attn_implementation if loaded is None else loaded.config._attn_implementation
+    check_attention(attention or "eager", config.model.dtype, parallel.device.type)
     tokenizer = given.processing_class
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config

@@ -50,6 +50,7 @@ def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: P
     import torch
 
     from llmrl.engines.hf.engine import HFEngine
+    from llmrl.model.attention import decoding_attention
 
     return HFEngine(
         policy.served_config,
@@ -57,7 +58,7 @@ def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: P
         max_num_seqs=rollout.max_num_seqs,
         dtype=getattr(torch, model.dtype),
         device=parallel.device,
-        attn_implementation=model.attn_implementation,
+        attn_implementation=decoding_attention(model.attn_implementation),
     )
 
 

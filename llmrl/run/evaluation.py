@@ -84,6 +84,7 @@ class Evaluator:
 
     def __init__(self, options: EvalRun) -> None:
         from llmrl.data.tasks import load_tasks
+        from llmrl.model.attention import check_attention
         from llmrl.model.load import load_generation_config, load_model, load_tokenizer
         from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
@@ -105,6 +106,8 @@ class Evaluator:
         feed.encode(tokenizer, load_generation_config(options.model))
         self.tasks, self.num_dropped = feed.tasks, len(tasks) - len(feed.tasks)
         parallel = make_parallel(seed=options.seed, output_dir="", dtype=options.model.dtype)
+        kernel = options.model.attn_implementation
+        check_attention(kernel, options.model.dtype, parallel.device.type, training=False)
         model: Any = load_model(options.model, tokenizer, seed=options.seed)
         self.policy = Policy(model.to(parallel.device), temperature=1.0, keep_reference=False)
         self.collector = feed.collector(
