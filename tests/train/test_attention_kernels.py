@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmrl import Trainer
-from llmrl.errors import RunFailed, UserError
+from llmrl.errors import UserError
+from llmrl.model import attention
 from llmrl.model.attention import Kernel, block_mask, check_attention, tree_mask
 from llmrl.model.policy import Policy
 from llmrl.track.files import read_jsonl
@@ -125,7 +126,7 @@ def test_flash_attention_gets_one_row_and_equals_eager(arch: str, flash: list[st
     samples = make_samples(seed, groups=3, size=3)
     wanted = plain(model_of(arch, "eager"), samples)
     policy = Policy(model_of(arch, "flash_attention_2"), temperature=1.0, keep_reference=False)
-    check_forward(policy)
+    assert not check_forward(policy) and policy.can_pack
     assert policy.kernel is Kernel.VARLEN and not policy.can_share_prefixes
     for bound in (30, 60, 1000):
         layout = layout_of(policy, max_tokens_per_micro_batch=bound)
@@ -152,13 +153,23 @@ def test_flash_attention_has_windows_of_its_own(arch: str, flash: list[str], see
     assert_equal(laid_out(policy, samples, layout_of(policy).micro_batches(samples)), wanted)
 
 
-def test_flash_attention_that_is_not_told_the_boundaries_is_caught(
+def test_flash_attention_that_is_told_wrong_boundaries_is_caught(
     flash: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Policy(model_of("gpt2", "flash_attention_2"), temperature=1.0, keep_reference=False)
-    monkeypatch.setattr("llmrl.model.attention._flat_row", lambda *_: {})
-    with pytest.raises(RunFailed, match="packed row"):
-        check_forward(policy)
+    true_row = attention._flat_row
+
+    def one_sequence(*inputs: Any) -> dict[str, Any]:
+        found = true_row(*inputs)
+        if not found:  # each sequence has a row of its own
+            return {}
+        length = found["input_ids"].shape[1]
+        whole = torch.tensor([0, length], dtype=torch.int32)
+        return found | {"cu_seq_lens_q": whole, "cu_seq_lens_k": whole, "max_length_q": length, "max_length_k": length}
+
+    monkeypatch.setattr(attention, "_flat_row", one_sequence)
+    (note,) = check_forward(policy)
+    assert "packed row" in note and not policy.can_pack
 
 
 @pytest.mark.parametrize(
@@ -189,7 +200,7 @@ def test_an_update_is_that_of_eager_attention(
         else:
             algo = {"name": "online_dpo" if name == "dpo" else name} | ({"kl": {"beta": 0.1}} if name == "grpo" else {})
             learner, algorithm = make_learner(cases.tiny_model("qwen2"), make_config(algo=algo, train=train))
-        check_forward(learner.policy)
+        assert not check_forward(learner.policy)
         assert learner.layout.one_row is (kernel != "eager")
         groups = scored_groups(seed, size=2)
         for group in groups if name == "dpo" else ():
@@ -265,7 +276,7 @@ def test_shared_prefixes_under_flex_attention(arch: str, flex_with_gradients: No
     samples = make_samples(seed, groups=3, size=4)
     wanted = plain(model_of(arch, "eager"), samples)
     policy = Policy(model_of(arch, "flex_attention"), temperature=1.0, keep_reference=False)
-    check_forward(policy)
+    assert not check_forward(policy) and policy.can_pack
     assert policy.kernel is Kernel.BLOCKS and policy.can_share_prefixes
     for bound in (30, 60, 1000):
         layout = layout_of(policy, max_tokens_per_micro_batch=bound)
