@@ -129,7 +129,7 @@ def complete(config: RunConfig) -> RunConfig:
 def findings(config: RunConfig) -> list[str]:
     """Return what types cannot express about a completed configuration, one line each, with the fix."""
     sampled = config if isinstance(config, Config) else None
-    setting = Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.lora is not None)
+    setting = Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.fresh_adapters is not None)
     if sampled is not None:
         setting = replace(
             setting,
@@ -140,7 +140,7 @@ def findings(config: RunConfig) -> list[str]:
             shaped=[f"{i} {r.fn}" for i, r in enumerate(sampled.rewards) if r.gate is not None or r.scale is not None],
             max_steps=config.train.max_steps,
         )
-    found = config.algo.findings() + config.algo.findings_with(setting)
+    found = config.model.findings() + config.algo.findings() + config.algo.findings_with(setting)
     for name, part in (("model", config.model), ("data", config.data), ("eval.data", config.eval.data)):
         if part is not None and part.path in ("", MISSING):
             found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
@@ -191,9 +191,9 @@ def _critic_findings(c: Config) -> list[str]:
             f"algo.value.coef {algo.value.coef} weighs the value loss beside the policy loss on a shared trunk: set "
             "critic.kind shared, or leave it out"
         )
-    if isinstance(c.critic, AdapterCritic) and c.model.lora is None:
+    if isinstance(c.critic, AdapterCritic) and c.critic.lora is None:
         found.append(
-            "critic.kind adapter is a second adapter on a frozen base, but the policy is trained whole: set "
-            "model.lora, or use critic.kind separate or shared"
+            "critic.kind adapter is a second adapter on the policy's frozen base, but nothing describes it: set "
+            "critic.lora (or model.lora, if the policy is trained whole), or use critic.kind separate or shared"
         )
     return found

@@ -20,7 +20,7 @@ from torch import nn
 
 from llmrl.errors import UserError
 from llmrl.model.attention import last_hidden_states
-from llmrl.model.load import add_lora, load_model
+from llmrl.model.load import add_lora, load_model, merged
 from llmrl.model.precision import checkpoint_gradients, compute_in
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def build_critic(
     Args:
         options: which kind of critic.
         model_options: those of the policy; another model is loaded as it was.
-        model: the policy's language model, before adapters are put into it.
+        model: the policy's language model, before fresh adapters are put into it.
         tokenizer: the policy's.
         seed: the run's.
 
@@ -128,13 +128,14 @@ def build_critic(
     path, lora = None, options.lora
     if options.kind == "adapter":
         # The memo makes deepcopy keep the parameters: the modules are new, their weights are the policy's.
-        base = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+        base: Any = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
         lora = lora or model_options.lora
+        base = base.unload() if hasattr(base, "unload") else base
     elif options.path is not None:
         path = options.path
         base = _other_model(path, model_options, model, tokenizer, seed=seed, trained=lora is None)
     else:
-        base = copy.deepcopy(model)
+        base = merged(copy.deepcopy(model))
     if lora is not None:
         add_lora(base, lora, seed=seed + 1)
     hidden_size, dtype = base.config.get_text_config().hidden_size, getattr(torch, model_options.dtype)
@@ -177,8 +178,10 @@ def _other_model(
     seed: int,
     trained: bool,
 ) -> PreTrainedModel:
-    options = dataclasses.replace(model_options, path=path, revision=None)
-    other = load_model(options, tokenizer, seed=seed, trained=trained)
+    options = dataclasses.replace(
+        model_options, path=path, revision=None, adapter=None, base=None, lora=None, peft=None
+    )
+    other = merged(load_model(options, tokenizer, seed=seed, trained=trained))
     if model_options.gradient_checkpointing:
         other.gradient_checkpointing_enable()
     sizes = [m.config.get_text_config().vocab_size for m in (other, model)]

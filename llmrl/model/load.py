@@ -1,20 +1,24 @@
-"""Load tokenizers and causal language models by name, and add adapters to them."""
+"""Load tokenizers and causal language models by name, with the adapters that they are saved as or are to get."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import copy
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llmrl.errors import UserError
+from llmrl.model.adapter_folder import SavedAdapter, find_adapter, load_adapter, without_adapter_files
+from llmrl.model.adapters import check_kind, check_model, differences
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmrl.model.options import LoraConfig, ModelConfig
+    from llmrl.model.options import ModelConfig
+
 
 TINY = "tiny:"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -32,9 +36,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    source = config.tokenizer or config.path
     hint = "save one beside the model, or name another folder or hub id with --model.tokenizer"
-    if Path(source).is_dir() and not any(file for kind in TOKENIZER_FILES for file in Path(source).glob(kind)):
+    adapter = None if config.tokenizer else find_adapter(config)
+    if adapter is not None and not adapter.inside_base and not _has_tokenizer(config.path):
+        return load_tokenizer(_of_base(config, adapter))
+    source = config.tokenizer or config.path
+    if Path(source).is_dir() and not _has_tokenizer(source):
         # transformers would silently make an empty tokenizer of the model's class.
         raise UserError(f"model {source!r}: the folder holds no tokenizer; {hint}")
     options = {} if config.tokenizer else {"revision": config.revision}
@@ -46,6 +53,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def _of_base(config: ModelConfig, adapter: SavedAdapter) -> ModelConfig:
+    return replace(config, path=adapter.base, revision=adapter.base_revision, adapter=None, base=None)
+
+
+def _has_tokenizer(source: str) -> bool:
+    """Return whether a folder or a repository of the hub holds a tokenizer."""
+    if Path(source).is_dir():
+        return any(file for kind in TOKENIZER_FILES for file in Path(source).glob(kind))
+    from transformers.utils.hub import has_file
+
+    return has_file(source, "tokenizer_config.json")
+
+
 def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
     """Load the model's generation configuration (its stop tokens), or return None where the folder has none."""
     from transformers import GenerationConfig
@@ -55,38 +75,81 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
     except OSError:
-        return None
+        adapter = find_adapter(config)
+        if adapter is None or adapter.inside_base:
+            return None
+        return load_generation_config(_of_base(config, adapter))
 
 
-def load_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, trained: bool = False
-) -> PreTrainedModel:
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, trained: bool = False) -> Any:
     """Load a causal language model from the hub or a local folder, or make a tiny random one (`tiny:ARCH`).
 
     Args:
         config: which model, and the type it computes in.
         tokenizer: of the tiny model.
         seed: of the tiny model's weights.
-        trained: all of it will be trained, so that it is loaded in float32 whatever type it computes in.
+        trained: all of it will be trained, so that it is loaded in float32 whatever type it computes in. The frozen
+            base of an adapter that is trained further is not.
+
+    Returns:
+        A transformers model; where `path` is an adapter, a peft model that goes on training it, or with `adapter merge`
+        its base with the adapter merged in.
 
     Raises:
         UserError: the model cannot be loaded, or the architecture is unknown.
     """
-    dtype = torch.float32 if trained else getattr(torch, config.dtype)
+    adapter = find_adapter(config)
+    merges = adapter is not None and config.adapter == "merge"  # in float32, so that it is rounded once
+    wide = merges or (trained and adapter is None)
+    dtype = torch.float32 if wide else getattr(torch, config.dtype)
     if config.path.startswith(TINY):
-        from llmrl.tiny import build_tiny_model
-
-        model = build_tiny_model(
-            config.path.removeprefix(TINY),
-            vocab_size=len(tokenizer),
-            seed=seed,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+        return _tiny(config, tokenizer, seed=seed, dtype=dtype)
+    if adapter is None:
+        return _load_whole(config, dtype)
+    if adapter.inside_base:
+        with without_adapter_files(config.path) as links:
+            base: Any = _load_whole(_of_base(config, replace(adapter, base=links)), dtype)
+        base.name_or_path = base.config._name_or_path = config.path
+    else:
+        base = merged(load_model(_of_base(config, adapter), tokenizer, seed=seed, trained=merges))
+    model = load_adapter(base, adapter)
+    if merges:
+        return merged(model)
+    if (fresh := config.fresh_adapters) is not None and (differing := differences(adapter_config(fresh), model)):
+        raise UserError(
+            f"model.path {config.path} is an adapter already, and {'model.lora' if config.lora else 'model.peft'} "
+            f"asks for another ({'; '.join(differing)}): leave that out to train this adapter further, or set "
+            "model.adapter merge to merge it into its base and train a fresh one on that"
         )
-        for parameter in model.parameters():  # not `model.to`, which would round the frequencies of the positions too
-            parameter.data = parameter.data.to(dtype)
-        model.set_attn_implementation(config.attn_implementation)
+    return model
+
+
+def merged(model: Any) -> Any:
+    """Return the language model with the adapters of a peft model merged in, if it is one."""
+    if not hasattr(model, "merge_and_unload"):
         return model
+    whole = model.merge_and_unload()
+    whole.requires_grad_(True)
+    return whole
+
+
+def _tiny(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    from llmrl.tiny import build_tiny_model
+
+    model = build_tiny_model(
+        config.path.removeprefix(TINY),
+        vocab_size=len(tokenizer),
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for parameter in model.parameters():  # not `model.to`, which would round the frequencies of the positions too
+        parameter.data = parameter.data.to(dtype)
+    model.set_attn_implementation(config.attn_implementation)
+    return model
+
+
+def _load_whole(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -105,12 +168,38 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Module:
+def adapter_config(adapters: Any) -> Any:
+    """Return peft's configuration of fresh adapters.
+
+    Args:
+        adapters: `LoraConfig`, a mapping with peft's own names (`model.peft`), or a configuration of peft's.
+
+    Raises:
+        UserError: peft does not know the kind or a field, or it is not for language models.
+    """
+    import peft
+
+    place = "model.peft"
+    try:
+        if isinstance(adapters, peft.PeftConfig):
+            config, place = copy.copy(adapters), "peft_config"
+        elif isinstance(adapters, dict):
+            config = peft.get_peft_config(adapters)
+        else:
+            config, place = peft.LoraConfig(**asdict(adapters)), "model.lora"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: {_first_line(error)}") from error
+    check_kind(config, place)
+    config.task_type = peft.TaskType.CAUSAL_LM
+    return config
+
+
+def add_lora(model: PreTrainedModel, adapters: Any, *, seed: int) -> nn.Module:
     """Wrap `model` with fresh adapters, which alone are trained.
 
     Args:
         model: changed in place; the wrapper shares its layers.
-        config: the adapters' options.
+        adapters: what `adapter_config` takes.
         seed: of their initial weights. The process's random state is left as it was.
 
     Raises:
@@ -121,6 +210,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Mod
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asdict(config)))
-        except ValueError as error:
+            wrapped = peft.get_peft_model(model, adapter_config(adapters))
+        except (ValueError, NotImplementedError) as error:
             raise UserError(f"model.lora: {_first_line(error)}") from error
+    check_model(wrapped)
+    return wrapped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
@@ -21,7 +21,7 @@ Attention = Literal[
 
 @option
 class LoraConfig:
-    """Low-rank adapters (peft). The reference model is the same network with its adapter switched off."""
+    """Low-rank adapters (peft). The reference is the same network with the adapters it started with, mostly none."""
 
     r: Count = 16
     """Rank."""
@@ -31,6 +31,11 @@ class LoraConfig:
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Names (or a regular expression) of layers that get an adapter; `all-linear`: every linear layer but the head."""
+    target_parameters: list[str] | None = None
+    """Names of parameters that get an adapter, where no layer holds them: the experts of a mixture, such as
+    `mlp.experts.gate_up_proj`."""
+    modules_to_save: list[str] | None = None
+    """Names of layers that are trained whole beside the adapters, such as embed_tokens and lm_head for new tokens."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r."""
     use_dora: bool = False
@@ -42,7 +47,8 @@ class ModelConfig:
     """The policy."""
 
     path: Place = MISSING
-    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try things offline)."""
+    """Hub id, local folder, or `tiny:ARCH` (a small random model with a byte tokenizer, to try things offline). It may
+    be an adapter (with an adapter_config.json): the run then starts from its model, which is the reference too."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: Place | None = None
@@ -58,6 +64,29 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train adapters instead of the whole model."""
+    peft: dict[str, Any] | None = None
+    """Train adapters that `lora` cannot express: `peft_type` and the fields of peft's configuration, by its names."""
+    adapter: Literal["continue", "merge"] | None = None
+    """Where `path` is an adapter: train it further, or merge it into its base and train that, whole or under the fresh
+    adapters of `lora`. Default: continue."""
+    base: str | None = None
+    """Where `path` is an adapter: hub id or folder of its base. Default: the model in the same folder, if there is one,
+    or what adapter_config.json names."""
+
+    @property
+    def fresh_adapters(self) -> LoraConfig | dict[str, Any] | None:
+        """The adapters that are asked for here."""
+        return self.lora if self.peft is None else self.peft
+
+    def findings(self) -> list[str]:
+        """Return what is wrong among these options: one line each, with the fix."""
+        rules = {
+            "model.lora and model.peft both describe adapters: keep one": self.lora is not None
+            and self.peft is not None,
+            "model.peft names no peft_type, such as LORA or IA3": self.peft is not None
+            and not self.peft.get("peft_type"),
+        }
+        return [text for text, wrong in rules.items() if wrong]
 
 
 @option

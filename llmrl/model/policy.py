@@ -135,6 +135,7 @@ class Policy:
         dtype: the type it computes in, which engines serve too unless they are told another; by default the type of
             the model given. Once a learner has it, what it trains is held in float32.
         wrapped: `module`, or its data-parallel wrapper after `distribute`. Forward passes of training go through it.
+        base_is_saved: whether the base of the adapters is a model that can be loaded; if not, they are saved merged.
         can_pack: whether sequences in one row do not see each other; `check_forward` finds out.
         can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out, too.
         kernel: what its attention (and its critic's) takes, which decides how rows are laid out.
@@ -156,6 +157,7 @@ class Policy:
         self.wrapped: nn.Module = self.module
         self.parallel: Parallel | None = None
         self.has_adapters = hasattr(model, "disable_adapter")
+        self.base_is_saved = not (self.has_adapters and adapters.base_is_changed(model))
         self.can_pack = True
         if self.has_adapters and adapters.active_config(model).is_prompt_learning:
             raise UserError(f"{type(model).__name__}: adapters that change the prompt are not supported; use LoRA")
@@ -175,8 +177,12 @@ class Policy:
         self.own_masks = self.kernel is Kernel.BLOCKS or causal_heads
         self.window = min((w for trunk in trunks if (w := shortest_window(trunk.config))), default=None)
         self._reference: PolicyModule | None = None
+        self._reference_adapter: dict[str, Tensor] | None = None
+        self.base_is_reference = self.has_adapters and adapters.base_is_start(model)
         self.reference_moved = False
-        if keep_reference and not self.has_adapters:
+        if keep_reference and self.has_adapters and not self.base_is_reference:
+            self._reference_adapter = adapters.snapshot(model)
+        elif keep_reference and not self.has_adapters:
             self._reference = copy.deepcopy(self.module).eval().requires_grad_(False)
             hold(self._reference.model, self.dtype)
         self.module.critic = critic  # after the copy: the reference has no use for a critic
@@ -283,44 +289,62 @@ class Policy:
 
     # --- the reference ---
 
+    @contextlib.contextmanager
+    def reference(self) -> Generator[PolicyModule]:
+        """Give the module that computes as the reference does inside the block.
+
+        The reference is the policy as it started: a frozen copy of a whole model; of a model with adapters the same
+        module, with its adapters switched off where they started without effect, else with those that it started with.
+
+        Raises:
+            RunFailed: no reference was kept.
+        """
+        if self._reference is not None:
+            yield self._reference.to(self.device)
+        elif self._reference_adapter is not None:
+            with adapters.replaced(self.module.model, self._reference_adapter):
+                yield self.module
+        elif self.base_is_reference:
+            with self.without_adapter():
+                yield self.module
+        else:
+            raise RunFailed("the reference was asked for, but no reference model was kept")
+
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " M"]:
-        """Compute log-probabilities under the reference.
-
-        The reference is the model with its adapters switched off, or the frozen copy taken at the start.
-        """
-        if self.has_adapters:
-            with self.without_adapter():
-                return self.wrapped(*_inputs(batch))["logprobs"]
-        return self._kept_reference(batch)(*_inputs(batch))["logprobs"]
+        """Compute log-probabilities under the reference."""
+        with self.reference() as module:
+            return module(*_inputs(batch))["logprobs"]
 
     @torch.no_grad()
     def reference_head(self, batch: MicroBatch) -> ReferenceHead:
         """Compute what the exact KL reads of the reference: hidden states of the trained tokens, and its head."""
-        model = self.module if self.has_adapters else self._kept_reference(batch)
-        with self.without_adapter(), evaluating(model):
-            return ReferenceHead(hidden=self._hidden(model, batch), head=model.head())
-
-    def _kept_reference(self, batch: MicroBatch) -> PolicyModule:
-        if self._reference is None:
-            raise RunFailed("the reference was asked for, but no reference model was kept")
-        return self._reference.to(batch.input_ids.device)
+        with self.reference() as module, evaluating(module):
+            return ReferenceHead(hidden=self._hidden(module, batch), head=module.head())
 
     @torch.no_grad()
     def move_reference(self, alpha: float) -> None:
-        """Make the reference alpha * policy + (1 - alpha) * reference.
+        """Make the reference alpha * policy + (1 - alpha) * reference; with adapters alpha is 1.
 
         Source: Gorbatovski et al. 2024, arXiv:2404.09656 (TR-DPO), equations 6 and 7.
         """
-        if self._reference is None:
+        if self.has_adapters and alpha == 1:
+            self._reference_adapter = adapters.snapshot(self.module.model)
+        elif self._reference is None:
             raise RunFailed("the reference is to move, but no reference model was kept")
-        self._reference.float()  # small steps would be lost in a narrower type
-        for theirs, ours in zip(self._reference.parameters(), self.module.parameters(), strict=True):
-            theirs.lerp_(self._full(ours).to(theirs.device), alpha)
+        else:
+            self._reference.float()  # small steps would be lost in a narrower type
+            for theirs, ours in zip(self._reference.parameters(), self.module.parameters(), strict=True):
+                theirs.lerp_(self._full(ours).to(theirs.device), alpha)
         self.reference_moved = True
 
     def reference_state(self) -> dict[str, Tensor]:
-        """Return the reference's parameters by name once it has moved, for a checkpoint. Empty before."""
+        """Return what a checkpoint has to hold of the reference, by name: adapters, or a whole model that has moved.
+
+        What is missing here is as it was at the start.
+        """
+        if self._reference_adapter is not None:
+            return self._reference_adapter
         if self._reference is None or not self.reference_moved:
             return {}
         return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
@@ -328,11 +352,15 @@ class Policy:
     @torch.no_grad()
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
         """Restore from `reference_state`."""
-        if self._reference is not None and state:
+        if not state:
+            return
+        if self.has_adapters:
+            self._reference_adapter = {name: tensor.to(self.device) for name, tensor in state.items()}
+        elif self._reference is not None:
             self._reference.float()
             for name, parameter in self._reference.named_parameters():
                 parameter.copy_(state[name])
-            self.reference_moved = True
+        self.reference_moved = True
 
     # --- adapters ---
 
@@ -437,10 +465,12 @@ class Policy:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model, or its adapter, for `from_pretrained`."""
-        if self.has_adapters:
-            cast("Any", self.module.model).save_pretrained(folder)
-        else:
+        if not self.has_adapters:
             save_language_model(self.causal_lm, folder)
+        elif self.base_is_saved:
+            adapters.save(self.module.model, folder)
+        else:
+            save_language_model(copy.deepcopy(cast("Any", self.module.model)).merge_and_unload(), folder)
 
     def merge_adapter(self) -> None:
         """Merge the adapter into the weights: from here on the model is whole.

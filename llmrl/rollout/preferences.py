@@ -202,7 +202,7 @@ def _fingerprint(learner: Learner, samples: list[Sample]) -> str:
 
     digest = hashlib.sha256(str(learner.policy.dtype).encode())
     for name, parameter in learner.policy.named_parameters():
-        if "lora_" in name:  # the reference is the model without its adapters
+        if "lora_" in name and learner.policy.base_is_reference:  # adapters without effect, of any seed
             continue
         digest.update(f"{name} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

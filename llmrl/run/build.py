@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.algo.preference.options import PreferenceOptions, mixes_adapters
 from llmrl.config import Config, RunConfig, to_dict
 from llmrl.config.describe import describe
 from llmrl.errors import UserError
@@ -164,27 +165,47 @@ def build_policy(
     with_critic: bool = True,
 ) -> Policy:
     """Return what is trained: the model, whole or with adapters, with its critic and reference."""
+    from llmrl.model.adapters import check_model
     from llmrl.model.critic import build_critic
     from llmrl.model.load import add_lora, load_model
     from llmrl.model.precision import exact_positions
 
     # transformers annotates the methods of a model incompletely
-    adapters = given.peft_config or config.model.lora
+    fresh = given.peft_config or config.model.fresh_adapters
     loaded: Any = None if isinstance(given.model, str) else given.model
     model: Any = loaded
     if loaded is None:
-        model = load_model(config.model, tokenizer, seed=config.train.seed, trained=adapters is None)
+        model = load_model(config.model, tokenizer, seed=config.train.seed, trained=fresh is None)
     else:
         exact_positions(model)
+    check_model(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(parallel.device)
     critic = None
     if isinstance(config, Config) and config.critic is not None and with_critic:
         critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)
-    adapted: Any = model if adapters is None else add_lora(model, adapters, seed=config.train.seed)
+    if fresh is not None and not hasattr(model, "disable_adapter"):
+        model = add_lora(model, fresh, seed=config.train.seed)
+    elif fresh is not None and loaded is not None:
+        raise UserError(
+            f"the model has an adapter already, and {'peft_config' if given.peft_config else 'model.lora'} describes "
+            "another: leave that out, or give model.merge_and_unload()"
+        )
     method = METHODS[type(config.algo)]
-    return method.policy(config, adapted.to(parallel.device), critic, keep_reference=keep_reference)
+    policy = method.policy(config, model.to(parallel.device), critic, keep_reference=keep_reference)
+    policy.base_is_saved &= config.model.adapter != "merge"
+    _check_trained(config, policy)
+    return policy
+
+
+def _check_trained(config: RunConfig, policy: Policy) -> None:
+    """Check that there is something to train, and that the reference can follow it as asked."""
+    if not policy.parameters_to_train()[0]:
+        raise UserError("no parameter of the model is trained: requires_grad is off for all of them; switch it on")
+    moving = config.algo.reference if isinstance(config.algo, PreferenceOptions) else None
+    if moving is not None and policy.has_adapters and moving.alpha != 1:
+        raise UserError(mixes_adapters(moving.alpha))
 
 
 def _start_engine(config: RunConfig, policy: Policy, parallel: Parallel, console: Console) -> Any:

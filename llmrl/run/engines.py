@@ -122,6 +122,8 @@ def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: P
     reason = policy.adapter_obstacle()
     if reason is None and model.trust_remote_code:
         reason = "it would have to load the base from a copy, without the code that comes with the model"
+    if reason is None and rollout.engine == "vllm_server" and not policy.base_is_saved:
+        reason = "the servers would load the base without what was merged into it"
     if wanted == "adapter" and reason:
         raise UserError(f"rollout.vllm.lora_sync adapter: vLLM cannot, because {reason}; use merged")
     # On a CPU vLLM decodes 3.3 times slower with an adapter, and merged weights travel in milliseconds.

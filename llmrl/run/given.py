@@ -44,7 +44,9 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
             raise UserError("a loaded model needs its tokenizer too: Trainer(model=..., processing_class=tokenizer)")
         model = replace(model, path=path, dtype=model.dtype if path != GIVEN else _dtype(given.model, model.dtype))
     if isinstance(given.peft_config, LoraConfig):
-        model = replace(model, lora=given.peft_config)
+        model = replace(model, lora=given.peft_config, peft=None)
+    elif given.peft_config is not None:
+        model = replace(model, lora=None, peft=_peft_fields(given.peft_config))
     config = replace(config, model=model, data=_data(config.data, given.train_dataset))
     if given.eval_dataset is not None:
         data = config.eval.data or (DataConfig() if isinstance(config, Config) else type(config.data)())
@@ -74,6 +76,19 @@ def _dtype(model: Any, wanted: str) -> str:
     from llmrl.model.precision import own_type
 
     return "bfloat16" if own_type(model) == torch.bfloat16 else wanted
+
+
+def _peft_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a peft configuration that differ from its defaults, as YAML can hold them."""
+    if not hasattr(config, "peft_type"):
+        raise UserError(
+            f"peft_config is a {type(config).__name__}: give a configuration of peft, such as peft.LoraConfig(r=16)"
+        )
+    from llmrl.model.adapters import plain
+
+    default = type(config)().to_dict()
+    fields = {k: v for k, v in config.to_dict().items() if v != default.get(k) and k not in ("peft_type", "task_type")}
+    return {"peft_type": plain(config.peft_type), **plain(fields)}
 
 
 def _data(options: Any, dataset: Any) -> Any:

@@ -115,14 +115,8 @@ class Learner:
         return to_floats(self._reduce(totals))
 
     def fill_reference(self, samples: list[Sample]) -> None:
-        """Set the reference log-probabilities before the first update.
-
-        Until then a policy without adapters is its own reference, and no copy of it has to be kept.
-        """
-        if self.policy.has_adapters:
-            compute_streams(self.layout, samples, lambda rows: {"ref_logprobs": self.policy.reference_logprobs(rows)})
-        else:
-            compute_streams(self.layout, samples, lambda rows: {"ref_logprobs": self.policy.forward(rows).logprobs})
+        """Set the reference log-probabilities before the first update: until then the policy is its own reference."""
+        compute_streams(self.layout, samples, lambda rows: {"ref_logprobs": self.policy.forward(rows).logprobs})
 
     # --- before the first step: what the algorithm reads of the policy as it is now ---
 

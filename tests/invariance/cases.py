@@ -131,7 +131,7 @@ def make_learner(
 ) -> tuple[Learner, Algorithm]:
     algorithm = make_algorithm(config)
     policy = Policy(model, temperature=temperature, keep_reference=algorithm.needs.reference, dtype=dtype)
-    if algorithm.needs.reference and not policy.has_adapters and moved:
+    if algorithm.needs.reference and moved:
         move(policy.module, seed=5)  # away from the reference, so that the penalty has a gradient
     return Learner(policy, config.train, parallel or Parallel.alone()), algorithm  # pyright: ignore
 
@@ -214,10 +214,10 @@ def scored_groups(seed: int, *, count: int = 3, size: int = 3) -> list[RolloutGr
 
 
 def move(module: torch.nn.Module, *, seed: int) -> None:
-    """Take a small random step with all parameters."""
+    """Take a small random step with all trained parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in (p for p in module.parameters() if p.requires_grad):
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
 
 

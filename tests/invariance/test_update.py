@@ -121,7 +121,7 @@ def test_exact_divergence_against_dense_logits(arch: str, lora: bool, share_pref
     algo = {"aggregation": "dapo", "kl": {"beta": beta, "estimator": "full"}}
     train = {"share_prefixes": share_prefixes, "max_tokens_per_micro_batch": 60}
     model, reference = (tiny_model(arch) for _ in range(2))
-    model = make_lora(model) if lora else model
+    model, reference = (make_lora(m) if lora else m for m in (model, reference))
     learner, algorithm = make_learner(model, make_config(algo=algo, train=train), temperature=temperature)
     check_forward(learner.policy)
     assert learner.policy.can_share_prefixes

@@ -50,19 +50,46 @@ def test_impossible_target_modules_are_refused() -> None:
 # --- reference ---
 
 
-def test_the_reference_is_the_model_of_the_start(seed: int) -> None:
-    samples = make_samples(seed)
-    batch = build_micro_batch(samples, [[0, 1], [2]])
-    plain = policy_of(tiny_model()).forward(batch).logprobs.detach()
-    whole = policy_of(tiny_model(), keep_reference=True)
-    move(whole.module, seed=1)
-    adapted = policy_of(make_lora(tiny_model()), keep_reference=True)
-    for policy in (whole, adapted):
-        reference = policy.reference_logprobs(batch)
-        torch.testing.assert_close(reference, plain, rtol=0, atol=1e-6)
-        assert not reference.requires_grad
-        assert (policy.forward(batch).logprobs - plain).abs().max() > 0.01
-    assert adapted._reference is None, "adapters need no second copy of the model"
+@pytest.mark.parametrize("kind", ["whole", "fresh adapter", "trained adapter", "dora"])
+def test_the_reference_is_the_model_of_the_start(kind: str, seed: int) -> None:
+    model = {
+        "whole": tiny_model,
+        "fresh adapter": lambda: add_lora(tiny_model(), LoraConfig(r=4), seed=0),
+        "trained adapter": lambda: make_lora(tiny_model()),
+        "dora": lambda: make_lora(tiny_model(), use_dora=True),
+    }[kind]()
+    batch = build_micro_batch(make_samples(seed), [[0, 1], [2]])
+    policy = policy_of(model, keep_reference=True)
+    start = policy.forward(batch).logprobs.detach()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    move(policy.module, seed=1)
+    moved = policy.forward(batch).logprobs.detach()
+    reference = policy.reference_logprobs(batch)
+    torch.testing.assert_close(reference, start, rtol=0, atol=1e-6)
+    assert not reference.requires_grad
+    assert (moved - start).abs().max() > 0.01
+    assert torch.equal(policy.forward(batch).logprobs, moved), "the policy has its own weights back"
+    if kind != "whole":
+        assert policy._reference is None, "adapters need no second copy of the model"
+        kept = policy._reference_adapter
+        assert (kept is None) == (kind == "fresh adapter"), "nor of adapters without effect"
+        assert all("lora_" in name and torch.equal(before[name], tensor) for name, tensor in (kept or {}).items())
+
+
+def test_the_reference_becomes_the_policys_adapter(seed: int) -> None:
+    batch = build_micro_batch(make_samples(seed), [[0, 1], [2]])
+    policy = policy_of(add_lora(tiny_model(), LoraConfig(r=4), seed=0), keep_reference=True)
+    assert policy.reference_state() == {}
+    move(policy.module, seed=1)
+    expected = policy.forward(batch).logprobs.detach()
+    policy.move_reference(1.0)
+    move(policy.module, seed=2)
+    assert torch.equal(policy.reference_logprobs(batch), expected)
+    again = policy_of(add_lora(tiny_model(), LoraConfig(r=4), seed=0), keep_reference=True)
+    again.load_reference_state(policy.reference_state())
+    assert torch.equal(again.reference_logprobs(batch), expected)
+    with pytest.raises(RunFailed, match="no reference model was kept"):
+        policy.move_reference(0.5)
 
 
 def test_a_reference_that_was_not_kept_is_an_error() -> None:

@@ -55,6 +55,14 @@ class MovingReference:
     """reference = alpha * policy + (1 - alpha) * reference; 1 replaces it."""
 
 
+def mixes_adapters(alpha: float) -> str:
+    """Return why a reference cannot move in part where adapters are trained."""
+    return (
+        f"algo.reference.alpha {alpha:g} would mix the weights of two adapters, which is not the mixture of the two "
+        "models: set it to 1 (the policy's adapter becomes the reference's), or train the whole model"
+    )
+
+
 # --- what the kinds of run share --------------------------------------------------------------------------------------
 
 
@@ -72,11 +80,8 @@ class PreferenceOptions(AlgorithmOptions):
     def findings_with(self, setting: Setting) -> list[str]:
         """Return what is wrong between these options and the other sections: one line each, with the fix."""
         found = setting.mini_batch_findings(self.num_mini_batches)
-        if self.reference is not None and setting.has_adapters:
-            found.append(
-                "algo.reference cannot move a reference that is the model without its adapters: remove model.lora, or "
-                "algo.reference"
-            )
+        if self.reference is not None and self.reference.alpha != 1 and setting.has_adapters:
+            found.append(mixes_adapters(self.reference.alpha))
         return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import nn
 from llmrl.errors import UserError
 from llmrl.methods.bcoder.bellman import SOUND_SOFTABS, capped_value, raw_of_value
 from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
+from llmrl.model.adapters import snapshot
 from llmrl.model.logprob_head import greedy_tokens, token_logprobs
 from llmrl.model.policy import Policy, PolicyModule
 from llmrl.model.precision import hold
@@ -149,6 +151,8 @@ class QPolicy(Policy):
             self.module.load_heads(Path(base_model))
             if not self.has_adapters:
                 self.set_reference(copy.deepcopy(model))
+            elif not self.base_is_reference:
+                self._reference_adapter = snapshot(model)
 
     def set_reference(self, model: nn.Module) -> None:
         """Use `model` as the one before training."""
@@ -164,11 +168,11 @@ class QPolicy(Policy):
     @torch.no_grad()
     def streams(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the anchors, and V_phi before the cap; both are of the model before training and never change."""
-        module = self._reference or self.module
-        with self.without_adapter():
+        before = self.reference() if isinstance(self.options.stage, PolicyStage) else nullcontext(self.module)
+        with before as module:
             hidden = module.hidden_states(batch.input_ids, batch.position_ids, batch.visibility)
-        hidden = hidden.flatten(0, 1)[batch.predict_from]
-        greedy = greedy_tokens(hidden, module.head())
+            hidden = hidden.flatten(0, 1)[batch.predict_from]
+            greedy = greedy_tokens(hidden, module.head())
         return {ANCHORS: greedy.float(), BASE_VALUES: self.module.value_head(hidden)}
 
     def save_pretrained(self, folder: Path) -> None:
