@@ -148,7 +148,20 @@ def findings(config: RunConfig) -> list[str]:
         found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
     if config.eval.data is not None and not config.eval.steps:
         found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
+    found += _dropout_findings(config)
     return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
+
+
+def _dropout_findings(c: RunConfig) -> list[str]:
+    adapters = {"model.lora": c.model.lora}
+    if isinstance(c, Config) and isinstance(c.critic, SeparateCritic | AdapterCritic):
+        adapters["critic.lora"] = c.critic.lora
+    return [
+        f"{name}.lora_dropout {lora.lora_dropout:g} is off while train.dropout is false: leave it out (ratios are then "
+        "exact), or set train.dropout true"
+        for name, lora in adapters.items()
+        if lora is not None and lora.lora_dropout and not c.train.dropout
+    ][:1]
 
 
 def check(config: RunConfig) -> None:

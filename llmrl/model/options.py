@@ -28,7 +28,7 @@ class LoraConfig:
     lora_alpha: Positive = 32.0
     """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input, with `train.dropout`."""
     target_modules: str | list[str] = "all-linear"
     """Names (or a regular expression) of layers that get an adapter; `all-linear`: every linear layer but the head."""
     target_parameters: list[str] | None = None

@@ -33,6 +33,7 @@ from llmrl.model.logprob_head import (
     token_logprobs,
     token_logprobs_and_kl,
 )
+from llmrl.model.modes import evaluating
 from llmrl.model.precision import checkpoint_gradients, compute_in, compute_type, hold, own_type
 from llmrl.model.save import save_language_model
 from llmrl.model.weights import checkpoint_weights, head_weight, merge_obstacle, served_config
@@ -494,14 +495,3 @@ class Policy:
 
 def _inputs(batch: MicroBatch) -> tuple[Any, ...]:
     return (batch.input_ids, batch.position_ids, batch.predict_from, batch.targets, batch.visibility)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Generator[None]:
-    """Switch dropout off inside the block and restore the mode afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

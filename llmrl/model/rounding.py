@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmrl.model.policy import evaluating
+from llmrl.model.modes import evaluating
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmrl.algo.base import Algorithm
     from llmrl.data.sampler import TaskSampler
+    from llmrl.model.modes import random_parts
     from llmrl.model.policy import Policy
     from llmrl.rollout.source import Source
     from llmrl.run.ledger import Ledger
@@ -103,6 +104,8 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     source = feed.source(lambda: _start_engine(config, policy, parallel, console))
     record, ledger = _files(config, parallel)
     console.say(_summary(config, policy, learner, parallel))
+    if not config.train.dropout and (random := random_parts(policy.module)):
+        console.say(f"off in optimizer steps: {', '.join(random)} (train.dropout true leaves it on)")
     return Parts(
         config=config,
         method=method,

@@ -14,7 +14,7 @@ import torch
 
 from llmrl.algo.ops.token_hidden_reward import influence, influence_matrix, prediction_errors
 from llmrl.algo.policy_gradient.refine import INFLUENCE, INFLUENCE_WEIGHTS
-from llmrl.model.policy import evaluating
+from llmrl.model.modes import evaluating
 from llmrl.train.packing import to_tensor
 from llmrl.train.planning import plan_micro_batches
 from llmrl.train.streams import Found, share_streams, split

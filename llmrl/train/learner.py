@@ -13,7 +13,7 @@ import torch
 from llmrl.algo.ops.corrections import finish_metrics, mismatch_metrics
 from llmrl.algo.preference.pairs import count_pairs
 from llmrl.errors import RunFailed
-from llmrl.model.policy import evaluating
+from llmrl.model.modes import evaluating, optimizing
 from llmrl.train.influence import GroupScores
 from llmrl.train.packing import Layout, to_tensor
 from llmrl.train.streams import compute_streams
@@ -87,12 +87,12 @@ class Learner:
         self._fill(computed, algorithm, scores)
         if algorithm.needs.refine:
             algorithm.refine(batch)
-        self.policy.wrapped.train()
         self.num_frozen_batches += algorithm.policy_frozen
         reports: list[dict[str, float]] = []
-        for _ in range(algorithm.passes):
-            for mini_batch in self._mini_batches(batch, algorithm.num_mini_batches):
-                reports.append(self._step(mini_batch, batch, algorithm, scores))
+        with optimizing(self.policy.wrapped, dropout=self.options.dropout):
+            for _ in range(algorithm.passes):
+                for mini_batch in self._mini_batches(batch, algorithm.num_mini_batches):
+                    reports.append(self._step(mini_batch, batch, algorithm, scores))
         found = _over_steps(reports) | self._mismatch(batch, algorithm, reports[0])
         return found | {
             "policy/lr": self.optimizer.param_groups[0]["lr"],

@@ -44,6 +44,9 @@ class TrainConfig:
     """Place short sequences one after another in a row, so that rows need no padding."""
     share_prefixes: bool = True
     """Compute what a group's sequences have in common (their prompt) once, where the model allows it and it pays."""
+    dropout: bool = False
+    """Leave on in optimizer steps what is random in the model: its own dropout, `lora_dropout`, noise of a router. All
+    other log-probabilities are computed without, so ratios then differ from 1 before anything has moved."""
     max_skipped_steps: Natural = 5
     """Optimizer steps with a non-finite gradient are skipped and recorded; more than this many stop the run."""
     save_steps: Natural = 50

@@ -16,7 +16,7 @@ import torch
 
 from llmrl.errors import LlmrlError, RunFailed
 from llmrl.model.attention import Kernel
-from llmrl.model.policy import evaluating
+from llmrl.model.modes import evaluating
 from llmrl.model.rounding import PROMPT_LENGTH, computing_in, likely_sequences, rounding_errors, wider
 from llmrl.noise import Gap, Limit
 from llmrl.train.packing import build_micro_batch, to_tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmrl.model.policy import evaluating
+from llmrl.model.modes import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -212,18 +212,12 @@ def without_gradient(folders: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folders[0]).requires_grad_(False)
 
 
-def on_the_head(folders: Any) -> Any:
-    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
-    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders[0]), config)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (frozen, r"is frozen.*is_trainable=True"),
         (injected, r"transformers loaded.*is_trainable=True"),
         (without_gradient, r"no parameter of the model is trained"),
-        (on_the_head, r"the output head"),
     ],
 )
 def test_models_that_would_not_be_trained_are_refused(

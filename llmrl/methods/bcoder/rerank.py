@@ -93,7 +93,7 @@ class Ranker:
         import torch
 
         from llmrl.methods.bcoder.bellman import per_sequence, recovered_reward
-        from llmrl.model.policy import evaluating
+        from llmrl.model.modes import evaluating
         from llmrl.train.packing import build_micro_batch
         from llmrl.train.planning import plan_micro_batches
 
