@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from llmrl.algo.base import Algorithm
     from llmrl.data.sampler import TaskSampler
-    from llmrl.model.modes import random_parts
     from llmrl.model.policy import Policy
     from llmrl.rollout.source import Source
     from llmrl.run.ledger import Ledger
@@ -68,6 +67,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     from llmrl.data.chat import with_template
     from llmrl.model.attention import check_attention
     from llmrl.model.load import load_generation_config, load_tokenizer
+    from llmrl.model.modes import random_parts
     from llmrl.track.console import Console
     from llmrl.track.health import Health
     from llmrl.train.learner import Learner
