@@ -133,7 +133,9 @@ def test_resumed_equals_undisturbed(
     one, other = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("whole", "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    for undisturbed, resumed in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        differing = {key for key, value in resumed.items() if undisturbed[key] != value}
+        assert not {key for key in differing if not key.startswith("sync/")}, "its probes are drawn by the start"
 
 
 # --- given in Python ---
