@@ -29,6 +29,20 @@ MEMORY_SHARE = 16
 the order of sums, and a run is to be repeatable."""
 
 
+HEAD_DTYPE = "head_dtype"
+"""Entry of a model's configuration, by vLLM's name: "float32" keeps logits in float32. It is saved with the model."""
+
+
+def keep_logits_in_float32(model: Any) -> None:
+    """Mark a transformers model (with or without adapters), for the policy and every engine."""
+    setattr(model.config, HEAD_DTYPE, "float32")
+
+
+def keeps_logits_in_float32(config: Any) -> bool:
+    """Return whether the model of this configuration is marked."""
+    return getattr(config, HEAD_DTYPE, None) in ("float32", torch.float32)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The output head of a language model: hidden state -> distribution over the next token.

@@ -55,6 +55,8 @@ class ModelConfig:
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that the model computes in, here and in engines. Whatever is trained is held in float32 all the same."""
+    float32_head: bool = False
+    """Keep logits in float32 where the model computes in bfloat16, in training and in engines; else each is rounded."""
     attn_implementation: Attention = "sdpa"
     """Attention kernel, by transformers' name. `flex_attention` and the flash kernels need a GPU; the latter compute in
     bfloat16 and share no prefixes. The hf engine samples with sdpa instead of either."""

@@ -28,6 +28,7 @@ from llmrl.model.attention import (
 from llmrl.model.logprob_head import (
     Head,
     ReferenceHead,
+    keeps_logits_in_float32,
     restricted_probabilities,
     token_collisions,
     token_logprobs,
@@ -125,6 +126,7 @@ class PolicyModule(nn.Module):
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
             temperature=self.temperature if temperature is None else temperature,
+            float32=keeps_logits_in_float32(config),
         )
 
 

@@ -86,6 +86,7 @@ class Evaluator:
         from llmrl.data.tasks import load_tasks
         from llmrl.model.attention import check_attention
         from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+        from llmrl.model.logprob_head import keep_logits_in_float32
         from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
         from llmrl.rollout.tasks import TaskFeed
@@ -109,6 +110,8 @@ class Evaluator:
         kernel = options.model.attn_implementation
         check_attention(kernel, options.model.dtype, parallel.device.type, training=False)
         model: Any = load_model(options.model, tokenizer, seed=options.seed)
+        if options.model.float32_head:
+            keep_logits_in_float32(model)
         self.policy = Policy(model.to(parallel.device), temperature=1.0, keep_reference=False)
         self.collector = feed.collector(
             lambda: start_engine(options.model, options.rollout, self.policy, parallel, log_dir=Path("servers"))

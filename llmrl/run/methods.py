@@ -27,6 +27,7 @@ from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.methods.bcoder.policy import QPolicy, check_start
 from llmrl.methods.bcoder.rerank import Ranker
 from llmrl.methods.bcoder.source import ProgramFeed
+from llmrl.model.logprob_head import keep_logits_in_float32
 from llmrl.model.policy import Policy
 from llmrl.rollout.preferences import PreferenceFeed
 from llmrl.rollout.tasks import TaskFeed
@@ -169,6 +170,8 @@ def _rubric(config: Config, reward: Any) -> Rubric:
 def language_policy(config: RunConfig, model: Any, critic: Critic | None, *, keep_reference: bool) -> Policy:
     """Return a policy whose log-probabilities have the temperature of its rollouts, if it samples any."""
     temperature = config.rollout.temperature if isinstance(config, Config) else 1.0
+    if config.model.float32_head:
+        keep_logits_in_float32(model)
     dtype = getattr(torch, config.model.dtype)
     return Policy(model, temperature=temperature, keep_reference=keep_reference, critic=critic, dtype=dtype)
 
@@ -177,6 +180,8 @@ def q_policy(config: Config, model: Any, critic: Critic | None, *, keep_referenc
     """Return B-Coder's Q function."""
     assert isinstance(config.algo, BCoderOptions)
     chat = {"prompt_format": config.data.prompt_format, "chat_template": config.data.chat_template}
+    if config.model.float32_head:
+        keep_logits_in_float32(model)
     dtype = getattr(torch, config.model.dtype)
     return QPolicy(model, config.algo, base_model=config.model.path, chat=chat, dtype=dtype)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -584,3 +586,28 @@ def test_bfloat16_stays_near_float32(decoder):
     for (prompt, _), completion in zip(requests, asyncio.run(draw(engine, requests)), strict=True):
         expected = forward_logprobs(tiny("qwen3"), prompt, completion.token_ids)
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("decoder", ["fast", "generic"])
+def test_a_float32_head_rounds_no_logit_to_bfloat16(decoder: str, marked: bool) -> None:
+    """Against the decoder's own hidden states times its own weights in float32."""
+    model, tokens = tiny("llama"), prompt_of(9)
+    config = copy.deepcopy(model.config)
+    if marked:
+        config.head_dtype = "float32"
+    engine = HFEngine(config, weights=weights_of(model), dtype=torch.bfloat16, decoder=decoder)  # pyright: ignore
+    found: Any = engine._decoder
+    logits = found.admit([tuple(tokens)])[0]
+    if decoder == "fast":
+        hidden, weight = found.lane_hidden[0], found.weights.head
+    else:
+        hidden = found.model.get_decoder()(torch.tensor([tokens])).last_hidden_state[0, -1]
+        weight = found.model.get_output_embeddings().weight
+    exact = hidden.float() @ weight.float().T
+    assert hidden.dtype == weight.dtype == torch.bfloat16
+    if marked:
+        torch.testing.assert_close(logits, exact, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(logits.float(), logits.bfloat16().float()) and not torch.allclose(logits.float(), exact)
+    asyncio.run(engine.close())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from llmrl.config import LoraConfig, ModelConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.load import add_lora, load_model, load_tokenizer
 from llmrl.model.policy import Policy
+from llmrl.run.methods import language_policy
 from llmrl.train.packing import build_micro_batch
 from tests.invariance.cases import (
     make_lora,
@@ -137,3 +141,28 @@ def test_loading_tiny_and_missing_models(tmp_path: Any) -> None:
         load_model(missing, tokenizer, seed=0)
     with pytest.raises(UserError, match="gpt9"):
         load_model(ModelConfig(path="tiny:gpt9"), tokenizer, seed=0)
+
+
+def test_a_float32_head_is_that_of_policy_reference_and_saved_model(seed: int, tmp_path: Path) -> None:
+    """`model.float32_head` under bfloat16: log-probabilities of unrounded logits, wherever the head is used."""
+    config = replace(make_config(), model=ModelConfig(path="unused", dtype="bfloat16", float32_head=True))
+    policy = language_policy(config, tiny_model(seed=seed).bfloat16(), None, keep_reference=True)
+    batch = build_micro_batch(make_samples(seed), [[0, 1, 2], [3]])
+    with torch.no_grad():
+        found = policy.forward(batch)
+        hidden, weight = policy._hidden(policy.module, batch), policy.module.head().weight
+        exact = (hidden.double() @ weight.to(hidden.dtype).double().T).log_softmax(1)
+    assert hidden.dtype == torch.bfloat16
+    expected = exact.gather(1, batch.targets[:, None])[:, 0]
+    torch.testing.assert_close(found.logprobs.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.reference_logprobs(batch).double(), expected, rtol=0, atol=1e-5)
+    collisions = exact.exp().square().sum(1)
+    torch.testing.assert_close(policy.collisions(batch).double(), collisions, rtol=1e-4, atol=1e-6)
+    there = policy.reference_head(batch)
+    kl = policy.forward(batch, reference=there).kl
+    assert kl is not None and kl.abs().max() < 1e-5, "the reference is the policy itself here"
+    policy.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["head_dtype"] == "float32", "vLLM reads it there"
+    rounded = Policy(tiny_model(seed=seed).bfloat16(), temperature=1.0, keep_reference=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert (rounded.forward(batch).logprobs.double() - expected).abs().max() > 1e-3

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmrl.engines.hf.memory import KeyValueMemory, grown
 from llmrl.engines.hf.weights import FusedWeights, LayerWeights
+from llmrl.model.logprob_head import float32_product, keeps_logits_in_float32
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,6 +62,7 @@ class FastDecoder:
     def __init__(self, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.weights = FusedWeights(config, dtype, device)
         self.dtype, self.device = dtype, device
+        self.float32_head = keeps_logits_in_float32(config)
         self.epsilon = config.rms_norm_eps
         self.norm_floor = torch.tensor((self.weights.hidden * self.epsilon) ** 0.5, device=device)
         self.activation = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}[
@@ -368,6 +370,8 @@ class FastDecoder:
         return torch.polar(torch.ones_like(angles), angles)
 
     def _logits(self, hidden: Float[Tensor, "T C"]) -> Float[Tensor, "T V"]:
+        if self.float32_head:
+            return float32_product(hidden, self.weights.head)
         return F.linear(hidden, self.weights.head)
 
     def _zeros(self, *shape: int) -> Tensor:

@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmrl.errors import UserError
+from llmrl.model.logprob_head import float32_product, keeps_logits_in_float32
 from llmrl.model.weights import distinct_tensors, memory_weights
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ class GenericDecoder:
                 f"(model.attn_implementation; try eager): {error}"
             ) from error
         self.model.to(device).eval().requires_grad_(False)
+        if keeps_logits_in_float32(config):
+            head: Any = self.model.get_output_embeddings()
+            head.forward = partial(_float32_linear, head)
         self.device = device
         accepted = inspect.signature(self.model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in accepted), None)
@@ -229,6 +234,12 @@ class GenericDecoder:
         first.positions = torch.cat([cohort.positions for cohort in self.cohorts])
         first.rows = [row for cohort in self.cohorts for row in cohort.rows]
         self.cohorts = [first]
+
+
+def _float32_linear(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """Compute what the layer does, in float32."""
+    logits = float32_product(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
+    return logits if head.bias is None else logits + head.bias.float()
 
 
 def _select(cohort: _Cohort, index: Int[Tensor, " n"]) -> None:

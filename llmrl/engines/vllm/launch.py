@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.logprob_head import HEAD_DTYPE
 
 if TYPE_CHECKING:
     from llmrl.engines.options import EngineConfig
@@ -99,6 +100,8 @@ def plan(
         "disable_uvicorn_access_log": True,
         "host": server.host,
     }
+    if model.float32_head:
+        arguments["hf_overrides"] = {HEAD_DTYPE: "float32"}
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | vllm_environment(device)
     key = os.environ.get(server.api_key_env)
     if key and server.api_key_env != "VLLM_API_KEY":

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,9 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert first.env["VLLM_API_KEY"] == "secret"
     assert first.url.startswith("http://127.0.0.1:") and first.url != second.url
     assert "--enable-lora" not in plan(MODEL, options("merged"))[0].command
+    assert "--hf-overrides" not in first.command
+    (marked,) = plan(replace(MODEL, float32_head=True), options("merged"))
+    assert marked.command[marked.command.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
     assert first.shell().startswith("VLLM_SERVER_DEV_MODE=1 ") and " python -m vllm." in first.shell()
 
 
