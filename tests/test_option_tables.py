@@ -95,7 +95,7 @@ def test_every_option_that_the_documentation_names_exists() -> None:
         found |= dict(walk(type(options), "algo."))
     known = {*found, *(f"{path}.kind" for path, option in found.items() if option.tagged)}
     sections = "|".join(option_fields(Config))
-    dotted = re.compile(rf"(?<![\w./])((?:{sections})\.[a-z_.]*[a-z_0-9])")
+    dotted = re.compile(rf"(?<![\w./])((?:{sections})\.[a-z_0-9.]*[a-z_0-9])")
     repository = SCRIPTS.parent
     for page in [*repository.glob("docs/**/*.md"), repository / "README.md", repository / "recipes" / "README.md"]:
         named = {name for name in dotted.findall(page.read_text()) if not name.endswith(FILES)}

@@ -17,6 +17,7 @@ from llmrl.model.policy import Policy
 from llmrl.run.methods import language_policy
 from llmrl.train.packing import build_micro_batch
 from tests.invariance.cases import (
+    make_config,
     make_lora,
     make_samples,
     move,
