@@ -251,7 +251,8 @@ def sandbox() -> Iterator[Finding]:
 
 def engines(installed: dict[str, str], requirements: dict[str, list[str]]) -> Iterator[Finding]:
     """Let the hf engine serve a tiny model with each of its decoders, and report whether vLLM fits the versions."""
-    for decoder in ("fast", "generic"):
+    decoders: tuple[Literal["fast", "generic"], ...] = ("fast", "generic")
+    for decoder in decoders:
         try:
             gap = _serving_gap(decoder)
         except Exception as error:  # with a release that nobody tried, anything can fail
@@ -278,7 +279,7 @@ def engines(installed: dict[str, str], requirements: dict[str, list[str]]) -> It
             yield Finding("ok", f"engines vllm and vllm_server: {name} {installed[name]} fits the installed versions")
 
 
-def _serving_gap(decoder: str) -> float:
+def _serving_gap(decoder: Literal["fast", "generic"]) -> float:
     """Return how far log-probabilities of the hf engine are from transformers' own, on a tiny model (nats)."""
     import asyncio
 

@@ -167,8 +167,8 @@ class HFEngine:
         if isinstance(sent, Adapter):
             raise RunFailed("the hf engine takes merged weights, so it holds no adapter")
         with torch.inference_mode():
-            sent = self._decoder.in_memory(sent())
-            return [name for name, tensor in sent if not self._decoder.holds(name, tensor.detach())]
+            weights = self._decoder.in_memory(sent())
+            return [name for name, tensor in weights if not self._decoder.holds(name, tensor.detach())]
 
     async def sleep(self) -> None:
         """Do nothing: this engine's weights are small next to what the learner holds."""
