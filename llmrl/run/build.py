@@ -82,7 +82,9 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     if config.rollout.num_prompts < parallel.world:
         raise UserError(f"rollout.num_prompts {config.rollout.num_prompts} is less than the {parallel.world} processes")
     loaded: PreTrainedModel | None = None if isinstance(given.model, str) else given.model
-    attention = config.model.attn_implementation if loaded is None else getattr(loaded.config, "_attn_implementation", None)
+    attention = config.model.attn_implementation
+    if loaded is not None:
+        attention = getattr(loaded.config, "_attn_implementation", None)
     check_attention(attention or "eager", config.model.dtype, parallel.device.type)
     tokenizer = given.processing_class
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
