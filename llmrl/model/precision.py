@@ -23,8 +23,8 @@ from llmrl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Place = tuple[dict[str, Any], str, Any]
-"""A module's dictionary of parameters, the name of one of them, and what stands there instead."""
+Place = tuple[nn.Module, str, Any]
+"""A module, the name of one of its parameters, and what stands there instead."""
 
 
 def compute_type(model: nn.Module, name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -90,13 +90,14 @@ class _Casts:
         self.held: list[Any] = []
 
     def __enter__(self) -> None:
-        self.held = [parameters[name] for parameters, name, _ in self.places]
-        for parameters, name, cast in self.places:
-            parameters[name] = cast
+        self.held = [module._parameters[name] for module, name, _ in self.places]
+        for module, name, cast in self.places:
+            module._parameters[name] = cast
 
     def __exit__(self, *exception: object) -> None:
-        for (parameters, name, _), parameter in zip(self.places, self.held, strict=True):
-            parameters[name] = parameter
+        for (module, name, _), parameter in zip(self.places, self.held, strict=True):
+            module._buffers.pop(name, None)  # where an adapter of a single parameter (peft) has left the cast
+            module._parameters[name] = parameter
 
 
 _current: ContextVar[_Casts | None] = ContextVar("_current", default=None)
@@ -115,7 +116,7 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
             if parameter.dtype != wanted:
                 if id(parameter) not in casts:
                     casts[id(parameter)] = parameter.to(wanted)
-                places.append((module._parameters, name, casts[id(parameter)]))
+                places.append((module, name, casts[id(parameter)]))
     if not places:
         yield
         return

@@ -15,6 +15,7 @@ from llmrl.model.critic import build_critic
 from llmrl.model.load import add_lora, load_model, load_tokenizer
 from llmrl.model.policy import Policy
 from llmrl.model.precision import compute_in, exact_positions, hold, own_type
+from llmrl.model.rounding import computing_in
 from llmrl.train.packing import build_micro_batch
 from llmrl.train.selfcheck import check_forward
 from tests.invariance.cases import (
@@ -67,6 +68,38 @@ def test_a_policy_computes_what_a_bfloat16_model_computes(arch: str, seed: int) 
     assert torch.equal(hidden, plain.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
     assert hidden.dtype == BF16
     check_forward(policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_adapters_of_single_parameters_compute_pass_after_pass(dtype: torch.dtype, seed: int) -> None:
+    """peft puts them in for each pass, in the place of the experts' tensors, and takes them out again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **heads, **experts))
+    policy = policy_of(make_lora(model, target_parameters=["mlp.experts.down_proj"]), dtype=dtype)
+    hold(policy.module, dtype)
+    plain: Any = copy.deepcopy(policy.module.model)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+    sequence = make_samples(seed)[0].input_ids.tolist()
+    logits = plain(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, :-1].float()
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(sequence)[1:, None])[:, 0].tolist()
+    for _ in range(3):
+        found = policy.sequence_logprobs([sequence])[0]
+        assert found == pytest.approx(expected, abs=1e-5 if dtype == torch.float32 else 0.05)
+    with computing_in(policy.module, torch.float32 if dtype == BF16 else BF16):  # casts of the experts' tensors
+        other, again = (policy.sequence_logprobs([sequence])[0] for _ in range(2))
+    assert other == again != found
+    assert other == pytest.approx(expected, abs=0.05)
+    assert policy.sequence_logprobs([sequence])[0] == found
+    policy.forward(build_micro_batch(make_samples(seed), [[0]])).logprobs.sum().backward()
+    gradients = {name: p.grad for name, p in policy.module.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    assert {name for name, g in gradients.items() if "experts" in name and g.any()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
