@@ -189,16 +189,8 @@ def adapter_obstacle(model: nn.Module) -> str | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
-    config = active_config(model)
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        return f"it serves LoRA only, not {kind}"
-    plain = vars(peft.LoraConfig())
-    used = [name for name, value in vars(config).items() if name in plain and value != plain[name]]
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
-        return f"init_lora_weights {config.init_lora_weights} changes the base weights"
-    if further := sorted(set(used) - SERVED_FIELDS):
-        return f"the adapter uses {', '.join(further)}"
+    if reason := configured_obstacle(active_config(model)):
+        return reason
     head = cast("Any", model).get_base_model().get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and (
@@ -207,6 +199,22 @@ def adapter_obstacle(model: nn.Module) -> str | None:
             or type(module.base_layer) is not nn.Linear
         ):
             return f"the adapter is on {name}, which is not a linear layer of the trunk"
+    return None
+
+
+def configured_obstacle(config: Any) -> str | None:
+    """Return why vLLM cannot serve adapters of a peft configuration beside the base weights, or None."""
+    import peft
+
+    kind = plain(config.peft_type)
+    if kind != "LORA":
+        return f"it serves LoRA only, not {kind}"
+    defaults = vars(peft.LoraConfig())
+    used = [k for k, value in vars(config).items() if k in defaults and (value or None) != (defaults[k] or None)]
+    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+        return f"init_lora_weights {config.init_lora_weights} changes the base weights"
+    if further := sorted(set(used) - SERVED_FIELDS):
+        return f"the adapter uses {', '.join(further)}"
     return None
 
 

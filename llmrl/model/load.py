@@ -53,6 +53,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def base_of(config: ModelConfig) -> ModelConfig:
+    """Return the options of a whole model on disk: where `path` is an adapter, its base with the adapter's tokenizer."""
+    adapter = find_adapter(config)
+    if adapter is None:
+        return config
+    own = config.path if _has_tokenizer(config.path) else None
+    return replace(_of_base(config, adapter), tokenizer=config.tokenizer or own)
+
+
 def _of_base(config: ModelConfig, adapter: SavedAdapter) -> ModelConfig:
     return replace(config, path=adapter.base, revision=adapter.base_revision, adapter=None, base=None)
 

@@ -298,6 +298,15 @@ class Policy:
         return adapters.current_adapter(self.module.model)
 
     @property
+    def adapter_kind(self) -> str | None:
+        """Kind of the adapters, with their rank where they have one; None for a whole model."""
+        if not self.has_adapters:
+            return None
+        config = adapters.active_config(self.module.model)
+        rank = getattr(config, "r", None)
+        return f"{adapters.plain(config.peft_type)}{f' of rank {rank}' if rank else ''}"
+
+    @property
     def adapter_rank(self) -> int:
         return adapters.active_config(self.module.model).r
 

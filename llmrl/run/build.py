@@ -238,8 +238,9 @@ def _summary(config: RunConfig, policy: Policy, learner: Learner, parallel: Para
     """Return a line for the user: what is trained, where it runs, and where its files are."""
     trained = sum(p.numel() for p in learner.parameters)
     total = sum(p.numel() for _, p in policy.named_parameters())
+    adapters = f" with {policy.adapter_kind}" if policy.has_adapters else ""
     computed = "" if config.model.dtype == "float32" else f" in float32, computed in {config.model.dtype}"
     return (
-        f"{type(policy.causal_lm).__name__}: {trained:,} of {total:,} parameters trained{computed}, "
+        f"{type(policy.causal_lm).__name__}{adapters}: {trained:,} of {total:,} parameters trained{computed}, "
         f"{parallel.world} process(es) on {parallel.device.type}, run directory {config.train.output_dir}"
     )

@@ -72,14 +72,14 @@ def save_model(folder: Path, policy: Policy, tokenizer: Any, *, run: Path, step:
     shutil.rmtree(unfinished, ignore_errors=True)
     policy.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(run, step, adapter=policy.has_adapters), encoding="utf-8")
+    (unfinished / "README.md").write_text(model_card(run, step, policy), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
-def model_card(run: Path, step: int, *, adapter: bool) -> str:
+def model_card(run: Path, step: int, policy: Policy) -> str:
     """Return a model card with what the run itself recorded about its model of `step`."""
-    part = part_of(run, step)
+    part, adapter = part_of(run, step), policy.has_adapters and policy.base_is_saved
     config: dict[str, Any] = part["config"]
     base, algo, name = config["model"]["path"], config["algo"]["name"], run.resolve().name
     front: dict[str, Any] = {
@@ -97,7 +97,7 @@ def model_card(run: Path, step: int, *, adapter: bool) -> str:
         model=base,
         step=step,
         algorithm=algo,
-        facts="\n".join(f"| {fact} | {value} |" for fact, value in _facts(run, step, part).items()),
+        facts="\n".join(f"| {fact} | {value} |" for fact, value in _facts(run, step, part, policy).items()),
         use=(ADAPTER if adapter else WHOLE).format(name=name),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     )
@@ -108,12 +108,11 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "~", "/", "(")) and not Path(name).exists()
 
 
-def _facts(run: Path, step: int, part: dict[str, Any]) -> dict[str, str]:
+def _facts(run: Path, step: int, part: dict[str, Any], policy: Policy) -> dict[str, str]:
     config, versions = part["config"], part["environment"].get("versions", {})
-    lora = config["model"].get("lora")
     rewards = ", ".join(f"`{r['fn']}` (weight {r.get('weight', 1.0):g})" for r in config.get("rewards", ()))
     facts = {
-        "trained": f"LoRA of rank {lora['r']}" if lora else "all parameters",
+        "trained": policy.adapter_kind or "all parameters",
         "data": f"`{config['data']['path']}`, split {config['data'].get('split')}",
         "rewards": rewards,
         "learning rate": f"{config['train'].get('learning_rate')}",

@@ -27,7 +27,7 @@ from llmrl.model.logprob_head import HEAD_DTYPE
 
 if TYPE_CHECKING:
     from llmrl.engines.options import EngineConfig
-    from llmrl.model.options import LoraConfig, ModelConfig
+    from llmrl.model.options import ModelConfig
 
 MODULE = "vllm.entrypoints.openai.api_server"
 END_WITH_PARENT = (
@@ -62,10 +62,10 @@ def plan(
     """Return how to start the servers that `options` describes.
 
     Args:
-        model: what the servers load.
+        model: what the servers load; where that is an adapter, its base.
         options: reads `server`, `vllm` and `max_num_seqs`.
-        lora_rank: serve adapters of this rank on top of the model. Default: the rank of `model.lora`, if a run with
-            these options would push only the adapter.
+        lora_rank: serve adapters of this rank on top of the model. Default: that of the policy's, if a run with these
+            options would push only the adapter.
         while_training: a training run starts the servers on its own machine, so they may not take its GPUs.
 
     Raises:
@@ -74,16 +74,18 @@ def plan(
     import torch
 
     from llmrl.engines.vllm.start import engine_arguments, vllm_environment
+    from llmrl.model.load import base_of
 
     server, vllm = options.server or VllmServerConfig(), options.vllm or VllmConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    served = base_of(model)
     arguments = engine_arguments(
         vllm,
-        model.path,
+        served.path,
         dtype=model.dtype,
         device=device,
         max_num_seqs=options.max_num_seqs,
-        lora_rank=_lora_rank(model.lora, vllm, device) if lora_rank is None else lora_rank,
+        lora_rank=_lora_rank(model, vllm, device) if lora_rank is None else lora_rank,
     )
     # These are for an engine beside its trainer.
     for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):
@@ -93,8 +95,8 @@ def plan(
     if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):
         arguments["weight_transfer_config"] = {"backend": "nccl"}
     arguments |= {
-        "revision": model.revision,
-        "tokenizer": model.tokenizer,
+        "revision": served.revision,
+        "tokenizer": served.tokenizer,
         "trust_remote_code": model.trust_remote_code or None,
         "enable_scale_out": True,
         "disable_uvicorn_access_log": True,
@@ -152,11 +154,13 @@ def check_model(model: ModelConfig) -> None:
     from transformers import AutoConfig
 
     from llmrl.engines.vllm.start import check_head_dim, process_state_kept, vllm_environment
+    from llmrl.model.load import base_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        loaded = base_of(model)
         served = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            loaded.path, revision=loaded.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
@@ -180,15 +184,21 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def _lora_rank(lora: LoraConfig | None, options: VllmConfig, device: str) -> int | None:
+def _lora_rank(model: ModelConfig, options: VllmConfig, device: str) -> int | None:
     """Return the rank of adapters that a run pushes by themselves, or None if it pushes merged weights.
 
     It must decide as `llmrl.run.engines.serves_adapters_apart` does for the trainer's side.
     """
-    wanted = options.lora_sync
-    if lora is None or lora.use_dora or wanted == "merged" or (wanted == "auto" and device == "cpu"):
+    from llmrl.model.adapter_folder import find_adapter
+    from llmrl.model.adapters import configured_obstacle
+    from llmrl.model.load import adapter_config
+
+    wanted, saved = options.lora_sync, find_adapter(model)
+    if model.adapter == "merge" or wanted == "merged" or (wanted == "auto" and device == "cpu"):
         return None
-    return lora.r
+    fresh = model.fresh_adapters
+    trained = saved.config if saved is not None else None if fresh is None else adapter_config(fresh)
+    return None if trained is None or configured_obstacle(trained) else trained.r
 
 
 def deal_gpus(server: VllmServerConfig, gpus_per_server: int, *, while_training: bool) -> list[str]:

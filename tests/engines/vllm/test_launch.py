@@ -31,6 +31,7 @@ from llmrl.engines.vllm.launch import (
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.options import LoraConfig, ModelConfig
+from tests.model.test_adapter_folder import save_adapter, save_base
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +175,22 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     (marked,) = plan(replace(MODEL, float32_head=True), options("merged"))
     assert marked.command[marked.command.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
     assert first.shell().startswith("VLLM_SERVER_DEV_MODE=1 ") and " python -m vllm." in first.shell()
+
+
+def test_servers_load_the_base_of_an_adapter(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter")
+    (start,) = plan(ModelConfig(path=str(tmp_path / "adapter")), options())
+    words = " ".join(start.command)
+    assert f"--model {base} " in words
+    assert "--enable-lora --max-lora-rank 8" in words, "the least that vLLM takes for 4"
+    assert "--tokenizer" not in words, "the adapter has none of its own"
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    (start,) = plan(ModelConfig(path=str(tmp_path / "adapter"), adapter="merge", lora=LoraConfig()), options())
+    words = " ".join(start.command)
+    assert f"--tokenizer {tmp_path / 'adapter'}" in words
+    assert "--enable-lora" not in words, "what the fresh adapter is on, the servers have not"
+    check_model(ModelConfig(path=str(tmp_path / "adapter")))
 
 
 @pytest.mark.parametrize(
