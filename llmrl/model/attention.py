@@ -125,9 +125,17 @@ AttentionMaskInterface.register(CAUSAL_HEAD, sdpa_mask)
 
 
 def use_causal_head(model: PreTrainedModel) -> None:
-    """Let a model that runs on `sdpa` understand masks with fewer rows than queries."""
+    """Let a model that runs on `sdpa` understand masks with fewer rows than queries.
+
+    A model that caps its attention scores runs on `eager` instead, since `sdpa` leaves the cap out.
+    """
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(CAUSAL_HEAD)
+        model.set_attn_implementation("eager" if caps_scores(model.config) else CAUSAL_HEAD)
+
+
+def caps_scores(config: PretrainedConfig) -> bool:
+    """Return whether a model caps its attention scores (such as Gemma 2), which transformers' `sdpa` leaves out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def understands_causal_head(config: PretrainedConfig) -> bool:

@@ -31,6 +31,7 @@ from llmrl.model.logprob_head import (
 )
 from llmrl.model.modes import evaluating
 from llmrl.model.module import PolicyModule
+from llmrl.model.positions import longest_exact
 from llmrl.model.precision import compute_in, compute_type, hold, own_type
 from llmrl.model.save import save_language_model
 from llmrl.model.weights import checkpoint_weights, merge_obstacle, served_config
@@ -59,6 +60,7 @@ class Policy:
         can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out, too.
         kernel: what its attention (and its critic's) takes, which decides how rows are laid out.
         own_masks: whether masks of ours are faster than those that transformers makes from restarting positions.
+        longest: tokens up to which the positions of a sequence do not depend on its neighbors, or None.
         window: tokens that the layer with the shortest view sees, or None.
     """
 
@@ -94,6 +96,7 @@ class Policy:
         self.kernel = next(kind for kind in (Kernel.VARLEN, Kernel.MASKED, Kernel.BLOCKS) if kind in kernels)
         causal_heads = all(understands_causal_head(trunk.config) for trunk in trunks)
         self.own_masks = self.kernel is Kernel.BLOCKS or causal_heads
+        self.longest = min((n for trunk in trunks if (n := longest_exact(trunk.config))), default=None)
         self.window = min((w for trunk in trunks if (w := shortest_window(trunk.config))), default=None)
         self._reference: PolicyModule | None = None
         self._reference_adapter: dict[str, Tensor] | None = None
@@ -332,7 +335,10 @@ class Policy:
 
         It runs one sequence at a time, so that no layout can be wrong.
         """
-        with evaluating(self.module):
+        with (
+            evaluating(self.module),
+            compute_in(self.module.dtype, self.causal_lm),
+        ):  # cast once, not for every sequence
             rows: list[list[float]] = []
             for sequence in sequences:
                 ids = torch.tensor([sequence], device=self.device)

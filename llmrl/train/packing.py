@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from llmrl.errors import RunFailed
 from llmrl.model.attention import Kernel
+from llmrl.model.positions import SHORTEN
 from llmrl.train.planning import Rows, fits, num_positions, plan_micro_batches
 from llmrl.train.prefixes import Tree, causal_length, layer_cost, share_prefixes, single_trees
 from llmrl.types import MicroBatch, Sample, Visibility
@@ -146,6 +148,7 @@ class Layout:
             whole: groups whose samples have to lie in one micro-batch.
             all_here: compute all samples on this process, whatever the others do.
         """
+        self._check_length(samples)
         trees = self.trees(samples)
         groups = [samples[tree.samples[0]].group for tree in trees]
         lengths = [tree.length for tree in trees]
@@ -186,6 +189,14 @@ class Layout:
         Flattened, the rows of a recurrent model would run into each other; such a model is not packed at all.
         """
         return self.packing and self.policy.kernel is not Kernel.MASKED
+
+    def _check_length(self, samples: list[Sample]) -> None:
+        longest, limit = max((len(sample.input_ids) for sample in samples), default=0), self.policy.longest
+        if limit is not None and longest > limit:
+            raise RunFailed(
+                f"a sequence has {longest} tokens, but beyond {limit} this model's positions depend on the longest "
+                f"sequence of a micro-batch (rope_type longrope or dynamic): {SHORTEN}"
+            )
 
     def _supports_masks(self, samples: list[Sample]) -> bool:
         return self.policy.supports_masks(max((len(s.input_ids) for s in samples), default=0))

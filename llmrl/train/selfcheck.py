@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from llmrl.errors import LlmrlError, RunFailed
-from llmrl.model.attention import Kernel
+from llmrl.model.attention import Kernel, caps_scores
 from llmrl.model.modes import evaluating
-from llmrl.model.rounding import PROMPT_LENGTH, computing_in, likely_sequences, rounding_errors, wider
+from llmrl.model.rounding import PROMPT_LENGTH, computing_in, likely_sequences, rounding_errors
 from llmrl.noise import Gap, Limit
 from llmrl.train.packing import build_micro_batch, to_tensor
 from llmrl.train.prefixes import Tree
@@ -73,6 +73,8 @@ def check_forward(policy: Policy, *, packing: bool = True) -> list[str]:
             f"({type(error).__name__}: {_first_line(error)}); choose another model"
         ) from error
     notes = list[str]()
+    if caps_scores(policy.model_config) and policy.model_config._attn_implementation == "eager":
+        notes.append("attention runs on eager: this model caps its scores, which sdpa leaves out")
     if packing and (wrong := _attempt(checked.packing)):
         policy.can_pack = False
         notes.append(f"train.packing is off for this run, every sequence gets a row of its own: {wrong}")
@@ -214,13 +216,13 @@ def _attempt(check: Callable[[], None]) -> str:
 def _change(owner: PolicyModule | Critic, compute: Compute, batches: list[MicroBatch]) -> float:
     """Return by how much hidden states differ between two batches, as a share of the largest.
 
-    Equal bits are the usual answer. Where they differ, a wider type tells rounding from dependence.
+    Equal bits are the usual answer. Where they differ, float32 tells rounding from dependence.
     """
     with evaluating(owner):
         before, after = (compute(batch) for batch in batches)
         if torch.equal(before, after):
             return 0.0
-        with computing_in(owner, wider(owner.dtype)):
+        with computing_in(owner, torch.float32):
             before, after = (compute(batch).double() for batch in batches)
     return float((after - before).abs().max() / before.abs().max())
 

@@ -22,6 +22,8 @@ from llmrl.engines.hf.rows import BAD_LOGITS, RUNNING, STOP, Request, RowState
 from llmrl.engines.hf.weights import unsupported_reason
 from llmrl.engines.sampling import SamplingRows, check_sampling, check_tokens, sample_tokens
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.attention import caps_scores
+from llmrl.model.positions import SHORTEN, longest_exact
 from llmrl.model.precision import compute_in
 from llmrl.model.rounding import draw, rounding_errors
 from llmrl.noise import Gap, Limit
@@ -103,7 +105,8 @@ class HFEngine:
         if max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {max_num_seqs}: must be at least 1")
         text_config = config.get_text_config()
-        limits = [n for n in (max_model_len, getattr(text_config, "max_position_embeddings", None)) if n is not None]
+        wanted = (max_model_len, getattr(text_config, "max_position_embeddings", None), longest_exact(config))
+        limits = [n for n in wanted if n is not None]
         self.max_model_len = min(limits) if limits else None
         self.vocab_size = text_config.vocab_size
         self.max_num_seqs = max_num_seqs
@@ -111,7 +114,7 @@ class HFEngine:
         self.dtype = dtype
         self.limit: Limit | None = None
         self.version = 0
-        self._attn_implementation = attn_implementation
+        self._attn_implementation = "eager" if caps_scores(config) else attn_implementation
         self._decoder: Decoder = self._build_decoder(config, dtype, decoder)
         self._rows: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -197,7 +200,8 @@ class HFEngine:
         if self.max_model_len is not None and total > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} make {total}, but the "
-                f"model holds {self.max_model_len} positions: shorten the prompt or lower max_completion_length"
+                f"model holds {self.max_model_len} positions (beyond, they may depend on what else is in a batch): "
+                f"{SHORTEN}"
             )
 
     # --- the step loop --------------------------------------------------------------------------------------------
@@ -336,7 +340,13 @@ class HFEngine:
             reference = self._build_generic(config, dtype)
             _copy_into(reference, weights())
         check = _SelfCheck(reference, self.vocab_size, self.max_model_len)
-        gap = Gap.between(*check.compare(self._decoder))
+        try:
+            gap = Gap.between(*check.compare(self._decoder))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise RunFailed(
+                f"the hf engine cannot serve {config.model_type!r}: its forward pass with a cache fails "
+                f"({type(error).__name__}: {error}); use another model, or another rollout.engine"
+            ) from error
         for draws in (1, MORE_DRAWS):
             limit = Limit.of(check.errors(draws))
             if limit.explains(gap):

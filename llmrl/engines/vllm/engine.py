@@ -29,6 +29,7 @@ from llmrl.engines.vllm.options import VllmConfig
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
 from llmrl.errors import RunFailed, UserError
+from llmrl.model.positions import longest_exact
 from llmrl.noise import Limit
 from llmrl.types import Adapter, Completion, Sampling, WeightSource
 
@@ -112,6 +113,8 @@ class VllmEngine:
                     lora_rank=lora_rank if base else None,
                 )
                 arguments["trust_remote_code"] = trust_remote_code
+                if arguments["max_model_len"] is None:
+                    arguments["max_model_len"] = longest_exact(config)
                 self._llm = self._thread.run(start(arguments, config, self.device), self.options.start_timeout_s)
         except FutureTimeout:
             self._thread.stop()
