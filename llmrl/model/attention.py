@@ -215,6 +215,12 @@ def _listed(blocks: Bool[Tensor, "B N N"]) -> tuple[Int[Tensor, "B 1 N"], Int[Te
 # --- one forward pass -------------------------------------------------------------------------------------------------
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Return the trunk of a causal language model, without its output head."""
+    found: Any = model.get_decoder()
+    return found.model if found is model else found  # Llama 4 gives itself
+
+
 def last_hidden_states(
     decoder: nn.Module,
     input_ids: Int[Tensor, "B T"],

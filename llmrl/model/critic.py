@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import UserError
-from llmrl.model.attention import last_hidden_states
+from llmrl.model.attention import decoder_of, last_hidden_states
 from llmrl.model.load import add_lora, load_model, merged
 from llmrl.model.precision import checkpoint_gradients, compute_in
 
@@ -139,7 +139,7 @@ def build_critic(
     if lora is not None:
         add_lora(base, lora, seed=seed + 1)
     hidden_size, dtype = base.config.get_text_config().hidden_size, getattr(torch, model_options.dtype)
-    critic = Critic(base.get_decoder(), hidden_size=hidden_size, dtype=dtype)
+    critic = Critic(decoder_of(base), hidden_size=hidden_size, dtype=dtype)
     if path is not None and _is_reward_model(base.config):
         _take_score(critic.head, path, model_options)
     return critic.to(model.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from llmrl.model.attention import last_hidden_states
+from llmrl.model.attention import decoder_of, last_hidden_states
 from llmrl.model.logprob_head import Head, ReferenceHead, keeps_logits_in_float32, token_logprobs, token_logprobs_and_kl
 from llmrl.model.precision import checkpoint_gradients, compute_in
 from llmrl.model.weights import head_weight
@@ -54,7 +54,7 @@ class PolicyModule(nn.Module):
         visibility: Visibility | None = None,
     ) -> Float[Tensor, "B T H"]:
         """Compute the last hidden states (after the final norm)."""
-        decoder = self.causal_lm.get_decoder()
+        decoder = decoder_of(self.causal_lm)
         with compute_in(self.dtype, decoder):
             return last_hidden_states(decoder, input_ids, position_ids, visibility)
 

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.model.attention import decoder_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -28,7 +30,7 @@ def save_language_model(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     found: Any = model
-    whole.get_decoder().load_state_dict(found.get_decoder().state_dict())
+    decoder_of(whole).load_state_dict(decoder_of(found).state_dict())
     whole.get_output_embeddings().load_state_dict(found.get_output_embeddings().state_dict())
     whole.save_pretrained(folder)
     _copy_processor(found.config.name_or_path, folder)

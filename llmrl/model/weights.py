@@ -222,11 +222,13 @@ def _merged_part(layer: Any, base: nn.Module, prefix: str) -> _Part:
 
 
 def _copied(layer: Any) -> Any:
-    """Copy an adapted layer; the copy shares the adapters' parameters, which merging only reads."""
+    """Copy an adapted layer; the copy shares the adapters' tensors, which merging only reads."""
     base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
     shared: list[Any] = [parameter for parameter in layer.parameters() if id(parameter) not in base]
     inner = layer
-    while hasattr(inner, "base_layer"):  # what peft remembers of a layer that this one's adapter is tied to
+    while hasattr(inner, "base_layer"):
+        shared += [each for name, child in inner.named_children() if name != "base_layer" for each in child.children()]
+        # what peft remembers of a layer that this one's adapter is tied to
         shared += [getattr(inner, "kwargs", None), getattr(inner, "_tied_adapter", None)]
         inner = inner.base_layer
     return copy.deepcopy(layer, {id(each): each for each in shared})

@@ -87,6 +87,10 @@ class PreferenceFeed(Feed):
         self.tasks, self.eval_tasks = [row.task for row in self.rows], [row.task for row in self.eval_rows]
         return notes + more + [f"evaluation: {note}" for note in about_eval]
 
+    def known_ids(self) -> Iterable[list[int]]:
+        """Yield the token ids of every prompt and completion."""
+        return (ids for row in (*self.rows, *self.eval_rows) for ids in (row.prompt_ids, *row.completion_ids))
+
     def sampler(self, num_prompts: int) -> TaskSampler:
         """Return the order of the rows."""
         sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle)

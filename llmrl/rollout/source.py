@@ -7,7 +7,7 @@ so a `Feed` reads and checks the data first.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,10 @@ class Feed:
         Raises:
             UserError: rows cannot be rendered, or none are left.
         """
+        raise NotImplementedError
+
+    def known_ids(self) -> Iterable[list[int]]:
+        """Yield the token ids of everything that is known before the run, after `encode`."""
         raise NotImplementedError
 
     def sampler(self, num_prompts: int) -> TaskSampler:

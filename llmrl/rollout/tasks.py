@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llmrl.data.chat import Chat, filter_long
@@ -63,6 +64,10 @@ class TaskFeed(Feed):
         if self.data.max_prompt_length is not None:
             notes.append(f"{dropped} tasks left out: prompt longer than data.max_prompt_length tokens")
         return notes
+
+    def known_ids(self) -> Iterable[list[int]]:
+        """Yield the token ids of every prompt."""
+        return (self.chat.render(task.messages) for task in (*self.tasks, *self.eval_tasks))
 
     def sampler(self, num_prompts: int) -> TaskSampler:
         """Return the order of the tasks: a new one each epoch, unless `data.shuffle` is false."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
     from llmrl.data.sampler import TaskSampler
     from llmrl.model.policy import Policy
-    from llmrl.rollout.source import Source
+    from llmrl.rollout.source import Feed, Source
     from llmrl.run.ledger import Ledger
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -100,6 +100,7 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     algorithm = make_algorithm(config, feed.rewards)
     keep = algorithm.needs.reference and not feed.has_reference
     policy = build_policy(config, given, tokenizer, parallel, keep_reference=keep)
+    check_vocabulary(feed, tokenizer, policy.vocab_size)
     critic = config.critic if isinstance(config, Config) else None
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
@@ -125,6 +126,27 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
         record=record,
         ledger=ledger,
     )
+
+
+def check_vocabulary(feed: Feed, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse data with tokens that the model has no embedding for.
+
+    A tokenizer may have such tokens (those of images, for example) as long as nothing uses them.
+
+    Raises:
+        UserError: a prompt, or a completion of the data, has one.
+    """
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    if not beyond:
+        return
+    used = {number for ids in feed.known_ids() for number in ids} & set(beyond)
+    if used:
+        names = ", ".join(repr(beyond[number]) for number in sorted(used)[:5])
+        raise UserError(
+            f"the data has tokens that the model has no embeddings for: {names} (the tokenizer has {len(tokenizer)} "
+            f"tokens, the model {vocab_size}). Save a model with more: model.resize_token_embeddings(len(tokenizer)); "
+            "under adapters train them too, with modules_to_save or trainable_token_indices"
+        )
 
 
 def quieten_libraries() -> None:

@@ -67,6 +67,7 @@ def _vllm(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel:
     from llmrl.engines.vllm.options import VllmConfig
 
     apart = serves_adapters_apart(model, rollout, policy, parallel.device)
+    check_replaceable(policy, apart=apart)
     return VllmEngine(
         policy.served_config,
         options=rollout.vllm or VllmConfig(),
@@ -90,6 +91,8 @@ def _vllm_server(
             "rollout.engine vllm_server cannot serve an adapter on one of two tied weights (input embedding, output "
             "head), because its servers load model.path with both tied: use rollout.engine vllm or hf"
         )
+    apart = serves_adapters_apart(model, rollout, policy, parallel.device)
+    check_replaceable(policy, apart=apart)
     return VllmServerEngine.from_options(
         model,
         rollout,
@@ -99,13 +102,27 @@ def _vllm_server(
         broadcast=parallel.broadcast,
         barrier=parallel.barrier,
         slack=rollout.num_generations,
-        takes_adapters=serves_adapters_apart(model, rollout, policy, parallel.device),
+        takes_adapters=apart,
         say=say,
     )
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {"hf": _hf, "vllm": _vllm, "vllm_server": _vllm_server}
 """By `rollout.engine`. Each imports what it needs only when it is called."""
+
+
+def check_replaceable(policy: Policy, *, apart: bool) -> None:
+    """Refuse models whose weights vLLM cannot replace while it runs.
+
+    Raises:
+        UserError: every push would bring all weights of such a model.
+    """
+    if not apart and policy.text_config.model_type == "gpt_oss":
+        raise UserError(
+            "vLLM cannot replace the weights of a gpt_oss model while it runs, because its loader of this model goes "
+            "past what vLLM does at a reload: use rollout.engine hf, or train LoRA on linear layers alone "
+            "(model.lora.target_modules) with rollout.vllm.lora_sync adapter"
+        )
 
 
 def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: Policy, device: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmrl.engines.hf.engine import HFEngine
 from llmrl.errors import UserError
 from llmrl.model.policy import Policy
+from llmrl.model.rounding import computing_in
 from llmrl.model.weights import checkpoint_shapes, checkpoint_weights, memory_weights
 from llmrl.tiny import TINY_ARCHS
 from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, train_batch
@@ -256,6 +257,20 @@ def test_the_learner_computes_with_the_adapted_model_and_its_base(kind: str, see
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapted_experts_compute_in_another_type_and_again_in_their_own(dtype: torch.dtype, seed: int) -> None:
+    """peft swaps their weights while they run, and so does the cast to the type of computation."""
+    policy = policy_of(adapted("experts, by default", seed))
+    ids = tokens_of(policy.causal_lm, seed).tolist()
+    policy.causal_lm.set_experts_implementation("eager")  # transformers' other ways have no float64
+    before = torch.tensor(policy.sequence_logprobs(ids))
+    with computing_in(policy.module, dtype):
+        other = torch.tensor(policy.sequence_logprobs(ids))
+    assert (other - before).abs().mean() < (1e-5 if dtype == torch.float64 else 0.1)
+    assert torch.equal(torch.tensor(policy.sequence_logprobs(ids)), before)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["linear", "embedding, tied", "copied embedding, tied", "experts, qwen3", "gpt2"])
 def test_base_weights_are_the_model_before_the_adapter(kind: str, seed: int, tmp_path: Path) -> None:
     expected = saved(ADAPTERS[kind][0](), tmp_path)
@@ -291,6 +306,21 @@ def test_what_cannot_be_computed_or_served_is_refused() -> None:
     policy = policy_of(peft.get_peft_model(tied(), lora(target_modules=["o_proj"], lora_bias=True)))
     assert "lora_bias adds a bias to" in str(policy.merge_obstacle())
     assert policy_of(make_lora(tied())).merge_obstacle() is None
+
+
+def test_a_model_that_gives_itself_as_its_trunk_computes_as_it_does_alone(seed: int) -> None:
+    policy = policy_of(build("llama4_text", seed=seed))
+    ids = tokens_of(policy.causal_lm, seed)
+    assert (
+        torch.tensor(policy.sequence_logprobs(ids.tolist())) - plain_logprobs(policy.causal_lm, ids)
+    ).abs().max() < 1e-5
+    assert served_gap(policy, seed) < 1e-5
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused_by_the_hf_engine() -> None:
+    policy = policy_of(build("minimax"))
+    with pytest.raises(UserError, match="cannot serve 'minimax'.*another rollout.engine"):
+        HFEngine(policy.served_config, weights=policy.weights)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -89,6 +89,14 @@ class GenericDecoder:
         self._tensors = distinct_tensors(self.model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.reset()
+        try:
+            with torch.inference_mode():
+                self._sequence_logprobs(torch.zeros(1, 2, dtype=torch.int64, device=device))
+        except (ValueError, TypeError, AttributeError) as error:  # a cache of its own, for example
+            raise UserError(
+                f"the hf engine cannot serve {config.model_type!r}: its forward pass with a cache fails ({error}); use "
+                "another model, or another rollout.engine"
+            ) from error
 
     def in_memory(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """Convert tensors of a checkpoint to the form that `load` takes."""
