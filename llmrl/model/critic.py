@@ -22,6 +22,7 @@ from llmrl.errors import UserError
 from llmrl.model.attention import decoder_of, last_hidden_states
 from llmrl.model.load import add_lora, load_model, merged
 from llmrl.model.precision import checkpoint_gradients, compute_in
+from llmrl.model.quantized import is_quantized
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -134,6 +135,11 @@ def build_critic(
     elif options.path is not None:
         path = options.path
         base = _other_model(path, model_options, model, tokenizer, seed=seed, trained=lora is None)
+    elif is_quantized(model):
+        raise UserError(
+            f"critic.kind {options.kind} starts as a copy of the policy, whose weights are quantized: use critic.kind "
+            "adapter or shared, or name another model with critic.path"
+        )
     else:
         base = merged(copy.deepcopy(model))
     if lora is not None:
@@ -179,7 +185,7 @@ def _other_model(
     trained: bool,
 ) -> PreTrainedModel:
     options = dataclasses.replace(
-        model_options, path=path, revision=None, adapter=None, base=None, lora=None, peft=None
+        model_options, path=path, revision=None, adapter=None, base=None, lora=None, peft=None, quantization=None
     )
     other = merged(load_model(options, tokenizer, seed=seed, trained=trained))
     if model_options.gradient_checkpointing:

@@ -12,6 +12,7 @@ import torch
 from llmrl.errors import UserError
 from llmrl.model.adapter_folder import SavedAdapter, find_adapter, load_adapter, without_adapter_files
 from llmrl.model.adapters import check_kind, check_model, differences
+from llmrl.model.quantized import loading_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +55,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def base_of(config: ModelConfig) -> ModelConfig:
-    """Return the options of a whole model on disk: where `path` is an adapter, its base with the adapter's tokenizer."""
+    """Return the options of a whole model: where `path` is an adapter, its base with the adapter's tokenizer."""
     adapter = find_adapter(config)
     if adapter is None:
         return config
@@ -90,7 +91,14 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
         return load_generation_config(_of_base(config, adapter))
 
 
-def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, trained: bool = False) -> Any:
+def load_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    trained: bool = False,
+    device: torch.device | None = None,
+) -> Any:
     """Load a causal language model from the hub or a local folder, or make a tiny random one (`tiny:ARCH`).
 
     Args:
@@ -99,6 +107,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
         seed: of the tiny model's weights.
         trained: all of it will be trained, so that it is loaded in float32 whatever type it computes in. The frozen
             base of an adapter that is trained further is not.
+        device: where to put a quantized model; others are loaded on the CPU.
 
     Returns:
         A transformers model; where `path` is an adapter, a peft model that goes on training it, or with `adapter merge`
@@ -114,13 +123,13 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
     if config.path.startswith(TINY):
         return _tiny(config, tokenizer, seed=seed, dtype=dtype)
     if adapter is None:
-        return _load_whole(config, dtype)
+        return _load_whole(config, dtype, device)
     if adapter.inside_base:
         with without_adapter_files(config.path) as links:
-            base: Any = _load_whole(_of_base(config, replace(adapter, base=links)), dtype)
+            base: Any = _load_whole(_of_base(config, replace(adapter, base=links)), dtype, device)
         base.name_or_path = base.config._name_or_path = config.path
     else:
-        base = merged(load_model(_of_base(config, adapter), tokenizer, seed=seed, trained=merges))
+        base = merged(load_model(_of_base(config, adapter), tokenizer, seed=seed, trained=merges, device=device))
     model = load_adapter(base, adapter)
     if merges:
         return merged(model)
@@ -158,7 +167,7 @@ def _tiny(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int,
     return model
 
 
-def _load_whole(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_whole(config: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -168,6 +177,7 @@ def _load_whole(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            **loading_options(config, dtype, device or torch.device("cpu")),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {config.path!r} cannot be loaded: {_first_line(error)}") from error

@@ -68,6 +68,9 @@ class ModelConfig:
     """Train adapters instead of the whole model."""
     peft: dict[str, Any] | None = None
     """Train adapters that `lora` cannot express: `peft_type` and the fields of peft's configuration, by its names."""
+    quantization: Literal["nf4"] | None = None
+    """Hold the frozen base of adapters in 4 bits (QLoRA, bitsandbytes), on CUDA GPUs. Engines serve the weights that it
+    computes with, not quantized."""
     adapter: Literal["continue", "merge"] | None = None
     """Where `path` is an adapter: train it further, or merge it into its base and train that, whole or under the fresh
     adapters of `lora`. Default: continue."""
@@ -87,7 +90,9 @@ class ModelConfig:
             and self.peft is not None,
             "model.peft names no peft_type, such as LORA or IA3": self.peft is not None
             and not self.peft.get("peft_type"),
-        }
+            "model.quantization rounds what model.adapter merge would merge into: use continue, or leave it out":
+                self.quantization is not None and self.adapter == "merge",
+        }  # fmt: skip
         return [text for text, wrong in rules.items() if wrong]
 
 

@@ -33,6 +33,7 @@ from llmrl.model.modes import evaluating
 from llmrl.model.module import PolicyModule
 from llmrl.model.positions import longest_exact
 from llmrl.model.precision import compute_in, compute_type, hold, own_type
+from llmrl.model.quantized import is_quantized
 from llmrl.model.save import save_language_model
 from llmrl.model.weights import checkpoint_weights, merge_obstacle, served_config
 from llmrl.types import ForwardOutputs
@@ -55,6 +56,7 @@ class Policy:
         dtype: the type it computes in, which engines serve too unless they are told another; by default the type of
             the model given. Once a learner has it, what it trains is held in float32.
         wrapped: `module`, or its data-parallel wrapper after `distribute`. Forward passes of training go through it.
+        is_quantized: whether the base of the adapters is.
         base_is_saved: whether the base of the adapters is a model that can be loaded; if not, they are saved merged.
         can_pack: whether sequences in one row do not see each other; `check_forward` finds out.
         can_share_prefixes: whether attention masks of ours are right on this model; `check_forward` finds out, too.
@@ -78,6 +80,7 @@ class Policy:
         self.wrapped: nn.Module = self.module
         self.parallel: Parallel | None = None
         self.has_adapters = hasattr(model, "disable_adapter")
+        self.is_quantized = is_quantized(model)
         self.base_is_saved = not (self.has_adapters and adapters.base_is_changed(model))
         self.can_pack = True
         if self.has_adapters and adapters.active_config(model).is_prompt_learning:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llmrl.errors import UserError
+from llmrl.model.quantized import is_quantized, weight_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,16 +108,20 @@ def served_config(model: PreTrainedModel) -> PretrainedConfig:
     """Return the configuration under which an engine computes what `model` computes with its adapters.
 
     It is the model's own, except where an adapter changes one of two tied weights (the input embedding or the output
-    head): then they are not tied any more.
+    head): then they are not tied any more. The weights of a quantized model are served as it computes with them.
     """
     served, base = (
         {name for part in _distinct(model, merged=merged) for name in part.names} for merged in (True, False)
     )
-    if served == base:
+    quantized = is_quantized(model)
+    if served == base and not quantized:
         return model.config
     config = copy.deepcopy(model.config)
     for each in (config, config.get_text_config()):
-        each.tie_word_embeddings = False
+        if served != base:
+            each.tie_word_embeddings = False
+        if quantized and hasattr(each, "quantization_config"):
+            del each.quantization_config
     return config
 
 
@@ -155,6 +160,8 @@ def merge_obstacle(model: nn.Module) -> str | None:
         biases: dict[str, bool] = getattr(layer, "lora_bias", {})
         if any(biases.get(each) for each in layer.active_adapters) and layer.get_base_layer().bias is None:
             return f"lora_bias adds a bias to {name}, which has none"
+        if is_quantized(layer.get_base_layer()) and (not hasattr(layer, "lora_A") or layer.lora_variant):
+            return f"the adapter on {name}, which is quantized, is of another kind than plain LoRA"
         if not hasattr(layer, "merge"):
             return f"adapters of the kind {type(layer).__module__}.{type(layer).__name__} do not merge"
     return None
@@ -191,8 +198,11 @@ def _parts(module: nn.Module, prefix: str, *, merged: bool) -> Iterator[_Part]:
     else:
         hidden = module._non_persistent_buffers_set
         own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in hidden}}
+        quantized = is_quantized(module) and not [*module.children()]
         for name, tensor in own.items():
-            if tensor is not None:
+            if quantized and name == "weight":
+                yield _Part({prefix + name: id(tensor)}, lambda: {prefix + "weight": weight_of(module)})
+            elif tensor is not None:
                 yield _Part({prefix + name: id(tensor)}, lambda name=prefix + name, tensor=tensor: {name: tensor})
         for name, child in module.named_children():
             yield from _parts(child, f"{prefix}{name}.", merged=merged)
@@ -210,6 +220,10 @@ def _merged_part(layer: Any, base: nn.Module, prefix: str) -> _Part:
 
     @torch.no_grad()
     def read() -> dict[str, Tensor]:
+        if is_quantized(base):  # peft would quantize the sum
+            found = {name: tensor for part in _parts(base, prefix, merged=True) for name, tensor in part.read().items()}
+            update = sum(layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A)
+            return found | {prefix + "weight": found[prefix + "weight"].float() + update}
         base_layer = _copied(layer)
         while hasattr(base_layer, "base_layer"):  # one inside the other, where several parameters of a layer have one
             base_layer.merge(safe_merge=False)

@@ -196,19 +196,22 @@ def build_policy(
     from llmrl.model.critic import build_critic
     from llmrl.model.load import add_lora, load_model
     from llmrl.model.precision import exact_positions
+    from llmrl.model.quantized import check_device, check_quantized, to_device
 
     # transformers annotates the methods of a model incompletely
     fresh = given.peft_config or config.model.fresh_adapters
     loaded: Any = None if isinstance(given.model, str) else given.model
     model: Any = loaded
     if loaded is None:
-        model = load_model(config.model, tokenizer, seed=config.train.seed, trained=fresh is None)
+        check_device(config.model, parallel.device)
+        options = {"seed": config.train.seed, "trained": fresh is None, "device": parallel.device}
+        model = load_model(config.model, tokenizer, **options)
     else:
         exact_positions(model)
     check_model(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model.to(parallel.device)
+    to_device(model, parallel.device)
     critic = None
     if isinstance(config, Config) and config.critic is not None and with_critic:
         critic = build_critic(config.critic, config.model, model, tokenizer, seed=config.train.seed)
@@ -219,8 +222,9 @@ def build_policy(
             f"the model has an adapter already, and {'peft_config' if given.peft_config else 'model.lora'} describes "
             "another: leave that out, or give model.merge_and_unload()"
         )
+    check_quantized(model)
     method = METHODS[type(config.algo)]
-    policy = method.policy(config, model.to(parallel.device), critic, keep_reference=keep_reference)
+    policy = method.policy(config, to_device(model, parallel.device), critic, keep_reference=keep_reference)
     policy.base_is_saved &= config.model.adapter != "merge"
     _check_trained(config, policy)
     return policy

@@ -86,7 +86,13 @@ def _vllm_server(
 ) -> Engine:
     from llmrl.engines.vllm.servers import VllmServerEngine
 
-    if policy.served_config is not policy.model_config:
+    if policy.is_quantized and model.quantization is None:
+        raise UserError(
+            f"rollout.engine vllm_server: the servers would load {model.path} quantized, and take no other weights: "
+            "use rollout.engine vllm or hf, or model.quantization with a model that is not quantized"
+        )
+    served, own = policy.served_config, policy.model_config
+    if served.tie_word_embeddings != own.tie_word_embeddings:
         raise UserError(
             "rollout.engine vllm_server cannot serve an adapter on one of two tied weights (input embedding, output "
             "head), because its servers load model.path with both tied: use rollout.engine vllm or hf"
@@ -139,8 +145,8 @@ def serves_adapters_apart(model: ModelConfig, rollout: SamplingConfig, policy: P
     reason = policy.adapter_obstacle()
     if reason is None and model.trust_remote_code:
         reason = "it would have to load the base from a copy, without the code that comes with the model"
-    if reason is None and rollout.engine == "vllm_server" and not policy.base_is_saved:
-        reason = "the servers would load the base without what was merged into it"
+    if reason is None and rollout.engine == "vllm_server" and (policy.is_quantized or not policy.base_is_saved):
+        reason = "the base that the servers would load is not the one that is trained on"
     if wanted == "adapter" and reason:
         raise UserError(f"rollout.vllm.lora_sync adapter: vLLM cannot, because {reason}; use merged")
     # On a CPU vLLM decodes 3.3 times slower with an adapter, and merged weights travel in milliseconds.

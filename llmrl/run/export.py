@@ -83,6 +83,8 @@ def export(
         model = None
     if model is None and config.model.path == GIVEN:
         raise UserError("the run's model was given in Python: name what it began with by --model PATH")
+    # The adapter is the same on a base that is not quantized, and exporting needs no GPU.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     quieten_libraries()
     tokenizer = processing_class or load_tokenizer(dataclasses.replace(config.model, tokenizer=str(run / TOKENIZER)))
     policy = build_policy(config, Given(model=model), tokenizer, Parallel.alone(), with_critic=False)
