@@ -121,7 +121,7 @@ def served_config(model: PreTrainedModel) -> PretrainedConfig:
         if served != base:
             each.tie_word_embeddings = False
         if quantized and hasattr(each, "quantization_config"):
-            del each.quantization_config
+            del each.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     return config
 
 

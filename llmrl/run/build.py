@@ -204,8 +204,9 @@ def build_policy(
     model: Any = loaded
     if loaded is None:
         check_device(config.model, parallel.device)
-        options = {"seed": config.train.seed, "trained": fresh is None, "device": parallel.device}
-        model = load_model(config.model, tokenizer, **options)
+        model = load_model(
+            config.model, tokenizer, seed=config.train.seed, trained=fresh is None, device=parallel.device
+        )
     else:
         exact_positions(model)
     check_model(model)

@@ -73,7 +73,7 @@ def check_forward(policy: Policy, *, packing: bool = True) -> list[str]:
             f"({type(error).__name__}: {_first_line(error)}); choose another model"
         ) from error
     notes = list[str]()
-    if caps_scores(policy.model_config) and policy.model_config._attn_implementation == "eager":
+    if caps_scores(policy.model_config) and getattr(policy.model_config, "_attn_implementation", None) == "eager":
         notes.append("attention runs on eager: this model caps its scores, which sdpa leaves out")
     if packing and (wrong := _attempt(checked.packing)):
         policy.can_pack = False
