@@ -514,6 +514,8 @@ LEARNER = {
     "max_grad_norm": 0.01,
     "max_steps": 9,
 }
+MODE = {"dropout": "tests/train/test_dropout.py"}
+"""What acts on models that have something random."""
 LAYOUT = {"max_tokens_per_micro_batch": 40, "packing": False, "share_prefixes": False}
 """These change memory and speed, never the result: tests/invariance."""
 FILES = {
@@ -550,7 +552,7 @@ def test_options_of_the_layout_change_the_layout(name: str) -> None:
 
 
 def test_every_option_of_the_section_train_is_in_one_of_these_tables() -> None:
-    assert {*option_fields(TrainConfig)} == {*LEARNER, *LAYOUT, *FILES}
+    assert {*option_fields(TrainConfig)} == {*LEARNER, *MODE, *LAYOUT, *FILES}
 
 
 # --- every option and every need has a reader -------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ WORKER = "overlap_worker.py"
 def test_two_processes_work_ahead_and_resume(tmp_path: Path) -> None:
     code, output = launch(WORKER, str(tmp_path), "6")
     assert code == 0, output[-3000:]
-    *_, middle, _ = list_checkpoints(tmp_path)
+    *_, middle, last = list_checkpoints(tmp_path)
     assert json.loads((middle / "state.json").read_text())["step"] == 4, "with the batch of step 5 under way"
-    code, output = launch(WORKER, str(tmp_path), "9", str(middle))
+    shutil.rmtree(last)  # as if the run had been killed before it
+    code, output = launch(WORKER, str(tmp_path), "9", "last")
     assert code == 0, output[-3000:]
     one, other = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in range(2))
     assert torch.equal(one, other)

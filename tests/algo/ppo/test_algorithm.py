@@ -354,7 +354,7 @@ def test_a_shared_trunk_weighs_the_value_loss() -> None:
         ({"rubric": {"alpha": 0.3}}, "algo.rubric: not read by what was chosen, but by algo.name grpo"),
         ({"kl": {"kind": "reward", "estimator": "k3"}}, "algo.kl.estimator: not read by what was chosen, but by kind"),
         ({"positive_lm_coef": -1.0}, "algo.positive_lm_coef is -1.0: must be at least 0"),
-        ({"critic": {"kind": "adapter"}}, "the policy is trained whole: set model.lora"),
+        ({"critic": {"kind": "adapter"}}, "nothing describes it: set critic.lora"),
         ({"critic": {"kind": "shared", "path": "x"}}, "critic.path: not read by what was chosen, but by kind separate"),
         ({"critic": {"train_trunk": True}}, "critic.train_trunk: not read by what was chosen, but by kind shared"),
         (

@@ -146,7 +146,11 @@ def test_divergences_fit_losses_of_a_difference_and_likelihood(kind: str) -> Non
         (DPO(), {}, []),
         (DPO(), {"num_generations": None}, []),
         (make(DPO, reference=MOVES), {}, []),
-        (make(DPO, reference=MOVES), {"has_adapters": True}, ["algo.reference cannot move"]),
+        (
+            make(DPO, reference=MOVES),
+            {"has_adapters": True},
+            ["algo.reference.alpha 0.6 would mix the weights of two adapters"],
+        ),
         (KTO(), {"num_prompts": 1}, ["rollout.num_prompts is 1, but algo.loss kto"]),
         (make(KTO, loss={"kind": "apo_zero_unpaired"}), {"num_prompts": 1}, []),
         (DPO(num_mini_batches=5), {}, ["algo.num_mini_batches 5 exceeds rollout.num_prompts 4"]),

@@ -16,6 +16,7 @@ from typing import Any
 from llmrl.engines.vllm.http import VllmServer
 from llmrl.engines.vllm.replicas import ReplicaLost
 from llmrl.engines.vllm.servers import VllmServerEngine
+from llmrl.noise import Limit
 from llmrl.types import Completion, Sampling
 
 ROUTES = (
@@ -221,6 +222,7 @@ def engine_on(fakes: list[FakeVllm], **options: object) -> tuple[VllmServerEngin
     settings |= {"delivery": delivery, "say": said.append}
     engine = VllmServerEngine([f.url for f in fakes], **settings | options)
     engine.replicas.interval_s = 0.05
+    engine.limit = Limit(1e-3, 1e-3)  # as the first push measures it
     return engine, delivery, said
 
 

@@ -125,7 +125,7 @@ def test_a_replica_that_cannot_prove_the_weights_stays_out(servers: list[FakeVll
         servers[0].start()
         while len(said) < 2:
             await asyncio.sleep(0.02)
-        assert "answers again but cannot be used" in said[1] and "1 nats away" in said[1]
+        assert "answers again but cannot be used" in said[1] and "by 1 nats on average" in said[1]
         assert [server.name for server in engine.replicas.live] == [servers[1].url]
         await engine.close()
 

@@ -306,9 +306,11 @@ def test_a_killed_server_costs_no_rollout_and_serves_the_current_version_when_it
                 await asyncio.sleep(0.1)
             back = engine.replicas.slots[1].replica
             assert await back.served_label() == engine.label and engine.version == 4
-            probe = [source.push.__self__.probe]
-            expected = trainer.policy.sequence_logprobs(probe)[0]
-            assert (await back.logprobs(probe))[0] == pytest.approx(list(expected), abs=1e-4)
+            probes = source.push.__self__.probes
+            for row, expected in zip(
+                await back.logprobs(probes), trainer.policy.sequence_logprobs(probes), strict=True
+            ):
+                assert row == pytest.approx(expected, abs=1e-4)
 
     asyncio.run(main())
     assert audit(tmp_path / "run" / "ledger.jsonl")["exact"]
