@@ -360,6 +360,7 @@ def any_of(base: Any, path: str, values: list[Any]) -> list[str]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != BCODER])
 def test_every_option_of_a_preset_acts_or_is_refused(name: str) -> None:
     assert dead_options(base_of(PRESETS[name])) == []
@@ -380,6 +381,7 @@ def beside(name: str, path: str, member: Any) -> Any:
     return None if findings(config_of(base)) else base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path", "member"), CHOICES)
 def test_every_option_of_a_choice_acts_or_is_refused(name: str, path: str, member: Any) -> None:
     base = beside(name, path, member)

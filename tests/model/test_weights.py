@@ -23,6 +23,8 @@ from llmrl.tiny import TINY_ARCHS
 from tests.invariance.cases import make_config, make_learner, make_lora, make_samples, tiny_model, train_batch
 from tests.model.architectures import DENSE, MIXTURES, build
 
+pytestmark = pytest.mark.slow
+
 
 def policy_of(model: torch.nn.Module) -> Policy:
     return Policy(model, temperature=1.0, keep_reference=False)

@@ -20,6 +20,8 @@ from llmrl.tiny import byte_tokenizer
 from llmrl.track.files import read_jsonl
 from tests.model.test_adapter_folder import logits, save_adapter, save_base
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [{"prompt": f"Name {i}.", "chosen": f" It is {i}, surely", "rejected": f" no {chr(97 + i)}"} for i in range(8)]
 QUESTIONS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(8)]
 

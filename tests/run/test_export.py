@@ -18,6 +18,8 @@ from llmrl.run.checkpoint import list_checkpoints
 from llmrl.run.export import export, push
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"prompt": f"{i}+{i}?", "answer": str(2 * i)} for i in range(8)]
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|eos|>{% endfor %}[assistant] "
 

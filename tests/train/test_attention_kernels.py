@@ -39,6 +39,8 @@ from tests.invariance.cases import (
     update_and_look,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["flash", "flex_with_gradients"]
 
 ARCHS = ["qwen2", "qwen3", "llama", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox", "opt", "phi", "olmo2"]

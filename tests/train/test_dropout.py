@@ -18,6 +18,8 @@ from llmrl.tiny import byte_tokenizer
 from llmrl.track.files import read_jsonl
 from tests.invariance.cases import make_config, make_learner, make_samples, tiny_model, train_batch
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(8)]
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
