@@ -192,6 +192,7 @@ def test_a_bfloat16_model_becomes_a_float32_one_that_computes_in_bfloat16() -> N
     assert torch.equal(policy.exact_logprobs(batch), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lora", "critic_lora"),
     [

@@ -59,6 +59,7 @@ def dense(seed: int) -> Any:
     return tiny_model("qwen3", seed=seed, num_layers=4, tie_word_embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEED, SEED + 3))
 @pytest.mark.parametrize("engine_dtype", DTYPES)
 @pytest.mark.parametrize("learner_dtype", DTYPES)
@@ -103,6 +104,7 @@ class Faulty(HFEngine):
                 yield name, tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner_dtype", DTYPES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_caught_however_small_the_update(fault: str, learner_dtype: str) -> None:
