@@ -29,6 +29,11 @@ class RunFailed(LlmrlError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text for a message of one line, or its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run the `main` of a recipe or command; print an `LlmrlError` without a traceback and exit with its code.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.errors import UserError
+from llmrl.errors import UserError, first_line
 from llmrl.model.adapters import check_kind
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ def load_adapter(base: Any, adapter: SavedAdapter) -> Any:
         model: Any = peft.PeftModel.from_pretrained(base, adapter.path, is_trainable=True, **hub)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"model.path {adapter.path}: the adapter does not fit its base {adapter.base} ({_first_line(error)}); "
-            f"{HINT}"
+            f"model.path {adapter.path}: the adapter does not fit its base {adapter.base} ({first_line(error)}); {HINT}"
         ) from error
     model.peft_config[model.active_adapter].base_model_name_or_path = _absolute(adapter.base)
     return model
@@ -149,7 +148,3 @@ def without_adapter_files(folder: str) -> tempfile.TemporaryDirectory[str]:
 
 def _absolute(base: str) -> str:
     return str(Path(base).resolve()) if Path(base).is_dir() else base
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrl.errors import UserError
+from llmrl.errors import UserError, first_line
 from llmrl.model.adapter_folder import SavedAdapter, find_adapter, load_adapter, without_adapter_files
 from llmrl.model.adapters import check_kind, check_model, differences
 from llmrl.model.quantized import loading_options
@@ -50,7 +50,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(
-            f"model {source!r}: no tokenizer can be loaded from it ({_first_line(error)}); {hint}"
+            f"model {source!r}: no tokenizer can be loaded from it ({first_line(error)}); {hint}"
         ) from error
 
 
@@ -180,11 +180,7 @@ def _load_whole(config: ModelConfig, dtype: torch.dtype, device: torch.device | 
             **loading_options(config, dtype, device or torch.device("cpu")),
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {config.path!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {config.path!r} cannot be loaded: {first_line(error)}") from error
 
 
 def adapter_config(adapters: Any) -> Any:
@@ -207,7 +203,7 @@ def adapter_config(adapters: Any) -> Any:
         else:
             config, place = peft.LoraConfig(**asdict(adapters)), "model.lora"
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: {_first_line(error)}") from error
+        raise UserError(f"{place}: {first_line(error)}") from error
     check_kind(config, place)
     config.task_type = peft.TaskType.CAUSAL_LM
     return config
@@ -231,6 +227,6 @@ def add_lora(model: PreTrainedModel, adapters: Any, *, seed: int) -> nn.Module:
         try:
             wrapped = peft.get_peft_model(model, adapter_config(adapters))
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"model.lora: {_first_line(error)}") from error
+            raise UserError(f"model.lora: {first_line(error)}") from error
     check_model(wrapped)
     return wrapped

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import RunFailed, UserError
+from llmrl.errors import RunFailed, UserError, first_line
 
 DESCRIPTION = (
     "Write the model of a run's checkpoint, with its tokenizer and a model card, to a folder that transformers, peft "
@@ -121,9 +121,8 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         address = HfApi().create_repo(name, private=private, exist_ok=True)
         HfApi().upload_folder(folder_path=folder, repo_id=name)
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
-            f"{folder} is complete, but was not pushed to {name} ({first}); log in with `hf auth login`, then "
-            f"`hf upload {name} {folder}`"
+            f"{folder} is complete, but was not pushed to {name} ({first_line(error)}); log in with "
+            f"`hf auth login`, then `hf upload {name} {folder}`"
         ) from error
     return str(address)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmrl.errors import LlmrlError, RunFailed
+from llmrl.errors import LlmrlError, RunFailed, first_line
 from llmrl.model.attention import Kernel, caps_scores
 from llmrl.model.modes import evaluating
 from llmrl.model.rounding import PROMPT_LENGTH, computing_in, likely_sequences, rounding_errors
@@ -70,7 +70,7 @@ def check_forward(policy: Policy, *, packing: bool = True) -> list[str]:
     except Exception as error:
         raise RunFailed(
             f"{type(policy.causal_lm).__name__} cannot be trained here: its forward pass fails "
-            f"({type(error).__name__}: {_first_line(error)}); choose another model"
+            f"({type(error).__name__}: {first_line(error)}); choose another model"
         ) from error
     notes = list[str]()
     if caps_scores(policy.model_config) and getattr(policy.model_config, "_attn_implementation", None) == "eager":
@@ -208,7 +208,7 @@ def _attempt(check: Callable[[], None]) -> str:
     except RunFailed as error:
         return str(error)
     except Exception as error:
-        return f"the model refuses it ({type(error).__name__}: {_first_line(error)})"
+        return f"the model refuses it ({type(error).__name__}: {first_line(error)})"
     return ""
 
 
@@ -225,10 +225,6 @@ def _change(owner: PolicyModule | Critic, compute: Compute, batches: list[MicroB
         with computing_in(owner, torch.float32):
             before, after = (compute(batch).double() for batch in batches)
     return float((after - before).abs().max() / before.abs().max())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _hidden(policy: Policy, batch: MicroBatch) -> Tensor:
