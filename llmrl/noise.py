@@ -57,10 +57,10 @@ class Limit:
 
     @staticmethod
     def of(errors: Float[np.ndarray, " n"]) -> Limit:
-        """Return the limit that follows from the rounding errors of the two computations to compare.
+        """Return the limit that follows from what rounding does to the two computations to compare.
 
         Args:
-            errors: for each token, the sum of what the two are off by through rounding (nats), measured once.
+            errors: for each token, the difference that rounding makes between the two (nats; root mean square).
         """
         num = max(1, len(errors))
         chance = SIGMAS * float(errors.std()) / math.sqrt(num) if len(errors) else 0.0

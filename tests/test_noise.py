@@ -49,7 +49,7 @@ def test_errors_of_the_same_kind_are_explained_and_eight_times_as_large_ones_are
     def refused() -> bool:
         """Whether errors of the same kind are refused, even after they have been measured again with more draws."""
         gap = Gap.between(errors(), np.zeros(200))
-        limits = (Limit.of(np.max([errors() for _ in range(draws)], axis=0)) for draws in (2, 9))
+        limits = (Limit.of(np.sqrt(np.mean([errors() ** 2 for _ in range(draws)], axis=0))) for draws in (2, 9))
         return not any(limit.explains(gap) for limit in limits)
 
     assert sum(refused() for _ in range(2000)) == 0

@@ -93,7 +93,7 @@ def rounding_errors(
             that goes to other experts.
 
     Returns:
-        The sum of the errors of both computations: for each number the largest one found.
+        For each number the root mean square of the difference that rounding makes between the two computations.
     """
     other = owner.dtype if dtype is None else dtype
     coarse = max(owner.dtype, other, key=lambda kind: torch.finfo(kind).eps)
@@ -109,8 +109,9 @@ def rounding_errors(
     for seed in range(draws):
         with computing_in(owner, coarse), _shaken(model, relative or step, seed):
             errors.append((compute().double() - truth).abs())
+    # Errors of two computations are independent, so their squares add up.
     sides = 2 if owner.dtype.itemsize == other.itemsize and relative is None else 1
-    return sides * torch.stack(errors).amax(0).cpu().numpy()
+    return torch.stack(errors).square().mean(0).mul(sides).sqrt().cpu().numpy()
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
