@@ -193,21 +193,33 @@ def branch(folder: Path, output_dir: Path) -> dict[str, int]:
 
     Returns:
         The lengths in bytes of the new run's files.
+
+    Raises:
+        RunFailed: the disk is full or not writable. What was copied is removed.
     """
     state = json.loads((folder / STATE).read_text())
     lengths = dict.fromkeys(state["files"], 0)
-    for name in ("metrics", "ledger"):
-        source, length = folder.parent.parent / f"{name}.jsonl", state["files"].get(name, 0)
-        if source.is_file() and source.stat().st_size >= length:
-            with source.open("rb") as file:
-                (output_dir / source.name).write_bytes(file.read(length))
-            lengths[name] = length
     copy = output_dir / FOLDER / folder.name
     unfinished = copy.with_name(UNFINISHED + copy.name)
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(folder, unfinished)
-    (unfinished / STATE).write_text(json.dumps(state | {"files": lengths}))
-    unfinished.rename(copy)
+    try:
+        shutil.copytree(folder, unfinished)
+        for name in ("metrics", "ledger"):
+            source, length = folder.parent.parent / f"{name}.jsonl", state["files"].get(name, 0)
+            if source.is_file() and source.stat().st_size >= length:
+                with source.open("rb") as file:
+                    (output_dir / source.name).write_bytes(file.read(length))
+                lengths[name] = length
+        (unfinished / STATE).write_text(json.dumps(state | {"files": lengths}))
+        unfinished.rename(copy)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for name in ("metrics", "ledger"):
+            (output_dir / f"{name}.jsonl").unlink(missing_ok=True)
+        raise RunFailed(
+            f"checkpoint {folder} could not be copied to {output_dir} ({error}); free space or choose another "
+            "train.output_dir"
+        ) from error
     return lengths
 
 

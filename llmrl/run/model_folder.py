@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError
 
+from llmrl.errors import RunFailed, first_line
 from llmrl.track.files import read_jsonl
 from llmrl.track.history import part_of
 
@@ -67,14 +69,24 @@ def save_model(folder: Path, policy: Policy, tokenizer: Any, *, run: Path, step:
         tokenizer: with the chat template that it was trained with.
         run: the folder of the run, for the card.
         step: the step, from 1.
+
+    Raises:
+        RunFailed: the disk is full or not writable. Nothing is left behind, and what was in `folder` stays.
     """
     unfinished = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    policy.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(run, step, policy), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    try:
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(model_card(run, step, policy), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"the model could not be written to {folder} ({first_line(error)}); free space, then "
+            f"`llmrl export {run} --output DIR` writes it from the last checkpoint"
+        ) from error
 
 
 def model_card(run: Path, step: int, policy: Policy) -> str:

@@ -152,6 +152,21 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file of a run: whole, or not at all.
+
+    Raises:
+        RunFailed: it cannot be written, for example because the disk is full.
+    """
+    beside = file.with_name(f".writing-{file.name}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunFailed(f"{file} cannot be written ({error}); free space or choose another output_dir") from error
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[IO[str]]:
     """Open a text file that replaces a command's `--output` when the block succeeds and vanishes when it fails.

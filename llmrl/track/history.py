@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from llmrl.errors import UserError
-from llmrl.track.files import read_jsonl
+from llmrl.track.files import read_jsonl, replace_text
 from llmrl.track.record import flatten
 
 FILE = "history.jsonl"
@@ -37,6 +37,9 @@ def begin(
 
     Returns:
         The options that differ from those of the part before, as lines for the user.
+
+    Raises:
+        RunFailed: the files cannot be written. Those of the parts before stay.
     """
     source = folder if resumed_from is None else resumed_from.parent.parent
     parts = [part for part in read_parts(source) if part["from_step"] < step]
@@ -50,9 +53,9 @@ def begin(
         "environment": environment,
     }
     lines = "".join(json.dumps(each) + "\n" for each in [*parts, part])
-    (folder / FILE).write_text(lines)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+    replace_text(folder / FILE, lines)
+    replace_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    replace_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
     return _changes(parts[-1]["config"], config) if parts else []
 
 

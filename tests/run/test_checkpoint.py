@@ -239,3 +239,18 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     load(folder, other)
     for name, parameter in trained_parameters(other).items():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_branch_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, (learner, _) = tmp_path / "old", tmp_path / "new", build()
+    new.mkdir()
+    folder = save(old, 2, learner, state={"files": {"metrics": 5, "rollouts": 7, "ledger": 3}})
+    (old / "metrics.jsonl").write_text("12345678")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Path, "rename", full)
+    with pytest.raises(RunFailed, match=r"could not be copied.*No space left.*train.output_dir"):
+        branch(folder, new)
+    assert list_checkpoints(new) == [] and not list(new.glob("*.jsonl"))

@@ -213,3 +213,18 @@ def test_a_push_that_fails_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RunFailed, match=r"is complete, but was not pushed to me/x .*hf auth login.*hf upload me/x"):
         push(tmp_path, "me/x", private=True)
+
+
+def test_a_full_disk_keeps_the_model_that_was_there(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    train(run, base, steps=1)
+    before = files(run / "model")
+
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmrl.run.model_folder.model_card", full)
+    with pytest.raises(RunFailed, match=r"could not be written.*No space left.*llmrl export"):
+        train(run, base, steps=1, train__resume_from_checkpoint="last")
+    assert files(run / "model") == before
+    assert not list(run.glob(".writing-*"))

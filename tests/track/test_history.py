@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmrl.errors import UserError
+from llmrl.errors import RunFailed, UserError
 from llmrl.track.files import read_jsonl
 from llmrl.track.history import begin, part_of
 
@@ -70,3 +70,16 @@ def test_a_branch_begins_with_the_parts_of_the_other_run(tmp_path: Path) -> None
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no run.*output_dir"):
         part_of(tmp_path, 1)
+
+
+def test_a_full_disk_keeps_the_parts_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(tmp_path, 0.1, 0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(RunFailed, match=r"history.jsonl cannot be written.*No space left"):
+        start(tmp_path, 0.2, 5, own_checkpoint(tmp_path, 5))
+    assert rates(tmp_path) == [(0, 0.1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "env.json", "history.jsonl"]
