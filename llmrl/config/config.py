@@ -131,13 +131,18 @@ def findings(config: RunConfig) -> list[str]:
     sampled = config if isinstance(config, Config) else None
     setting = Setting(num_prompts=config.rollout.num_prompts, has_adapters=config.model.fresh_adapters is not None)
     if sampled is not None:
+        names = [reward.name for reward in sampled.rewards]
         setting = replace(
             setting,
             num_generations=sampled.rollout.num_generations,
             temperature=sampled.rollout.temperature,
             max_staleness=sampled.rollout.max_staleness,
-            rewards={f"{i} {reward.fn}": reward.weight for i, reward in enumerate(sampled.rewards)},
-            shaped=[f"{i} {r.fn}" for i, r in enumerate(sampled.rewards) if r.gate is not None or r.scale is not None],
+            rewards={f"{i} {name}": r.weight for i, (name, r) in enumerate(zip(names, sampled.rewards, strict=True))},
+            shaped=[
+                f"{i} {name}"
+                for i, (name, r) in enumerate(zip(names, sampled.rewards, strict=True))
+                if r.gate is not None or r.scale is not None
+            ],
             max_steps=config.train.max_steps,
         )
     found = config.model.findings() + config.algo.findings() + config.algo.findings_with(setting)

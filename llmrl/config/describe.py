@@ -33,7 +33,7 @@ def describe(config: RunConfig) -> list[str]:
 
 
 def _unread_rewards(config: Config, algo: PolicyGradient) -> list[str]:
-    weighted = [str(reward.fn) for reward in config.rewards if reward.weight > 0]
+    weighted = [reward.name for reward in config.rewards if reward.weight > 0]
     if len(weighted) < 2 or not algo.only_right_or_wrong:
         return []
     return [

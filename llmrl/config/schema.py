@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ NAMES = {
     Callable: "function",
     Any: "anything",
 }
+
+GIVEN = "(given in Python)"
+"""Stands in a written configuration for an object that has no name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +168,7 @@ def plain(value: Any, base: Any = dataclasses.MISSING) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return getattr(value, "__name__", str(value)) if callable(value) else value
+        return _scalar(value)
     found: dict[str, Any] = {}
     same = type(base) is type(value)
     for f in sorted(dataclasses.fields(value), key=lambda f: f.name not in ("name", "kind")):
@@ -173,3 +177,16 @@ def plain(value: Any, base: Any = dataclasses.MISSING) -> Any:
         if inner is not None or otherwise is not None:
             found[f.name] = plain(inner, otherwise)
     return found
+
+
+def _scalar(value: Any) -> Any:
+    """Return a value as plain text, number or null; in place of another object, its name or GIVEN."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration too
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    while isinstance(value, functools.partial):
+        value = value.func
+    return str(getattr(value, "__name__", GIVEN))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, RunConfig, check, complete
+from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, RunConfig, VerifyConfig, check, complete
 from llmrl.config.parsing import from_dotted, with_algorithm
+from llmrl.config.schema import GIVEN
 from llmrl.errors import UserError
 
-GIVEN = "(given in Python)"
-"""Stands in the configuration for an object that has no name."""
+if TYPE_CHECKING:
+    from llmrl.verify.rubric import Rubric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
     """
     if isinstance(args, RunConfig):
         config = args if given.algorithm in (None, args.algo.name) else with_algorithm(args, given.algorithm)
+        if isinstance(args, Config) and isinstance(config, Config):
+            config = replace(config, rewards=args.rewards)  # functions, whose names alone would be left
     else:
         config = from_dotted(dict(args or {}) | ({"algo.name": given.algorithm} if given.algorithm else {}))
     model = config.model
@@ -56,17 +59,67 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
             raise UserError(
                 f"a reward is given, but algo.name {config.algo.name} does not score anything: leave it out"
             )
-        rewards = as_list(given.reward)
-        names = [r if isinstance(r, str) else getattr(r, "__name__", GIVEN) for r in rewards]
-        config = replace(config, rewards=[RewardConfig(fn=name) for name in names])
+        config = replace(config, **_reward_sections(config, given.reward))
     config = complete(config)
     check(config)
     return config
 
 
-def as_list(reward: Any) -> list[Any]:
-    """Return one reward, or a sequence of them, as a list."""
-    return [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
+def _reward_sections(config: Config, reward: Any) -> dict[str, Any]:
+    """Return the sections `rewards` and `verify` for what was given as `reward`.
+
+    A function stays a function in `rewards[i].fn`: config.yaml records its name.
+    """
+    from llmrl.verify.rubric import Rubric
+
+    if not isinstance(reward, Rubric):
+        rewards = [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
+        return {"rewards": [_as_part(each) for each in rewards]}
+    if type(reward) is not Rubric:
+        raise UserError(
+            f"reward is a {type(reward).__name__}, a subclass of Rubric: give a function score_group(rollouts), which "
+            "may combine scores in any way, or a Rubric"
+        )
+    return {"rewards": [*reward.parts.values()], "verify": _verify_of(config.verify, reward)}
+
+
+def _as_part(reward: Any) -> RewardConfig:
+    if isinstance(reward, RewardConfig):
+        return reward
+    if isinstance(reward, str) or callable(reward):
+        return RewardConfig(fn=reward)
+    if callable(method := getattr(reward, "score_group", None)):
+        return RewardConfig(fn=method)
+    raise UserError(
+        f"reward {reward!r} is a {type(reward).__name__}: give a function, a spec such as "
+        "rewards/math_answer.py:math_answer, a RewardConfig(fn=..., weight=...), a list of these, or a Rubric"
+    )
+
+
+def _verify_of(verify: VerifyConfig, rubric: Rubric) -> VerifyConfig:
+    """Return `verify` with what a ready Rubric says about its worker processes, which a run starts anew.
+
+    Raises:
+        UserError: the Rubric says something else than `verify`, or what a run decides in another way.
+    """
+    if rubric.strict or not rubric.conversational:
+        raise UserError(
+            "reward is a Rubric with strict=True or conversational=False: in a run, errors of rewards are counted "
+            "(verify.max_unscored_frac), and data.prompt_format decides whether TRL functions get strings (text) or "
+            "messages (chat); leave both out"
+        )
+    usual, found = VerifyConfig(), dict[str, Any]()
+    for name, value, default in (
+        ("num_workers", rubric.pool.num_workers, 1),
+        ("memory_limit_gb", rubric.pool.memory_limit_bytes / 2**30, usual.memory_limit_gb),
+    ):
+        wanted = getattr(verify, name)
+        if value == default:  # Rubric(...) did not say anything about it
+            continue
+        if wanted not in (getattr(usual, name), value):
+            raise UserError(f"reward is a Rubric with {name} {value:g}, but verify.{name} is {wanted:g}: choose one")
+        found[name] = value
+    return replace(verify, **found)
 
 
 def _dtype(model: Any, wanted: str) -> str:

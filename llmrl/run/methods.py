@@ -31,7 +31,7 @@ from llmrl.model.logprob_head import keep_logits_in_float32
 from llmrl.model.policy import Policy
 from llmrl.rollout.preferences import PreferenceFeed
 from llmrl.rollout.tasks import TaskFeed
-from llmrl.run.given import Given, as_list
+from llmrl.run.given import Given
 from llmrl.types import Task
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
     return feed(
         _tasks(given.train_dataset, config.data),
         _tasks(given.eval_dataset, config.eval.data) if config.eval.data is not None else [],
-        _rubric(config, given.reward),
+        _rubric(config),
         data=config.data,
         rollout=config.rollout,
         verify=config.verify,
@@ -150,12 +150,9 @@ def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
     return preferences_from_rows(dataset, options, GIVEN_DATASET)
 
 
-def _rubric(config: Config, reward: Any) -> Rubric:
+def _rubric(config: Config) -> Rubric:
     from llmrl.verify.rubric import Rubric
 
-    rewards = as_list(reward)
-    if reward is not None and not all(isinstance(r, str) for r in rewards):
-        return Rubric(rewards)
     return Rubric.from_config(
         config.rewards,
         config.verify,

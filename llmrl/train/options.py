@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
+from pydantic import BeforeValidator
 
 from llmrl.option import Count, Natural, NotNegative, Place, Positive, option
 
 Decay = Annotated[float, Ge(0), Lt(1)]
+
+
+def _last_if_true(value: Any) -> Any:
+    """Take true for `last` and false for null, as transformers does."""
+    text = str(value).lower() if isinstance(value, (bool, str)) else None
+    return {"true": "last", "false": None}.get(text or "", value)
 
 
 @option
@@ -53,6 +60,6 @@ class TrainConfig:
     """Save a checkpoint every `save_steps` steps; 0 only at the end."""
     save_total_limit: Natural = 2
     """Older checkpoints are deleted; 0 keeps all."""
-    resume_from_checkpoint: Place | None = None
-    """`last`, a checkpoint folder, or a run folder (its last checkpoint). Another run's begins a branch in a new
-    `output_dir`."""
+    resume_from_checkpoint: Annotated[Place | None, BeforeValidator(_last_if_true)] = None
+    """`last` (or true), a checkpoint folder, or a run folder (its last checkpoint). Another run's begins a branch in a
+    new `output_dir`. false: start anew."""

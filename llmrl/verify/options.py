@@ -27,6 +27,11 @@ class RewardConfig:
     time_limit_s: Positive = 20.0
     """Time limit of one call in seconds, for rewards that run in the pool of worker processes."""
 
+    @property
+    def name(self) -> str:
+        """The spec, or the name of a function given in Python."""
+        return self.fn if isinstance(self.fn, str) else str(getattr(self.fn, "__name__", type(self.fn).__name__))
+
 
 @option
 class VerifyConfig:
