@@ -60,6 +60,19 @@ def box_iou(
     return _score_detections(extracted, bx.gold_detections(_without_tags(gold)), sizes, measure)
 
 
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the gold boxes or a size cannot be read."""
+    answer = row.get("answer")
+    gold = answer if answer is not None else row.get("solution")
+    if row.get("measure", "iou") == "iou":
+        bx.gold_box(gold)
+    else:
+        bx.gold_detections(_without_tags(gold))
+    sizes = (row.get(column) for column in ("image_size", "input_size", "image_grid_thw"))
+    _sizes(row.get("coordinates", "original"), *sizes, row.get("patch_size", 14))
+    return None
+
+
 def _score_one_box(extracted: str | None, gold: bx.Box, sizes: _Sizes) -> Score:
     box = bx.first_box(extracted or "")
     if box is None:

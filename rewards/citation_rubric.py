@@ -111,6 +111,23 @@ async def citation_rubric(
     return _mixed_score(result, alpha, rubric_norm, rubric_for)
 
 
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the row has no gold answer, or rubrics that cannot be read."""
+    _golds(row.get("answer"), row.get("label"))
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        return f"the column metadata is a {type(metadata).__name__}; it must be an object with remote_env_info"
+    environment = metadata.get("remote_env_info") or {}
+    rubrics = row["rubrics"] if row.get("rubrics") is not None else environment.get("rubrics") or []
+    if not isinstance(rubrics, list | tuple) or not all(
+        isinstance(rubric, str) and rubric.strip() for rubric in rubrics
+    ):
+        return f"the rubrics are {str(rubrics)[:80]!r}; they must be a list of texts"
+    if not rubrics and row.get("alpha", 0.3) > 0:
+        return "the row has no rubrics: give the column rubrics, or alpha 0 for the outcome alone"
+    return None
+
+
 def _judge(judge: Any, entities: dict[str, str] | None) -> AnyJudge:
     if judge is None:
         raise UserError(

@@ -78,6 +78,14 @@ async def ircoco(
     return scores
 
 
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the row has no reference text."""
+    answer = row["answer"]
+    if not isinstance(answer, str) or not answer.strip():
+        return f"the answer is {str(answer)[:80]!r}; it must be the text that completions are compared with"
+    return None
+
+
 def _rewarded(turn: Turn, pay_stop: bool = False) -> list[int]:
     """Return the completion's tokens that get a reward: all of them, or all but the stop token."""
     return turn.completion_ids[:-1] if turn.finish == "stop" and not pay_stop else turn.completion_ids

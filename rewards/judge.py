@@ -71,6 +71,15 @@ async def judge(
     return Score(reward=reward, info=values)
 
 
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the row has no question, or nothing to judge by."""
+    if row.get("question") is None and not _text(row.get("prompt")):
+        return "no question; rows need a prompt or the column `question`"
+    if row.get("criteria") is None and not gold_answers(row.get("answer")):
+        return "rows need `answer`, or `criteria` to grade by"
+    return None
+
+
 def _text(content: Any) -> str:
     """Return the text of a message's content or content parts, or of the last user message in a list of messages."""
     if not isinstance(content, list):

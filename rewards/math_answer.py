@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrl.types import Score
-from llmrl.verify.checks.math import equals_gold, extract_answer, gold_answers
+from llmrl.verify.checks.math import equals_gold, extract_answer, gold_answers, reference_problem
 
 POOL = True
 
@@ -51,6 +51,11 @@ EXAMPLES = [
 def warm_up() -> None:
     """Load math-verify and its LaTeX parser (about a second); each worker calls this once, outside any time limit."""
     equals_gold(r"\frac{x}{2} + 9", [r"\frac{y}{3}"])
+
+
+def check(row: dict[str, Any]) -> str | None:
+    """Say why no completion can be compared with the row's answer."""
+    return reference_problem(row["answer"])
 
 
 def math_answer(

@@ -80,6 +80,13 @@ def qa_match(
     return Score(reward=reward, parts=dict(parts), info={"extracted": extracted, "gold": golds})
 
 
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the row has no gold answer, or that the options are unknown."""
+    _golds(*(row.get(column) for column in ("answer", "golden_answers", "answers", "reward_model")))
+    qa.get_normalizer(row.get("normalizer", "squad_em"))
+    return None
+
+
 def _golds(*columns: Any) -> list[str]:
     for column in columns:
         if golds := qa.gold_answers(column):

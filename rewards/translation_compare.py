@@ -17,7 +17,8 @@ from typing import Any
 
 from llmrl.types import Score
 from llmrl.verify.judge.judge import OfflineJudge
-from llmrl.verify.translation.compare import TranslationRow, config_from, translation_score
+from llmrl.verify.translation.language import check_language
+from llmrl.verify.translation.compare import TranslationRow, check_row, config_from, translation_score
 
 
 async def translation_compare(
@@ -50,6 +51,18 @@ async def translation_compare(
         reference=reference,
     )
     return await translation_score(completion, row, config_from(dict(options or {})), judge)
+
+
+def check(row: dict[str, Any]) -> str | None:
+    """Say that a text which the mode needs is missing or not a text, or that a language is unknown."""
+    texts = {name: row.get(name) for name in ("source", "source_language", "target_language", "exemplar", "reference")}
+    for name, text in texts.items():
+        if not isinstance(text, str) and not (text is None and name in ("exemplar", "reference")):
+            return f"the column {name} is {text!r}; it must be a text"
+    translation = TranslationRow(**texts)
+    check_row(translation, config_from(dict(row.get("options") or {})))
+    check_language(translation.target_language)
+    return None
 
 
 _SOURCE = "The ministers announced the new rules on Saturday."

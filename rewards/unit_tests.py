@@ -13,7 +13,7 @@ from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
 from llmrl.types import Message, Score
 from llmrl.verify.checks.answers import completion_text
 from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
-from llmrl.verify.code.rows import Row, extract_program, read_row
+from llmrl.verify.code.rows import AssertTests, Row, broken_source, extract_program, read_row
 
 POOL = True
 """Some programs take seconds to judge, so this runs in the pool's worker processes, each with a sandbox of its own."""
@@ -84,6 +84,31 @@ def unit_tests(
     row = read_row({**human_eval, **mbpp, **live_code_bench, "input_output": input_output})
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
     return _run(completion_text(completion), row, outcome, limits, total_seconds, sandbox)
+
+
+def check(row: dict[str, Any]) -> str | None:
+    """Say that the row has no tests, or tests that cannot be read. Tests in a large archive are not unpacked for it."""
+    if row.get("outcome", "all") not in _OUTCOMES:
+        return f"outcome {row['outcome']!r} is unknown: use {', '.join(_OUTCOMES)}"
+    prompt = row.get("prompt")
+    columns = {name: row[name] for name in _TEST_COLUMNS if name in row}
+    packed = columns.get("private_test_cases")
+    if isinstance(packed, str) and len(packed) > _LARGE_ARCHIVE:
+        del columns["private_test_cases"]
+        if not columns.get("public_test_cases"):
+            return None
+    tests = read_row(columns | {"prompt": prompt if isinstance(prompt, str) else None}).tests
+    if tests is None:
+        return "the row has no tests"
+    return broken_source(tests) if isinstance(tests, AssertTests) else None
+
+
+_TEST_COLUMNS = (
+    *("test", "entry_point", "test_list", "test_setup_code", "test_imports", "challenge_test_list", "code"),
+    *("input_output", "public_test_cases", "private_test_cases", "starter_code", "metadata"),
+)
+_LARGE_ARCHIVE = 100_000
+"""Characters; unpacking more takes too long to do for every row before the first step."""
 
 
 def _run(

@@ -178,7 +178,7 @@ def _read_groups(file: Path, rubric: Rubric, answer_column: str | None) -> Itera
                 row_to_rollout(row, name=f"{file.stem}-{lines[0]}", index=j, answer_column=answer_column)
                 for j, row in enumerate(rows)
             ]
-            rubric.check(rollouts[0].task)
+            rubric.require(rollouts[0].task)
         except UserError as error:
             raise UserError(f"{_where(file, lines)}: {error}") from None
         yield _Group(lines, rows, rollouts)

@@ -71,7 +71,7 @@ async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_wor
         for i, example in enumerate(examples):
             row = {key: value for key, value in example.items() if key != "reward"}
             rollout = row_to_rollout(row, name=f"example-{i}")
-            rubric.check(rollout.task)
+            rubric.require(rollout.task)
             await rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout]))
             assert rollout.score is not None
             results.append(ExampleResult(row=row, expected=example["reward"], score=rollout.score))

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from llmrl.option import MISSING, Count, Positive, Share, option
+
+
+def _to_call(reward: Any) -> Any:
+    """Return the method of an object that scores groups and cannot be called itself."""
+    method = getattr(reward, "score_group", None)
+    return method if callable(method) and not callable(reward) else reward
 
 
 @option
 class RewardConfig:
     """One reward function. The first one with weight > 0 is the accuracy that pass@k and filters use."""
 
-    fn: str | Callable[..., Any] = MISSING
+    fn: Annotated[str | Callable[..., Any], BeforeValidator(_to_call)] = MISSING
     """`rewards/file.py:function`, `package.module:function`, or the name of an installed `llmrl.rewards` entry. In
     Python also the function itself."""
     weight: float = 1.0

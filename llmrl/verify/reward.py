@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Score, Task
+from llmrl.verify.rowcheck import RowCheck, check_of
 from llmrl.verify.spec import find, find_file, resolve
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
@@ -68,6 +69,10 @@ class Reward:
     """The function has `**kwargs`."""
     examples: list[dict[str, Any]] | None = None
     """`EXAMPLES` of the module it comes from."""
+    check: RowCheck | None = None
+    """Says what is wrong with a row's columns, if the reward brings such a function."""
+    _missing: dict[frozenset[str], str | None] = field(default_factory=dict, repr=False)
+    """What `missing` found, by the names that were available: rows of one dataset have few sets of columns."""
 
     def arguments(self, rollout: Rollout) -> dict[str, Any]:
         """Return the keyword arguments of a per-rollout function, or of a group function from any of its rollouts.
@@ -86,15 +91,39 @@ class Reward:
 
     def require(self, available: Mapping[str, Any]) -> None:
         """Raise a UserError that names the first required parameter that is neither available nor fixed."""
+        if text := self.missing(frozenset(available)):
+            raise UserError(text)
+
+    def missing(self, available: frozenset[str]) -> str | None:
+        """Return a text that names the first required parameter that is neither available nor fixed, or None."""
+        if available not in self._missing:
+            self._missing[available] = self._find_missing(available)
+        return self._missing[available]
+
+    def _find_missing(self, available: frozenset[str]) -> str | None:
         for name, parameter in self.parameters.items():
             if parameter.default is parameter.empty and name not in available and name not in self.args:
                 names = ", ".join(sorted(available))
-                near = difflib.get_close_matches(name, list(available), n=1, cutoff=0.6)
+                near = difflib.get_close_matches(name, sorted(available), n=1, cutoff=0.6)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise UserError(
+                return (
                     f"reward {self.name}: its parameter {name!r} cannot be filled: the row has no column of that "
                     f"name.{hint} Available: {names}. Add it, fix it in `args`, or give the parameter a default."
                 )
+        return None
+
+    def findings(self, available: frozenset[str], row: Mapping[str, Any]) -> list[str]:
+        """Return what is wrong with a row for this reward: an argument that cannot be filled, and what its check says.
+
+        Args:
+            available: names that the function's parameters can be filled with.
+            row: the columns, `prompt` and `answer`.
+        """
+        if text := self.missing(available):
+            return [text]
+        if self.check is not None and (text := self.check({**row, **self.args})):
+            return [f"reward {self.name}: {text.removeprefix(f'{self.name}: ')}"]
+        return []
 
 
 def available_arguments(rollout: Rollout) -> dict[str, Any]:
@@ -102,17 +131,21 @@ def available_arguments(rollout: Rollout) -> dict[str, Any]:
 
     ROLLOUT_ARGUMENTS take precedence over columns of the same names, a column `prompt` over the prompt itself.
     """
-    task = rollout.task
-    prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
-    available = ({"prompt": prompt} if prompt is not None else {}) | task.meta
-    if task.answer is not None or "answer" not in available:
-        available["answer"] = task.answer
-    return available | {
+    return row_arguments(rollout.task) | {
         "completion": rollout.completion,
         "messages": rollout.messages,
         "rollout": rollout,
-        "task": task,
+        "task": rollout.task,
     }
+
+
+def row_arguments(task: Task) -> dict[str, Any]:
+    """Return the arguments that come from the row: its columns, `prompt` and `answer`. Row checks get the same."""
+    prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
+    row = ({"prompt": prompt} if prompt is not None else {}) | task.meta
+    if task.answer is not None or "answer" not in row:
+        row["answer"] = task.answer
+    return row
 
 
 def columns(task: Task) -> dict[str, Any]:
@@ -147,6 +180,7 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     kind, called = _kind(function)
     reward = Reward(name=_name(function, module), function=called, kind=kind, args=args)
     reward.examples = getattr(module, "EXAMPLES", None)
+    reward.check = check_of(reward.name, function, module)
     signature = inspect.signature(called)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -219,8 +253,15 @@ def _kind(function: Any) -> tuple[Kind, Callable[..., Any]]:
     return "rollout", function
 
 
+def _owner(function: Any) -> Any:
+    """Return the object whose method a function is, or None."""
+    return getattr(function, "__self__", None)
+
+
 def _name(function: Any, module: ModuleType | None) -> str:
     inner = _unwrap(function)
+    if getattr(inner, "__name__", "") == "score_group" and not isinstance(owner := _owner(inner), ModuleType | None):
+        return type(owner).__name__
     name = str(getattr(inner, "__name__", type(inner).__name__)).strip("<>")
     if name == "score_group" and module is not None and module.__file__:
         return Path(module.__file__).stem

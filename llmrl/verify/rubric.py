@@ -18,9 +18,19 @@ from llmrl.errors import LlmrlError, UserError
 from llmrl.types import ENVIRONMENT, Message, Rollout, RolloutGroup, Score, Task
 from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
-from llmrl.verify.reward import Reward, RewardTypeError, as_score, available_arguments, columns, load_reward
+from llmrl.verify.reward import (
+    ROLLOUT_ARGUMENTS,
+    Reward,
+    RewardTypeError,
+    as_score,
+    columns,
+    load_reward,
+    row_arguments,
+)
 
 T = TypeVar("T")
+TRL_KEYWORDS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+"""What TRL functions get besides the columns."""
 
 
 Part = RewardConfig
@@ -138,11 +148,33 @@ class Rubric:
         """The reward that pass@k and filters look at: the first with weight > 0."""
         return next((name for name, part in self.parts.items() if part.weight > 0), None)
 
+    def findings(self, task: Task) -> list[str]:
+        """Return what is wrong with a task's row, a text for each finding; an empty list if every reward can use it.
+
+        A reward has an argument that the row cannot fill, or its check finds a column wrong (docs/rewards.md). Takes
+        microseconds a row, so that whole datasets can be read before the first step.
+        """
+        row = row_arguments(task)
+        return [
+            text for reward in self.rewards.values() for text in reward.findings(self._available(reward, task), row)
+        ]
+
     def check(self, task: Task) -> None:
-        """Raise a UserError when a reward requires an argument that this task cannot fill."""
-        rollout = Rollout(task=task, index=0)
+        """Raise a UserError with the first of the findings."""
+        for text in self.findings(task):
+            raise UserError(text)
+
+    def require(self, task: Task) -> None:
+        """Raise a UserError when a reward requires an argument that this task cannot fill; columns are not read."""
         for reward in self.rewards.values():
-            reward.require(self._trl_keywords([rollout], {}) if reward.kind == "trl" else available_arguments(rollout))
+            if text := reward.missing(self._available(reward, task)):
+                raise UserError(text)
+
+    def _available(self, reward: Reward, task: Task) -> frozenset[str]:
+        """Return the names of the arguments that a task's rollouts can fill."""
+        if reward.kind == "trl":
+            return TRL_KEYWORDS.union(columns(task))
+        return frozenset(ROLLOUT_ARGUMENTS).union(row_arguments(task))
 
     async def warm(self) -> None:
         """Start the worker processes and import the pooled rewards in them, which would slow down the first step."""

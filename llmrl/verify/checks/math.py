@@ -155,6 +155,49 @@ def is_readable(gold: str) -> bool:
     return any(not isinstance(parsed, str) for parsed in _parse(normal))
 
 
+def reference_problem(answer: Any) -> str | None:
+    r"""Return why completions cannot be compared with a reference, or None if they can. Fast enough for whole datasets.
+
+    Numbers, words and plain LaTeX are recognized by their form (20 microseconds). Only what is left is parsed, which
+    takes a thousand times longer; an expression that is not tame is not tried.
+
+    Args:
+        answer: as `gold_answers` takes it.
+    """
+    golds = gold_answers(answer)
+    if not golds:
+        if answer is None or answer == "" or answer == []:
+            return "the row has no answer"
+        return f"the answer {_shown(answer)} has no part that can be compared: no number, word or closed \\boxed{{...}}"
+    normal = [normalize(gold) for gold in golds]
+    if any(_is_plain(form) or not is_tame(form) for form in normal) or any(map(is_readable, golds)):
+        return None
+    return f"the answer {_shown(golds[0] if len(golds) == 1 else golds)} cannot be read as a number, words or LaTeX"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:37]} ... {text[-37:]}"
+
+
+_PLAIN = re.compile(
+    r"(?:[\w\s+\-*/=<>.,:;!|'%()\[\]{}^&]|\\[{}|\\]"
+    r"|\\(?:frac|sqrt|pi|cdot|times|infty|cup|cap|le|leq|ge|geq|neq|pm|circ|theta|alpha|beta|gamma|lambda|omega|angle"
+    r"|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|binom|overline|begin|end|in|mathbb|text|mathbf"
+    r")(?![a-zA-Z]))+"
+)
+"""LaTeX of the kind that references are made of."""
+
+
+def _is_plain(normal: str) -> bool:
+    """Return whether a normalized reference is a number, or LaTeX without unknown commands and with closed brackets."""
+    if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", normal):
+        return True
+    if not _PLAIN.fullmatch(normal) or normal.count("{") != normal.count("}"):
+        return False
+    return any(character.isalnum() for character in re.sub(r"\\[a-zA-Z]+", "", normal)) or "\\pi" in normal
+
+
 # --- equivalence ------------------------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,17 @@ def _livecodebench(row: Mapping[str, Any]) -> Row:
     return Row(tests=CallTests(function=name, inputs=calls, outputs=outputs), names=[name, "Solution"])
 
 
+def broken_source(tests: AssertTests) -> str | None:
+    """Return why test code does not compile, or None if all of it does."""
+    for source in (tests.setup, *tests.checks):
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError) as error:
+            line = next((line.strip() for line in source.splitlines() if line.strip()), "")
+            return f"its test code does not compile ({error}): {line[:80]}"
+    return None
+
+
 def _cases(value: Any, column: str) -> list[dict[str, Any]]:
     """Return test cases as a list. Private ones may be JSON in a compressed pickle, from which only text is loaded."""
     if not value:

@@ -180,9 +180,7 @@ async def translation_score(
         UserError: the mode needs a column, a judge or a metric that is missing.
         EndpointError: the judge or the metric server failed.
     """
-    if config.judged_directions and not _is_judged(row, config):
-        config = dataclasses.replace(config, mode="light", metric=None)
-    _check(row, config)
+    config = check_row(row, config)
     chosen_judge = get_judge(judge) if config.mode in ("compare", "grade") else None
     output, fault = _first_fault(completion, row, config)
     info: dict[str, Any] = {"mode": config.mode, "translation": output.translation if output else ""}
@@ -245,6 +243,18 @@ def _is_judged(row: TranslationRow, config: TranslationConfig) -> bool:
         raise UserError(f"translation_compare: judged_directions {config.judged_directions}: give a list like [en-zh]")
     own = [base_language(row.source_language), base_language(row.target_language)]
     return own in [[base_language(code) for code in direction] for direction in directions]
+
+
+def check_row(row: TranslationRow, config: TranslationConfig) -> TranslationConfig:
+    """Return the configuration that applies to a row, in whose direction the mode may be another.
+
+    Raises:
+        UserError: an option is wrong, or the row lacks what the mode needs.
+    """
+    if config.judged_directions and not _is_judged(row, config):
+        config = dataclasses.replace(config, mode="light", metric=None)
+    _check(row, config)
+    return config
 
 
 def _check(row: TranslationRow, config: TranslationConfig) -> None:

@@ -116,11 +116,23 @@ def is_language(text: str, target: str, *, source_text: str = "") -> bool:
         return False
     if language == "ja":
         return counts["Kana"] > 0 or counts["Han"] / 2 <= MIN_HAN_WITHOUT_KANA
-    rivals = LANGUAGES.get(SCRIPT_OF.get(language, ""), [])
-    if len(rivals) < 2:
+    rivals = _rivals(language)
+    if not rivals:
         return wanted > 0
     letters = len(_COUNTED[SCRIPT_OF[language]].findall(text))
     return letters < MIN_LETTERS_FOR_STATISTICS or most_likely(text, rivals) == language
+
+
+def check_language(target: str) -> None:
+    """Raise a UserError if texts cannot be checked to be in a language: it is unknown, or py3langid is missing."""
+    if _rivals(base_language(target)):
+        _identifier()
+
+
+def _rivals(language: str) -> list[str]:
+    """Return the languages of the same script, with the language itself; empty if it has a script of its own."""
+    languages = LANGUAGES.get(SCRIPT_OF.get(language, ""), [])
+    return languages if len(languages) > 1 else []
 
 
 def most_likely(text: str, languages: list[str]) -> str:
