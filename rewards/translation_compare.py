@@ -17,8 +17,8 @@ from typing import Any
 
 from llmrl.types import Score
 from llmrl.verify.judge.judge import OfflineJudge
-from llmrl.verify.translation.language import check_language
 from llmrl.verify.translation.compare import TranslationRow, check_row, config_from, translation_score
+from llmrl.verify.translation.language import check_language
 
 
 async def translation_compare(

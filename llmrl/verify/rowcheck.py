@@ -1,7 +1,8 @@
 """Checks of rows: a reward says before the first step what is wrong with a row's columns.
 
-A check is a function `check(row)` that returns a text, or None if the row is fine. `row` has what the reward's arguments
-are filled with: the columns, `prompt`, `answer`, and the fixed `args`. docs/rewards.md says where a reward declares it.
+A check is a function `check(row)` that returns a text, or None if the row is fine. `row` has what the reward's
+arguments are filled with: the columns, `prompt`, `answer`, and the fixed `args`. docs/rewards.md says where a reward
+declares it.
 """
 
 from __future__ import annotations
