@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from llmrl.errors import UserError
+from llmrl.verify.plugin import load_file
 
 ENTRY_POINT_GROUP = "llmrl.rewards"
 FORMS = (
@@ -88,31 +85,6 @@ def _unknown(spec: str, what: str, known: list[str], *, typed: str | None = None
     near = difflib.get_close_matches(typed or spec, known, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(f"reward {spec!r}: {what}.{hint}\n  A reward is named by {FORMS}.\n  Known: {', '.join(known)}.")
-
-
-def load_file(file: Path) -> ModuleType:
-    """Import a file under a module name of its own, so that a plug-in `math.py` does not hide the standard library's.
-
-    Raises:
-        UserError: importing it failed; the message has the file and the line.
-    """
-    name = f"llmrl_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if not isinstance(error, Exception):
-            raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
-        raise UserError(f"reward file {file}, line {line}: importing it failed: {error!r}") from error
-    return module
 
 
 def _import_module(name: str, spec: str) -> ModuleType:

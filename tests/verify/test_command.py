@@ -227,7 +227,8 @@ def self_test(folder: Path, examples: str, capsys: pytest.CaptureFixture[str]) -
     (folder / "tested.py").write_text(
         f"def tested(completion, bonus=0): return len(completion) + bonus or None\n{examples}\n"
     )
-    sys.modules.pop(next((name for name in sys.modules if name.startswith("llmrl_plugin_tested_")), ""), None)
+    for name in [name for name in sys.modules if name.startswith("llmrl_plugin_") and name.endswith(".tested")]:
+        del sys.modules[name]
     code = run(["--reward", "tested.py", "--self-test"])
     captured = capsys.readouterr()
     return code, captured.out + captured.err

@@ -61,7 +61,7 @@ def test_every_form_of_spec_finds_its_function(folder: Path) -> None:
 def test_a_file_does_not_shadow_the_standard_library(folder: Path) -> None:
     assert resolve("rewards/math.py:math")(completion="") == math.pi
     assert sys.modules["math"] is math
-    assert resolve("rewards/math.py:math").__module__.startswith("llmrl_plugin_math_")
+    assert resolve("rewards/math.py:math").__module__.startswith("llmrl_plugin_")
 
 
 def test_the_working_directory_comes_before_the_shipped_copy(folder: Path) -> None:
