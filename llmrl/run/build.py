@@ -54,13 +54,14 @@ class Parts:
     ledger: Ledger | None
 
 
-def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
+def build(args: Any, given: Given) -> Parts:
     """Build all parts of a run.
 
     Raises:
         UserError: the arguments or the data are wrong.
     """
-    config = resolve_config(args, given)
+    resolved = resolve_config(args, given)
+    config = resolved.config
     method = METHODS[type(config.algo)]
     feed = method.feed(config, given)
 
@@ -91,10 +92,11 @@ def build(args: RunConfig | dict[str, Any] | None, given: Given) -> Parts:
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
     tokenizer = with_template(tokenizer, config.data.chat_template)
     notes, sampler = feed.encode(tokenizer, generation), feed.sampler(config.rollout.num_prompts)
+    config = resolved.with_rows(len(feed.tasks))
     check_output_dir(config, parallel)
 
     console = Console(config.track.console, enabled=parallel.is_main)
-    for note in notes + describe(config):
+    for note in resolved.notes + notes + describe(config):
         console.say(note)
     parallel.barrier()
     algorithm = make_algorithm(config, feed.rewards)

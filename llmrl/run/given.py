@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmrl.config import Config, DataConfig, LoraConfig, RewardConfig, RunConfig, VerifyConfig, check, complete
-from llmrl.config.parsing import from_dotted, with_algorithm
+from llmrl.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    LoraConfig,
+    RewardConfig,
+    RunConfig,
+    VerifyConfig,
+    check,
+    complete,
+    from_dotted,
+    to_dict,
+)
+from llmrl.config.hints import near
+from llmrl.config.parsing import with_algorithm
 from llmrl.config.schema import GIVEN
 from llmrl.errors import UserError
+from llmrl.run.from_trl.fields import Translation
+from llmrl.run.from_trl.translate import KNOWN, family, translate
+from llmrl.track.record import flatten
 
 if TYPE_CHECKING:
     from llmrl.verify.rubric import Rubric
@@ -28,18 +46,40 @@ class Given:
     algorithm: str | None = None
 
 
-def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> RunConfig:
+@dataclass(kw_only=True)
+class Resolved:
+    """A configuration, and what was said on the way to it."""
+
+    config: RunConfig
+    notes: list[str]
+    """Lines for the user."""
+    translated: Translation | None = None
+    """What TRL's names were translated to, if there were any."""
+
+    def with_rows(self, num_rows: int) -> RunConfig:
+        """Return the configuration once the number of rows is known: TRL gives the length of a run in epochs."""
+        if self.translated is None or not self.translated.epochs:
+            return self.config
+        found = self.translated.at_epochs(num_rows, self.config.rollout.num_prompts)
+        self.notes.append(f"{self.translated.source}, for {num_rows} rows: {_typed(found)}")
+        config = self.config
+        for option, value in found.items():
+            section, name = option.split(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        return config
+
+
+def resolve_config(args: Any, given: Given) -> Resolved:
     """Return the configuration, overridden by what was given in Python, completed and checked.
+
+    Args:
+        args: a configuration, dotted options, a dictionary with names of TRL's, or a configuration object of TRL's.
+        given: everything else.
 
     Raises:
         UserError: what is given does not fit together; all findings are listed.
     """
-    if isinstance(args, RunConfig):
-        config = args if given.algorithm in (None, args.algo.name) else with_algorithm(args, given.algorithm)
-        if isinstance(args, Config) and isinstance(config, Config):
-            config = replace(config, rewards=args.rewards)  # functions, whose names alone would be left
-    else:
-        config = from_dotted(dict(args or {}) | ({"algo.name": given.algorithm} if given.algorithm else {}))
+    config, translated = _configuration(args, given)
     model = config.model
     if given.model is not None:
         path = given.model if isinstance(given.model, str) else GIVEN
@@ -60,9 +100,69 @@ def resolve_config(args: RunConfig | dict[str, Any] | None, given: Given) -> Run
                 f"a reward is given, but algo.name {config.algo.name} does not score anything: leave it out"
             )
         config = replace(config, **_reward_sections(config, given.reward))
+    if translated is not None and translated.reward_weights is not None and isinstance(config, Config):
+        config = replace(config, rewards=_weighted(config.rewards, translated.reward_weights))
     config = complete(config)
     check(config)
-    return config
+    notes = [] if translated is None else [_as_options(translated), *translated.notes]
+    return Resolved(config=config, notes=notes, translated=translated)
+
+
+def _configuration(args: Any, given: Given) -> tuple[RunConfig, Translation | None]:
+    """Return what `args` says, and the translation if it says that in TRL's words."""
+    algorithm = given.algorithm
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise UserError(
+            f"algorithm is {algorithm!r}: give the name of a preset, one of {', '.join(PRESETS)}; its options are "
+            "those of `algo`, such as algo.loss.kind"
+        )
+    if algorithm is not None and algorithm not in PRESETS:
+        raise UserError(f"algorithm is {algorithm!r}{near(algorithm, PRESETS)}: there are {', '.join(PRESETS)}")
+    if isinstance(args, RunConfig):
+        config = args if algorithm in (None, args.algo.name) else with_algorithm(args, algorithm)
+        if isinstance(args, Config) and isinstance(config, Config):
+            config = replace(config, rewards=args.rewards)  # functions, whose names alone would be left
+        return config, None
+    if family(args) is not None:
+        translated = translate(args, algorithm=algorithm, evaluates=given.eval_dataset is not None)
+        return from_dotted(dict.fromkeys(translated.epochs, 1) | translated.options), translated
+    if args is not None and not isinstance(args, Mapping):
+        raise UserError(_what_args_is(args))
+    return from_dotted(dict(args or {}) | ({"algo.name": algorithm} if algorithm else {})), None
+
+
+def _what_args_is(args: Any) -> str:
+    if isinstance(args, str) and args.endswith((".yaml", ".yml")):
+        return f'args is the name of a file: Trainer(llmrl.load_config(["--config", {args!r}]))'
+    if isinstance(args, str) or hasattr(args, "forward"):
+        return "the first argument is the configuration: give the model by name, Trainer(model=...)"
+    return (
+        f"args is of type {type(args).__name__}: give a dictionary of dotted options such as "
+        '{"train.learning_rate": 2e-6}, a Config, or a GRPOConfig, DPOConfig or KTOConfig of TRL'
+    )
+
+
+def _weighted(rewards: list[RewardConfig], weights: list[float]) -> list[RewardConfig]:
+    """Return the rewards with TRL's `reward_weights`."""
+    if len(weights) != len(rewards):
+        raise UserError(f"reward_weights has {len(weights)} entries for {len(rewards)} rewards: give one for each")
+    if any(reward.weight != 1 for reward in rewards):
+        raise UserError("reward_weights is given, and rewards have weights of their own: leave one of them out")
+    return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights, strict=True)]
+
+
+def _as_options(translated: Translation) -> str:
+    """Return what a configuration of TRL means, as one would type it, without what is the default here anyway."""
+    usual = flatten(to_dict(from_dotted({"algo.name": translated.options.get("algo.name", "grpo")})))
+    found = {k: v for k, v in translated.options.items() if k == "algo.name" or usual.get(k) not in (v, str(v))}
+    return f"{translated.source} means {_typed(found)}"
+
+
+def _typed(options: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) and value else json.dumps(value, default=str)
+
+    return " ".join(f"--{name} {shlex.quote(text(value))}" for name, value in options.items())
 
 
 def _reward_sections(config: Config, reward: Any) -> dict[str, Any]:
@@ -86,6 +186,11 @@ def _reward_sections(config: Config, reward: Any) -> dict[str, Any]:
 def _as_part(reward: Any) -> RewardConfig:
     if isinstance(reward, RewardConfig):
         return reward
+    if hasattr(reward, "forward") and hasattr(reward, "config"):
+        raise UserError(
+            f"reward is a model ({type(reward).__name__}): save it, and name it with "
+            'RewardConfig(fn="reward_model", args={"path": FOLDER})'
+        )
     if isinstance(reward, str) or callable(reward):
         return RewardConfig(fn=reward)
     if callable(method := getattr(reward, "score_group", None)):
@@ -148,3 +253,42 @@ def _data(options: Any, dataset: Any) -> Any:
     if dataset is None:
         return options
     return replace(options, path=dataset if isinstance(dataset, str) else GIVEN)
+
+
+NOT_TAKEN = {
+    "tools": "rollouts have one turn: tools are not there yet",
+    "environment_factory": "rollouts have one turn: environments of your own are not there yet",
+    "rollout_func": "the engine draws rollouts (rollout.engine); a function of your own is not there yet",
+    "ref_model": "the reference is the policy as it started; algo.kl.beta (or DPO) uses it",
+    "reward_processing_classes": "a reward model has its own tokenizer: fn reward_model, args {path: FOLDER}",
+    "optimizers": "AdamW is the optimizer: see train.learning_rate, train.lr_scheduler_type",
+    "quantization_config": 'model.quantization "nf4" holds the base of adapters in 4 bits',
+    "tokenizer": "use processing_class",
+    "data_collator": "rows are rendered with the chat template (data.prompt_format, data.prompt_template)",
+    "compute_metrics": "give a reward of weight 0: it is logged as reward/NAME/mean",
+    "preprocess_logits_for_metrics": "give a reward of weight 0: it is logged as reward/NAME/mean",
+    "compute_loss_func": "algo.loss.kind chooses the loss",
+    "formatting_func": "use data.prompt_template, or give rows with the prompt as you want it",
+    "model_init": "give the model: model=...",
+    "config": "give it first: Trainer(config, ...)",
+    "dataset": "use train_dataset",
+    "rewards": "use reward, or reward_funcs",
+    "reward_func": "use reward, or reward_funcs",
+    "callback": "use callbacks=[...]",
+}
+"""Keywords of other trainers, and what takes their place."""
+
+
+def refuse_keywords(other: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise a UserError if `Trainer` got keywords that it does not have. None, or (None, None), asks for nothing."""
+    found: list[str] = []
+    for name, value in other.items():
+        if name in NOT_TAKEN:
+            if value is not None and value != (None, None):
+                found.append(f"{name}: {NOT_TAKEN[name]}")
+        elif name in KNOWN:
+            found.append(f"{name}: that is an option; give it in args, as in Trainer({{{name!r}: ...}}, ...)")
+        else:
+            found.append(f"{name}: there is no such argument{near(name, known)}")
+    if found:
+        raise UserError("Trainer does not take " + "\n  - ".join(["", *found] if len(found) > 1 else found))

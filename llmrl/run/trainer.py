@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
 from llmrl.config import RunConfig, to_dict
+from llmrl.errors import UserError
 from llmrl.run import checkpoint
 from llmrl.run.build import build
-from llmrl.run.given import Given
+from llmrl.run.given import Given, refuse_keywords
 from llmrl.run.model_folder import TOKENIZER, save_model
 from llmrl.run.pipeline import RolloutQueue, on_device
 from llmrl.track import history
@@ -33,9 +35,11 @@ class Trainer:
         >>> Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward=my_reward, train_dataset="openai/gsm8k").train()
 
     Args:
-        args: a configuration, or a dictionary of dotted options such as {"train.learning_rate": 2e-6}.
+        args: a configuration; a dictionary of dotted options such as {"train.learning_rate": 2e-6}, or of TRL's names;
+            or TRL's GRPOConfig, DPOConfig or KTOConfig.
         model: hub id, folder, or a loaded transformers model.
-        reward: a function, a spec, or a list of them.
+        reward: a function, a spec, a RewardConfig (with weight, gate, scale), a list of these, or a Rubric.
+        reward_funcs: TRL's name for it.
         train_dataset: hub id, file, a datasets.Dataset, rows, or a list of Task.
         eval_dataset: held-out tasks, in any of these forms.
         processing_class: the tokenizer of a loaded model.
@@ -48,21 +52,26 @@ class Trainer:
 
     def __init__(
         self,
-        args: RunConfig | dict[str, Any] | None = None,
+        args: RunConfig | Mapping[str, Any] | Any = None,
         *,
         model: Any = None,
-        reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
+        reward: Any = None,
+        reward_funcs: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         peft_config: Any = None,
         algorithm: str | None = None,
+        **other: Any,
     ) -> None:
+        refuse_keywords(other, [name for name in inspect.signature(Trainer).parameters if name != "other"])
+        if reward is not None and reward_funcs is not None:
+            raise UserError("reward and reward_funcs are two names for the same: give one of them")
         parts = build(
             args,
             Given(
                 model=model,
-                reward=reward,
+                reward=reward_funcs if reward is None else reward,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,

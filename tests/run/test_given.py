@@ -49,7 +49,7 @@ class Longest:
 
 
 def resolve(args: Any = None, **given: Any) -> Config:
-    config = resolve_config({**NEEDED, **args} if isinstance(args, dict) else args, Given(**given))
+    config = resolve_config({**NEEDED, **args} if isinstance(args, dict) else args, Given(**given)).config
     assert isinstance(config, Config)
     return config
 
