@@ -135,6 +135,8 @@ class Turn:
     version_spans: list[tuple[int, int]] = field(default_factory=list)
     """(version, number of tokens) in order, from engines that know it for each token."""
     seconds: dict[str, float] = field(default_factory=dict)
+    prefilled: str = ""
+    """How the prompt already begins the assistant's message, such as `<think>`; the completion continues it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,6 +167,11 @@ class Rollout:
     def completion(self) -> str:
         """Return the text of the last assistant message ('' if there is none)."""
         return str(self.turns[-1].message.get("content") or "") if self.turns else ""
+
+    @property
+    def prefilled(self) -> str:
+        """Return how the prompt already begins the last assistant message ('' if it does not)."""
+        return self.turns[-1].prefilled if self.turns else ""
 
     @property
     def messages(self) -> list[Message]:

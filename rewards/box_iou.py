@@ -26,6 +26,7 @@ def box_iou(
     image_size: Any = None,
     input_size: Any = None,
     image_grid_thw: Any = None,
+    prefilled: str = "",
     *,
     measure: Measure = "iou",
     coordinates: Space = "original",
@@ -41,6 +42,7 @@ def box_iou(
         image_size: (width, height) of the original image; needed unless `coordinates` is "original".
         input_size: (width, height) the model saw, for `coordinates="input"`.
         image_grid_thw: the same as a grid of patches, read if there is no `input_size`.
+        prefilled: how the prompt already begins the completion's message, such as `<think>`.
         measure: `iou` of the first box with the gold box; `map`, COCO mAP@[.5:.95]; `map50`, AP at 0.5; `od_length`,
             mAP times n_gold / n_predicted when more boxes are predicted than exist.
         coordinates: the unit of the model's answer: pixels of the original image, pixels of its input, or thousandths
@@ -54,7 +56,7 @@ def box_iou(
         raise UserError(f"measure {measure!r} is unknown: use iou, map, map50 or od_length")
     gold = answer if answer is not None else solution
     sizes = _sizes(coordinates, image_size, input_size, image_grid_thw, patch_size)
-    extracted = extract_tag(without_thinking(completion_text(completion)))
+    extracted = extract_tag(without_thinking(prefilled + completion_text(completion)))
     if measure == "iou":
         return _score_one_box(extracted, bx.gold_box(gold), sizes)
     return _score_detections(extracted, bx.gold_detections(_without_tags(gold)), sizes, measure)

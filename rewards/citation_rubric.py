@@ -44,6 +44,7 @@ async def citation_rubric(
     metadata: dict[str, Any] | None = None,
     entities: dict[str, str] | None = None,
     rollout: Rollout | None = None,
+    prefilled: str = "",
     *,
     judge: Any = None,
     server_url: str | None = None,
@@ -69,6 +70,7 @@ async def citation_rubric(
         metadata: the column of CaRR rows that holds rubrics and question, under `remote_env_info`.
         entities: known names of the placeholders, for `judge="lexical"`.
         rollout: if truncated, it gets 0 and no judge is asked.
+        prefilled: how the prompt already begins the final answer's message, such as `<think>`.
         judge: see `llmrl.verify.judge.judge.get_judge`; or `lexical` (no model).
         server_url: URL of a running `scripts/serve_rubric`, used instead of `judge`.
         alpha: share of the rubric reward.
@@ -86,7 +88,7 @@ async def citation_rubric(
     check_mixing(alpha, rubric_norm, rubric_for)
     environment = (metadata or {}).get("remote_env_info") or {}
     request = {
-        "history": _history(completion, messages),
+        "history": _with_prefilled(_history(completion, messages), prefilled),
         "question": question or next(iter(environment.get("search_forbidden_strs") or []), None) or prompt or "",
         "known_answers": _golds(answer, label),
         "rubrics": list(rubrics if rubrics is not None else environment.get("rubrics") or []),
@@ -186,7 +188,7 @@ async def _score_rollout(rollout: Rollout, args: dict[str, Any]) -> Score:
     if isinstance(first_prompt, str):
         columns.setdefault("prompt", first_prompt)
     try:
-        given = {"answer": rollout.task.answer, **columns, **args}
+        given = {"answer": rollout.task.answer, "prefilled": rollout.prefilled, **columns, **args}
         return await citation_rubric(rollout.completion, rollout.messages, rollout=rollout, **given)
     except (LlmrlError, TypeError):
         raise
@@ -206,6 +208,15 @@ def _history(completion: str | list[Message], messages: list[Message] | None) ->
     last = history[-1] if history else {}
     same_end = bool(ending) and last.get("role") == "assistant" and last.get("content") == ending[-1].get("content")
     return history if same_end else history + ending
+
+
+def _with_prefilled(history: list[Message], prefilled: str) -> list[Message]:
+    """Return the conversation with the beginning of its final answer, which decides what of it is thinking."""
+    if not prefilled or not history:
+        return history
+    last = Message(**history[-1])
+    last["content"] = prefilled + str(last.get("content") or "")
+    return [*history[:-1], last]
 
 
 # --- the rubric server ------------------------------------------------------------------------------------------------
@@ -314,4 +325,5 @@ EXAMPLES: list[dict[str, Any]] = [
     },
     {**_ROW, "completion": "", "reward": 0.0},
     {**_ROW, "completion": "<think>## Exact Answer\nBasel", "reward": 0.0},
+    {**_ROW, "completion": "## Exact Answer\nBasel", "prefilled": "<think>", "reward": 0.0},
 ]

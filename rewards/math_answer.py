@@ -30,6 +30,8 @@ EXAMPLES = [
     {"completion": "", "answer": "0.5", "reward": 0.0},
     {"completion": r"<think>so \boxed{6}", "answer": "6", "reward": 0.0},
     {"completion": "It is 72.", "answer": "72", "require_box": True, "reward": 0.0},
+    {"completion": r"so \boxed{6}", "prefilled": "<think>\n", "answer": "6", "reward": 0.0},
+    {"completion": r"so 6 </think> \boxed{6}", "prefilled": "<think>\n", "answer": "6", "reward": 1.0},
     # hostile
     {"completion": r"\boxed{1}\boxed{2}\boxed{3}", "answer": "2", "reward": 0.0},
     {"completion": r"\boxed{1 or 2}", "answer": "2", "reward": 0.0},
@@ -61,6 +63,7 @@ def check(row: dict[str, Any]) -> str | None:
 def math_answer(
     completion: str,
     answer: Any,
+    prefilled: str = "",
     require_box: bool = False,
     strict_single_box: bool = False,
     allow_unevaluated: bool = False,
@@ -70,11 +73,12 @@ def math_answer(
     Args:
         completion: text of the last assistant message.
         answer: plain answer, GSM8K solution (`#### x`), MATH solution (\boxed{}), or a list of accepted forms.
+        prefilled: how the prompt already begins that message, such as `<think>`.
         require_box: count an answer outside a box as wrong.
         strict_single_box: require exactly one box in the completion.
         allow_unevaluated: accept a sum or product that evaluates to a numeric reference; see `equals_gold`.
     """
-    extraction = extract_answer(completion, require_box=require_box or strict_single_box)
+    extraction = extract_answer(prefilled + completion, require_box=require_box or strict_single_box)
     golds = gold_answers(answer)
     info: dict[str, Any] = {"extracted": extraction.answer, "gold": golds[0] if len(golds) == 1 else golds}
     correct = equals_gold(extraction.answer, golds, allow_unevaluated=allow_unevaluated)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from llmrl.errors import UserError
-from llmrl.types import Message, Rollout, Score
+from llmrl.types import Message, Rollout, Score, Turn
 from llmrl.verify.checks import answers as qa
 from llmrl.verify.thinking import without_thinking
 
@@ -22,6 +22,7 @@ def qa_match(
     answers: Any = None,
     reward_model: Any = None,
     rollout: Rollout | None = None,
+    prefilled: str = "",
     *,
     measure: Measure = "em",
     normalizer: str = "squad_em",
@@ -41,6 +42,7 @@ def qa_match(
         answers: gold answers (SQuAD, TriviaQA).
         reward_model: gold answers (Search-R1 and DeepResearcher rows).
         rollout: gives `search_r1` and `deepresearcher` all turns and the environment's replies.
+        prefilled: how the prompt already begins the completion's message, such as `<think>`.
         measure: em, f1, substring; or `search_r1` (lattice of the three format scores) or `deepresearcher` (-1 or F1).
         normalizer: squad_em | deepresearcher_f1 | multilingual.
         answer_tag: the answer is the last <answer>...</answer> outside the thinking; without one the reward is 0.
@@ -55,7 +57,7 @@ def qa_match(
         UserError: unknown measure or normalizer, or the row has no gold answer.
     """
     golds = _golds(answer, golden_answers, answers, reward_model)
-    text = qa.completion_text(completion)
+    text = prefilled + qa.completion_text(completion)
     answered = without_thinking(text)
     extracted = answered.strip() if answer_tag is None else qa.extract_tag(answered, answer_tag)
     # Compute the measures even if nothing was extracted, so that an unknown normalizer raises for any completion.
@@ -97,15 +99,22 @@ def _golds(*columns: Any) -> list[str]:
 def _policy_text(text: str, rollout: Rollout | None) -> str:
     if rollout is None or not rollout.turns:
         return text
-    return "\n".join(str(turn.message.get("content") or "") for turn in rollout.turns)
+    return "\n".join(_text_of(turn) for turn in rollout.turns)
+
+
+def _text_of(turn: Turn) -> str:
+    return turn.prefilled + str(turn.message.get("content") or "")
+
+
+def _replies_to(turn: Turn) -> str:
+    return "".join(str(reply.get("content") or "") for reply in turn.replies)
 
 
 def _search_r1(text: str, golds: list[str], rollout: Rollout | None, inline: bool, **scores: Any) -> float:
     # Only the environment may write <information>: a policy that forged it would collect the retrieval score.
     forged = not inline and "information>" in _policy_text(text, rollout)
     if rollout is not None and rollout.turns:
-        messages = [message for turn in rollout.turns for message in [turn.message, *turn.replies]]
-        text = "".join(str(message.get("content") or "") for message in messages)
+        text = "".join(_text_of(turn) + _replies_to(turn) for turn in rollout.turns)
     return qa.search_r1_reward(text, golds, well_formed=False if forged else None, **scores)
 
 
@@ -157,6 +166,14 @@ EXAMPLES: list[dict[str, Any]] = [
         "retrieval_score": 0.3,
         "reward": 0.1,
     },
+    {
+        "completion": "t</think><answer>Paris</answer>",
+        "prefilled": "<think>",
+        "answer": "Paris",
+        "measure": "search_r1",
+        "reward": 1.0,
+    },
+    {"completion": "t <answer>Paris</answer>", "prefilled": "<think>", "answer": "Paris", "reward": 0.0},
     {"completion": "I say <answer>Paris</answer>", "answer": "Paris", "measure": "search_r1", "reward": 0.8},
     {
         "completion": "<think>t</think><answer>Rome</answer>",

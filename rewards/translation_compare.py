@@ -30,6 +30,7 @@ async def translation_compare(
     reference: str | None = None,
     judge: Any = None,
     options: Mapping[str, Any] | None = None,
+    prefilled: str = "",
 ) -> Score:
     """Score one translation; see `llmrl.verify.translation.compare.translation_score` for the terms of the reward.
 
@@ -42,6 +43,7 @@ async def translation_compare(
         reference: a human translation (metrics chrf, bleu, ter).
         judge: see `llmrl.verify.judge.judge.get_judge` (modes compare and grade).
         options: fields of TranslationConfig.
+        prefilled: how the prompt already begins the output, such as `<think>`.
     """
     row = TranslationRow(
         source=source,
@@ -50,7 +52,7 @@ async def translation_compare(
         exemplar=exemplar,
         reference=reference,
     )
-    return await translation_score(completion, row, config_from(dict(options or {})), judge)
+    return await translation_score(prefilled + completion, row, config_from(dict(options or {})), judge)
 
 
 def check(row: dict[str, Any]) -> str | None:
@@ -97,6 +99,7 @@ _LIGHT = {**_ROW, "judge": None, "options": {"mode": "light"}}
 EXAMPLES = [
     # Much better than the exemplar (5), detailed thought (2).
     {**_ROW, "completion": f"{_THOUGHT} {_GOOD}", "reward": 7.0},
+    {**_ROW, "prefilled": "<think>", "completion": f"{_THOUGHT} {_GOOD}".removeprefix("<think>"), "reward": 7.0},
     # As good as the exemplar (3), a thought without analysis (0).
     {
         **_ROW,

@@ -35,6 +35,7 @@ def unit_tests(
     private_test_cases: Any = None,
     starter_code: str | None = None,
     metadata: Any = None,
+    prefilled: str = "",
     *,
     outcome: Outcome = "all",
     cpu_seconds: int = 10,
@@ -60,6 +61,7 @@ def unit_tests(
         private_test_cases: LiveCodeBench: more of them.
         starter_code: LiveCodeBench: names the method if metadata does not.
         metadata: LiveCodeBench: func_name.
+        prefilled: how the prompt already begins the completion's message, such as `<think>`.
         outcome: `all` (1 or 0), `fraction` (share of tests passed) or `bcoder` (+1, -0.3 wrong, -0.6 run-time error or
             time-out, -1 does not compile).
         cpu_seconds: processor time of one run: all assertions of a row together, or one input.
@@ -83,7 +85,7 @@ def unit_tests(
     live_code_bench |= {"starter_code": starter_code, "metadata": metadata}
     row = read_row({**human_eval, **mbpp, **live_code_bench, "input_output": input_output})
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
-    return _run(completion_text(completion), row, outcome, limits, total_seconds, sandbox)
+    return _run(prefilled + completion_text(completion), row, outcome, limits, total_seconds, sandbox)
 
 
 def check(row: dict[str, Any]) -> str | None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +74,37 @@ class Chat:
         if not token_ids:
             raise UserError("the prompt is empty: check the prompt column and data.chat_template")
         return token_ids
+
+    def prefilled(self, messages: Sequence[Message]) -> str:
+        """Return how the rendered prompt already begins the assistant's message: `<think>` and the like, mostly ''.
+
+        In text format it is an opening tag at the very end of the prompt, in chat format what the template writes
+        after the header of the assistant's message when it asks for one.
+        """
+        if self.prompt_format == "text":
+            found = re.search(r"<[A-Za-z]\w*>\s*$", _plain_text(messages, None))
+            return found.group() if found else ""
+        return self._template_prefilled
+
+    @cached_property
+    def _template_prefilled(self) -> str:
+        user, assistant = "first-marker", "second-marker"
+        question = Message(role="user", content=user)
+        try:
+            asked = self._chat_text([question]).rpartition(user)[2]
+        except UserError:
+            return ""  # a template that wants more than a question; what it puts before the answer stays unknown
+        try:
+            # Not as the last message: there many templates write empty thinking, which is not part of the header.
+            told = self._chat_text([question, Message(role="assistant", content=assistant), question])
+        except UserError:
+            told = ""
+        header = told.partition(assistant)[0].rpartition(user)[2]
+        shared = next((i for i, (a, b) in enumerate(zip(asked, header, strict=False)) if a != b), len(header))
+        start = min(shared, len(asked)) or len(asked)
+        if "<think>" in asked:  # even if the header has it
+            start = min(start, asked.index("<think>"))
+        return asked[start:] if asked[start:].strip() else ""
 
     def render_conversation(
         self,

@@ -167,6 +167,7 @@ class Collector(Source):
             version_spans=completion.version_spans,
             message=self.chat.parse(completion.token_ids),
             seconds={"generate": time.perf_counter() - start},
+            prefilled=self.chat.prefilled(messages),
         )
         rollout.turns.append(turn)
         if completion.finish == "length":

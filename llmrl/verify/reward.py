@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 from llmrl.errors import UserError
 from llmrl.types import Rollout, Score, Task
+from llmrl.verify.arguments import ROLLOUT_ARGUMENTS, ambiguous, available_arguments, columns, row_arguments
 from llmrl.verify.rowcheck import RowCheck, check_of
 from llmrl.verify.spec import find, find_file, resolve
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 """A function that declares one of these is called as TRL calls it. No per-rollout argument has these names."""
-ROLLOUT_ARGUMENTS = ("completion", "messages", "rollout", "task", "answer")
+TRL_KEYWORDS = TRL_ARGUMENTS | {"trainer_state", "log_extra", "log_metric"}
+"""What TRL functions get besides the columns."""
 
 
 class RewardTypeError(TypeError):
@@ -83,16 +85,12 @@ class Reward:
             UserError: a required parameter cannot be filled.
         """
         available = available_arguments(rollout)
-        self.require(available)
-        chosen = {name: available[name] for name in self.parameters if name in available}
-        if self.takes_rest and self.kind == "rollout":
-            chosen = {k: v for k, v in available.items() if k not in ROLLOUT_ARGUMENTS} | chosen
-        return chosen | self.args
-
-    def require(self, available: Mapping[str, Any]) -> None:
-        """Raise a UserError that names the first required parameter that is neither available nor fixed."""
         if text := self.missing(frozenset(available)):
             raise UserError(text)
+        chosen = {name: available[name] for name in self.parameters if name in available}
+        if self.takes_rest and self.kind == "rollout":
+            chosen = row_arguments(rollout.task) | chosen
+        return chosen | self.args
 
     def missing(self, available: frozenset[str]) -> str | None:
         """Return a text that names the first required parameter that is neither available nor fixed, or None."""
@@ -112,48 +110,22 @@ class Reward:
                 )
         return None
 
-    def findings(self, available: frozenset[str], row: Mapping[str, Any]) -> list[str]:
-        """Return what is wrong with a row for this reward: an argument that cannot be filled, and what its check says.
+    def unusable(self, task: Task) -> str | None:
+        """Return why a task's row cannot fill the parameters, or None if it can."""
+        if self.kind == "trl":
+            return self.missing(TRL_KEYWORDS.union(columns(task)))
+        if text := self.missing(frozenset(row_arguments(task)).union(ROLLOUT_ARGUMENTS)):
+            return text
+        text = ambiguous({n: p for n, p in self.parameters.items() if n not in self.args}, task.meta)
+        return f"reward {self.name}: {text}" if text else None
 
-        Args:
-            available: names that the function's parameters can be filled with.
-            row: the columns, `prompt` and `answer`.
-        """
-        if text := self.missing(available):
+    def findings(self, task: Task) -> list[str]:
+        """Return what is wrong with a task's row: an argument that cannot be filled, or else what the check says."""
+        if text := self.unusable(task):
             return [text]
-        if self.check is not None and (text := self.check({**row, **self.args})):
+        if self.check is not None and (text := self.check(row_arguments(task) | self.args)):
             return [f"reward {self.name}: {text.removeprefix(f'{self.name}: ')}"]
         return []
-
-
-def available_arguments(rollout: Rollout) -> dict[str, Any]:
-    """Return all arguments that a function can name: the row's columns, `prompt`, and ROLLOUT_ARGUMENTS.
-
-    ROLLOUT_ARGUMENTS take precedence over columns of the same names, a column `prompt` over the prompt itself.
-    """
-    return row_arguments(rollout.task) | {
-        "completion": rollout.completion,
-        "messages": rollout.messages,
-        "rollout": rollout,
-        "task": rollout.task,
-    }
-
-
-def row_arguments(task: Task) -> dict[str, Any]:
-    """Return the arguments that come from the row: its columns, `prompt` and `answer`. Row checks get the same."""
-    prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
-    row = ({"prompt": prompt} if prompt is not None else {}) | task.meta
-    if task.answer is not None or "answer" not in row:
-        row["answer"] = task.answer
-    return row
-
-
-def columns(task: Task) -> dict[str, Any]:
-    """Return the row's columns as TRL passes them on: all but prompt, completion and completion_ids."""
-    row = dict(task.meta)
-    if task.answer is not None:
-        row.setdefault("answer", task.answer)
-    return {k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")}
 
 
 def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None = None) -> Reward:

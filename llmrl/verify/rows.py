@@ -1,7 +1,7 @@
 """Rows of stored completions: lines of JSON become rollouts, and scored rollouts become lines of JSON again.
 
-A row has `completion` (text or messages), the columns that the rewards name, and `completion_ids` for rewards that
-count tokens.
+A row has `completion` (text or messages), the columns that the rewards name, `completion_ids` for rewards that count
+tokens, and `prefilled` where the prompt already began the completion's message.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 from llmrl.data.tasks import ANSWER_COLUMNS, PROMPT_COLUMNS
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Score, Task, Turn
+
+ROLLOUT_COLUMNS = ("completion", "completion_ids", "prefilled")
+"""Columns that describe the rollout; the others are those of its task."""
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -50,6 +53,8 @@ def check_row(row: dict[str, Any], where: str) -> None:
     """Raise a UserError, which begins with `where`, if a row has no usable `completion`."""
     if "completion" not in row:
         raise UserError(f"{where}, field completion: missing; the row has {', '.join(row) or 'no fields'}")
+    if not isinstance(row.get("prefilled") or "", str):
+        raise UserError(f"{where}, field prefilled: must be text, not {row['prefilled']!r}")
     completion = row["completion"]
     if isinstance(completion, str):
         return
@@ -71,7 +76,7 @@ def row_to_rollout(row: dict[str, Any], *, name: str, index: int = 0, answer_col
     """Return the rollout that a row describes.
 
     Args:
-        row: `completion`, and columns that become `task.meta`.
+        row: ROLLOUT_COLUMNS, and columns that become `task.meta`.
         name: id of the task.
         index: position of the rollout in its group.
         answer_column: column that holds the answer; default: the first of ANSWER_COLUMNS that the row has.
@@ -82,7 +87,7 @@ def row_to_rollout(row: dict[str, Any], *, name: str, index: int = 0, answer_col
     if answer_column is not None and answer_column not in row:
         raise UserError(f"field {answer_column}: missing (--answer_column); the row has {', '.join(row)}")
     answer_column = answer_column or next((c for c in ANSWER_COLUMNS if c in row), None)
-    meta = {key: value for key, value in row.items() if key not in ("completion", "completion_ids")}
+    meta = {key: value for key, value in row.items() if key not in ROLLOUT_COLUMNS}
     answer = row.get(answer_column) if answer_column else None
     task = Task(id=name, messages=_prompt(row), answer=answer, meta=meta)
     return Rollout(task=task, index=index, turns=_turns(row))
@@ -112,6 +117,7 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
                     finish="stop",
                     policy_version=(0, 0),
                     message=message,
+                    prefilled=row.get("prefilled") or "",
                 )
             )
         else:
@@ -121,7 +127,7 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
 
 def row_key(row: dict[str, Any]) -> str:
     """Return a key that is equal for attempts at the same task: rows that differ in nothing but their completion."""
-    return json.dumps({k: v for k, v in row.items() if k not in ("completion", "completion_ids")}, sort_keys=True)
+    return json.dumps({k: v for k, v in row.items() if k not in ROLLOUT_COLUMNS}, sort_keys=True)
 
 
 _UNSAFE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")

@@ -16,21 +16,12 @@ from typing import Any, TypeVar
 
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import ENVIRONMENT, Message, Rollout, RolloutGroup, Score, Task
+from llmrl.verify.arguments import columns
 from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
-from llmrl.verify.reward import (
-    ROLLOUT_ARGUMENTS,
-    Reward,
-    RewardTypeError,
-    as_score,
-    columns,
-    load_reward,
-    row_arguments,
-)
+from llmrl.verify.reward import Reward, RewardTypeError, as_score, load_reward
 
 T = TypeVar("T")
-TRL_KEYWORDS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
-"""What TRL functions get besides the columns."""
 
 
 Part = RewardConfig
@@ -154,10 +145,7 @@ class Rubric:
         A reward has an argument that the row cannot fill, or its check finds a column wrong (docs/rewards.md). Takes
         microseconds a row, so that whole datasets can be read before the first step.
         """
-        row = row_arguments(task)
-        return [
-            text for reward in self.rewards.values() for text in reward.findings(self._available(reward, task), row)
-        ]
+        return [text for reward in self.rewards.values() for text in reward.findings(task)]
 
     def check(self, task: Task) -> None:
         """Raise a UserError with the first of the findings."""
@@ -167,14 +155,8 @@ class Rubric:
     def require(self, task: Task) -> None:
         """Raise a UserError when a reward requires an argument that this task cannot fill; columns are not read."""
         for reward in self.rewards.values():
-            if text := reward.missing(self._available(reward, task)):
+            if text := reward.unusable(task):
                 raise UserError(text)
-
-    def _available(self, reward: Reward, task: Task) -> frozenset[str]:
-        """Return the names of the arguments that a task's rollouts can fill."""
-        if reward.kind == "trl":
-            return TRL_KEYWORDS.union(columns(task))
-        return frozenset(ROLLOUT_ARGUMENTS).union(row_arguments(task))
 
     async def warm(self) -> None:
         """Start the worker processes and import the pooled rewards in them, which would slow down the first step."""
@@ -243,7 +225,8 @@ class Rubric:
                 values = await _maybe_await(reward.function(rollouts, **reward.arguments(rollouts[0])))
             else:
                 keywords = self._trl_keywords(rollouts, extra)
-                reward.require(keywords)
+                if text := reward.missing(frozenset(keywords)):
+                    raise UserError(text)
                 taken = {k: v for k, v in keywords.items() if reward.takes_rest or k in reward.parameters}
                 values = await _maybe_await(reward.function(**taken | reward.args))
             values = _as_list(values, len(rollouts), reward.name)

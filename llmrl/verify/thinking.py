@@ -14,7 +14,8 @@ def without_thinking(text: str) -> str:
     - A closed block is removed wherever it stands. Blocks do not nest: the first `</think>` closes.
     - A block that is never closed is thinking without an answer; it is removed to the end.
     - Text before a first `</think>` that nothing opened is thinking too: many chat templates put `<think>` at the end
-      of the prompt. (Such thinking that is cut off before its `</think>` looks like an answer.)
+      of the prompt. Such thinking that is cut off before its `</think>` would look like an answer, so rewards put what
+      the prompt holds of the message (their argument `prefilled`) in front of the completion.
     - Any other `</think>` closes nothing; the tag alone is removed.
 
     What remains of several parts is joined by line breaks, so that removing a block never makes a new word or tag.

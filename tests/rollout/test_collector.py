@@ -28,6 +28,9 @@ class StubChat:
     def parse(self, completion_ids: list[int]) -> Message:
         return {"role": "assistant", "content": "".join(chr(i) for i in completion_ids if i != STOP)}
 
+    def prefilled(self, messages: list[Message]) -> str:
+        return "<think>"
+
 
 class StubRubric:
     """Gives reward 1 to completions that contain an x, and records the order of scoring."""
@@ -92,6 +95,7 @@ def test_whole_rollouts() -> None:
     assert turn.policy_version == (3, 3)
     assert turn.message == {"role": "assistant", "content": "x"}
     assert turn.seconds["generate"] >= 0
+    assert turn.prefilled == first.rollouts[0].prefilled == "<think>"
     assert first.rollouts[0].messages == [{"role": "user", "content": "ab"}, turn.message]
     assert [session for _, _, session in engine.calls] == ["ab/0", "ab/1", "c/0", "c/1"]
     assert all((s.max_tokens, s.temperature, s.top_p, s.top_k) == (4, 0.7, 1.0, 0) for _, s, _ in engine.calls)

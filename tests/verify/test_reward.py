@@ -166,6 +166,7 @@ def test_double_star_receives_the_rest_of_the_row() -> None:
         "level": 1,
         "other": 2,
         "prompt": "a question",
+        "answer": "a",
         "fixed": 3,
     }
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from llmrl.errors import UserError
-from llmrl.types import Task
+from llmrl.types import Message, Rollout, Task
 from llmrl.verify.reward import load_reward
+from llmrl.verify.rows import row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 
 
@@ -219,3 +220,51 @@ def test_a_hundred_thousand_gsm8k_rows_parse_nothing(monkeypatch: pytest.MonkeyP
         "(1, 2)",
     ):
         assert rubric.findings(task(answer=answer)) == [], answer
+
+
+# --- parameters that could mean a column or an object of ours ---------------------------------------------------------
+
+
+def test_a_column_with_the_name_of_an_object_is_refused_or_annotated() -> None:
+    def plain(completion: str, task: str) -> float:
+        return 1.0
+
+    def annotated(completion: str, task: Task, rollout: Rollout | None = None) -> float:
+        return 1.0
+
+    found = task(task="math", rollout=1)
+    (text,) = findings(plain, found)
+    assert text == (
+        "reward plain: its parameter 'task' could mean the row's column 'task' or llmrl's own 'task' "
+        "(docs/rewards.md). For llmrl's own, write `task: Task` (from llmrl.types). For the column, rename it in the "
+        "data, or take `rollout: Rollout` and read rollout.task.meta['task']."
+    )
+    with pytest.raises(UserError, match="could mean"):
+        Rubric([plain]).require(found)
+    assert findings(plain, task()) == [], "no such column"
+    assert findings(plain, found, task="fixed") == [], "the argument is fixed"
+    assert findings(annotated, found) == []
+    assert findings(lambda completions, task, **rest: [1.0], found) == [], "TRL functions get columns only"
+    assert findings(lambda completion, **rest: 1.0, found) == []
+
+
+def test_completion_and_messages_mean_the_policys() -> None:
+    def plain(completion: str, messages: Any) -> float:
+        return 1.0
+
+    def annotated(completion: str, messages: list[Message]) -> float:
+        return 1.0
+
+    question = [{"role": "user", "content": "q"}]
+    answered = [*question, {"role": "assistant", "content": "a"}]
+    assert findings(plain, task(completion="reference", messages=question)) == []
+    assert len(findings(plain, task(messages=answered))) == 1
+    assert findings(annotated, task(messages=answered)) == []
+
+
+def test_double_star_gets_the_column_and_not_the_object() -> None:
+    def rest(completion: str, **columns: Any) -> float:
+        return float(columns["task"] == "math" and "rollout" not in columns)
+
+    rollout = row_to_rollout({"completion": "x", "task": "math", "prompt": "q"}, name="t")
+    assert load_reward(rest).function(**load_reward(rest).arguments(rollout)) == 1.0
