@@ -17,6 +17,7 @@ from llmrl.rollout.staleness import staleness_metrics
 from llmrl.track.metrics import rollout_metrics
 from llmrl.types import Completion, Rollout, RolloutGroup, Sampling, Status, Task, Turn
 from llmrl.verify.budget import check_scores
+from llmrl.verify.failure import describe
 from llmrl.verify.options import VerifyConfig
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ class Collector(Source):
                 await env.close()
         except LlmrlError:
             raise
-        except Exception:
-            rollout.status, rollout.error = Status.ERROR_ENV, traceback.format_exc()
+        except Exception as error:
+            rollout.status, rollout.error = Status.ERROR_ENV, describe(error)
         if not rollout.status.is_error:
             await self.rubric.score(rollout)
         return rollout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from llmrl.errors import RunFailed
@@ -26,10 +27,9 @@ def check_scores(rollouts: Sequence[Rollout], options: VerifyConfig, *, what: st
     total = len(rollouts)
     errors = [error for r in rollouts if (error := r.error or (r.score.error if r.score else None))]
     if len(errors) > max(1, int(options.max_unscored_frac * total)):
-        shown = "".join(f"\n--- an error:\n{error}" for error in list(dict.fromkeys(errors))[:3])
         raise RunFailed(
             f"{len(errors)} of {total} {what} have no score because something failed, more than "
-            f"verify.max_unscored_frac {options.max_unscored_frac} allows{shown}"
+            f"verify.max_unscored_frac {options.max_unscored_frac} allows\n{_summary(errors)}"
         )
     if options.max_abstained_frac is None:
         return
@@ -41,3 +41,33 @@ def check_scores(rollouts: Sequence[Rollout], options: VerifyConfig, *, what: st
             f"{options.max_abstained_frac} allows; the tasks: {tasks}. Look at their references: a reward abstains "
             "where it cannot read one"
         )
+
+
+def _summary(errors: Sequence[str]) -> str:
+    """Return how often which kind of error occurred, the most frequent first, and the first one of each in full."""
+    kinds: dict[str, list[str]] = {}
+    for error in errors:
+        kinds.setdefault(_kind(_headline(error)), []).append(error)
+    shown = sorted(kinds.values(), key=len, reverse=True)[:3]
+    lines = [f"{_times(len(kind))}: {_headline(kind[0])}" for kind in shown]
+    if others := len(errors) - sum(map(len, shown)):
+        lines.append(f"{_times(others)}: other errors")
+    for kind in shown:
+        headline, rest = _headline(kind[0]), kind[0].strip().partition("\n")[2].strip()
+        if rest:
+            lines.append(f"--- {headline}\n{rest}" if len(shown) > 1 else rest)
+    return "\n".join(lines)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _headline(error: str) -> str:
+    return (error.strip().splitlines() or [""])[0]
+
+
+def _kind(headline: str) -> str:
+    """Return what errors of one kind share: class and place. The text between often holds a value of the row."""
+    place = re.search(r" \(.*, line \d+, in .*\)$", headline)
+    return headline if place is None else headline.partition(":")[0] + place.group()

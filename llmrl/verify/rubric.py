@@ -9,7 +9,6 @@ import asyncio
 import inspect
 import math
 import sys
-import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import ENVIRONMENT, Message, Rollout, RolloutGroup, Score, Task
 from llmrl.verify.arguments import columns
+from llmrl.verify.failure import describe
 from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, load_reward
@@ -216,7 +216,7 @@ class Rubric:
                 value = await _maybe_await(reward.function(**arguments))
             return _Result(score=as_score(value, reward.name))
         except Exception as error:
-            return self._failed(error, rollout)
+            return self._failed(reward, error, rollout)
 
     async def _call_group(self, reward: Reward, rollouts: list[Rollout]) -> list[_Result]:
         extra: dict[str, list[Any]] = {}
@@ -235,7 +235,7 @@ class Rubric:
                 for name, entry in extra.items()
             }
         except Exception as error:
-            return [self._failed(error, rollout) for rollout in rollouts]
+            return [self._failed(reward, error, rollout) for rollout in rollouts]
         results = []
         for i, value in enumerate(values):
             try:
@@ -243,17 +243,17 @@ class Rubric:
                 score.info = score.info | {name: entry[i] for name, entry in extra.items()}
                 results.append(_Result(score=score))
             except (RewardTypeError, ValueError) as error:
-                results.append(self._failed(error, rollouts[i]))
+                results.append(self._failed(reward, error, rollouts[i]))
         return results
 
-    def _failed(self, error: Exception, rollout: Rollout) -> _Result:
+    def _failed(self, reward: Reward, error: Exception, rollout: Rollout) -> _Result:
         if self.strict and isinstance(error, RewardTypeError):
             raise RowError(f"field reward: {error}", rollout.index) from None
         if self.strict and isinstance(error, (UserError, CallRefused)):
             raise RowError(str(error), rollout.index) from None
         if isinstance(error, LlmrlError):  # it must stop the run: an exhausted budget, a judge that fails its canaries
             raise error
-        text = str(error) if isinstance(error, PoolError) else "".join(traceback.format_exception(error, limit=-30))
+        text = str(error) if isinstance(error, PoolError) else describe(error, reward.function)
         return _Result(score=Score(reward=None, error=text))
 
     def _trl_keywords(self, rollouts: list[Rollout], extra: dict[str, list[Any]]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import pickle
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from llmrl.errors import UserError
+from llmrl.verify.failure import describe
 from llmrl.verify.spec import find, resolve
 
 _PR_SET_PDEATHSIG = 1
@@ -65,6 +65,7 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
     Returns:
         A pickled (True, value); (None, message) for a UserError; (False, traceback) for any other exception.
     """
+    spec = ""
     try:
         spec, arguments = pickle.loads(request)
         if arguments is None:
@@ -83,8 +84,8 @@ def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
         return pickle.dumps((False, text))
     except UserError as error:
         return pickle.dumps((None, str(error)))
-    except BaseException:
-        return pickle.dumps((False, traceback.format_exc(limit=-30)))
+    except BaseException as error:
+        return pickle.dumps((False, describe(error, functions.get(spec))))
     finally:
         # An alarm or a signal handler that a library left behind must not kill the next call.
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -42,7 +42,9 @@ def test_errors_count_against_their_budget(kind: object) -> None:
     check(step((2, kind), (18, scored)), 0.1, None)
     with pytest.raises(RunFailed, match="3 of 20 rollouts have no score.*max_unscored_frac 0.1") as caught:
         check(step((3, kind), (17, scored)), 0.1, None)
-    assert all(f"{number}" in str(caught.value).split("an error:", 1)[1] for number in range(3))
+    lines = str(caught.value).splitlines()
+    assert [line[:6] for line in lines[1:4]] == ["once: "] * 3
+    assert all(lines[number + 1].endswith(f" {number}") for number in range(3))
 
 
 def test_errors_of_rewards_and_environments_add_up_and_equal_ones_are_shown_once() -> None:
@@ -50,9 +52,35 @@ def test_errors_of_rewards_and_environments_add_up_and_equal_ones_are_shown_once
     rollouts[2].score = rollouts[0].score
     with pytest.raises(RunFailed, match="3 of 10") as caught:
         check(rollouts, 0.2, 1.0)
-    assert str(caught.value).count("--- an error") == 2
-    assert "Traceback: reward 0" in str(caught.value)
-    assert "Traceback: environment 1" in str(caught.value)
+    assert str(caught.value).splitlines()[1:] == [
+        "2 times: Traceback: reward 0",
+        "once: Traceback: environment 1",
+    ]
+
+
+def test_errors_of_one_kind_at_one_place_are_counted_together() -> None:
+    def failing(text: str, line: int) -> Rollout:
+        error = f"ValueError: bad {text} (mine.py, line {line}, in f)\nTraceback\n  {text}"
+        return Rollout(task=Task(id="t", messages=[]), index=0, score=Score(reward=None, error=error))
+
+    rollouts = [failing("d", 7), *(failing(text, 3) for text in "abc"), *(failing("x", line) for line in range(8, 11))]
+    with pytest.raises(RunFailed) as caught:
+        check(rollouts, 0.0, None)
+    assert str(caught.value).splitlines()[1:] == [
+        "3 times: ValueError: bad a (mine.py, line 3, in f)",
+        "once: ValueError: bad d (mine.py, line 7, in f)",
+        "once: ValueError: bad x (mine.py, line 8, in f)",
+        "2 times: other errors",
+        "--- ValueError: bad a (mine.py, line 3, in f)",
+        "Traceback",
+        "  a",
+        "--- ValueError: bad d (mine.py, line 7, in f)",
+        "Traceback",
+        "  d",
+        "--- ValueError: bad x (mine.py, line 8, in f)",
+        "Traceback",
+        "  x",
+    ]
 
 
 def test_abstentions_count_against_theirs_and_their_tasks_are_named() -> None:
