@@ -55,7 +55,8 @@ class Engine(Protocol):
     async def differing(self, sent: WeightSource | Adapter) -> list[str]:
         """Return the names of tensors that it does not hold as they are in `sent`, bit for bit in the type it uses.
 
-        It compares as much as it can: what it was given, what it holds, or both.
+        It compares as much as it can: what it was given, what it holds, or both. An engine that takes adapters compares
+        weights with the base that it was started with.
         """
         ...
 

@@ -123,13 +123,15 @@ class WeightSync:
     async def _check_content(self, version: int) -> None:
         """Check that the engine holds what the learner has, however small the difference."""
         sent = self.policy.adapter() if self.engine.takes_adapters else self.policy.weights
-        different = await self.engine.differing(sent)
-        if different:
-            names = ", ".join(different[:SHOWN]) + (", ..." if len(different) > SHOWN else "")
+        if different := await self.engine.differing(sent):
             raise RunFailed(
                 f"weight sync: after pushing policy version {version} the engine holds other numbers than were sent in "
-                f"{len(different)} tensors ({names}): the push did not arrive, or only a part of it, or some in the "
-                "wrong module"
+                f"{_few(different)}: the push did not arrive, or only a part of it, or some in the wrong module"
+            )
+        if self.engine.takes_adapters and (different := await self.engine.differing(self.policy.base_weights)):
+            raise RunFailed(
+                f"weight sync: under the adapter of policy version {version} the engine has another base than the "
+                f"learner: it loaded other numbers in {_few(different)}; start it with the model that is trained"
             )
 
     def _check_moved(self, version: int, change: float, served: np.ndarray) -> None:
@@ -168,6 +170,10 @@ class WeightSync:
         if gaps and limit.explains(gaps[nearest]):
             return f"{message}, but {causes[nearest][1]} to {gaps[nearest].mean:.3g}: {causes[nearest][2]}"
         return f"{message}, and match no earlier version: part of the weights arrived, or some in the wrong module"
+
+
+def _few(names: list[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
 
 
 def _flat(rows: list[list[float]]) -> Float[np.ndarray, " n"]:

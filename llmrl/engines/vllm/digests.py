@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ class Sent:
 
     parts: dict[str, str]
     """By name; for an adapter, its configuration too."""
-    as_served: str | None
-    """Of all of them in the type that is served. None if vLLM also rounds them in another way."""
+    as_served: dict[str, str] | None
+    """The same in the form that is served. None for weights that vLLM also rounds in another way."""
 
 
 def sent_weights(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, quantized: bool) -> Sent:
@@ -73,13 +74,37 @@ def sent_weights(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, q
     for name, tensor in weights:
         parts[name] = digest(tensor)
         same = same and (tensor.dtype == dtype or not tensor.is_floating_point())
-    return Sent(parts, combined(parts) if same and not quantized else None)
+    return Sent(parts, parts if same and not quantized else None)
+
+
+def loaded_digest(tensor: Tensor, dtype: torch.dtype) -> str:
+    """Return the digest of a tensor of the base as it is used in `dtype`, whatever type its file has."""
+    return digest(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def sent_base(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, str]:
+    """Return the `loaded_digest` of each tensor that `dtype` does not hold more exactly than the learner does."""
+    return {
+        name: loaded_digest(tensor, dtype)
+        for name, tensor in weights
+        if not tensor.is_floating_point() or tensor.dtype.itemsize >= dtype.itemsize
+    }
 
 
 def sent_adapter(adapter: Adapter, dtype: torch.dtype) -> Sent:
-    """Compute the digests of an adapter that is served in `dtype`."""
-    rounded = Adapter(config=adapter.config, tensors={name: t.to(dtype) for name, t in adapter.tensors.items()})
-    return Sent(adapter_digests(adapter), combined(adapter_digests(rounded)))
+    """Compute the digests of an adapter that is served in `dtype`.
+
+    vLLM holds lora_A as it is and lora_B times the scaling, without "base_model.model." and ".weight" in their names.
+    """
+    rank, alpha = adapter.config["r"], adapter.config["lora_alpha"]
+    scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    held: dict[str, str] = {}
+    for name, tensor in adapter.tensors.items():
+        rounded = tensor.to(dtype)
+        if ".lora_B." in name and scaling != 1:
+            rounded = rounded * scaling
+        held[name.removeprefix("base_model.model.").removesuffix(".weight")] = digest(rounded)
+    return Sent(adapter_digests(adapter), held)
 
 
 def adapter_digests(adapter: Adapter) -> dict[str, str]:
@@ -96,13 +121,18 @@ def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str
 class Held:
     """What one engine or server holds, compared with what it was sent, push after push.
 
-    It holds weights in a form of its own (joined, packed), so their digest is never that of what was sent. But other
-    weights have to give another digest: if one returns that belongs to other weights, a push has not arrived.
+    Tensors that it held as they were sent must be held so again. Others it has joined, divided or transformed, and
+    their digests are never those of what was sent; but where that has changed, what holds it must have changed too, and
+    a digest that belongs to earlier weights must not return. Adapters and the base under them are compared directly.
     """
 
     def __init__(self) -> None:
+        self.alike: set[str] = set()
+        """Names of tensors that were once held as they were sent."""
         self.served: dict[str, str] = {}
         """What was sent, by the digest of what was then served."""
+        self.before: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
+        """What was sent last and what each worker then held, by name."""
 
     def weights(self, sent: Sent, answers: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return the names of tensors that workers do not hold; `answers` are what `llmrl_held` returned on each."""
@@ -110,24 +140,73 @@ class Held:
         for answer in answers:
             if answer["received"] is not None:
                 different += differences(answer["received"], sent.parts)
-        served = [answer["served"] for answer in answers]
-        if not different and sent.as_served is not None and None not in served and self._is_stale(sent, served):
-            return [*sent.parts]
+            different += answer["outdated"]
+        parts = [answer["served"] for answer in answers]
+        if not different and sent.as_served is not None and None not in parts:
+            different = self._unlike(sent.as_served, answers)
+            if not different and self._is_stale(combined(sent.as_served), parts):
+                different = [*sent.parts]
         return list(dict.fromkeys(different))
+
+    def _unlike(self, sent: Mapping[str, str], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+        different: list[str] = []
+        for i, answer in enumerate(answers):
+            held: Mapping[str, str] = answer["served"]
+            alike = {name for name, part in sent.items() if held.get(name) == part}
+            different += [name for name in sent if name in self.alike and name in held and name not in alike]
+            self.alike |= alike
+            sent_before, held_before = self.before[i] if i < len(self.before) else ({}, {})
+            changed = [name for name, part in sent.items() if sent_before.get(name, part) != part]
+            kept = {name for name, part in held.items() if held_before.get(name) == part}
+            different += [name for name in changed if not kept.isdisjoint(_holders(name, answer["joined"]))]
+        self.before = [(sent, answer["served"]) for answer in answers]
+        return different
 
     def adapter(self, sent: Sent, answers: Sequence[Mapping[str, Any]]) -> list[str]:
         """Do the same for the adapter that was loaded last."""
-        adapters = [answer["adapters"] for answer in answers]
-        if not all(adapters):
-            return ["the adapter itself"]
-        newest = [found[max(found, key=int)] for found in adapters]
-        return [*sent.parts] if self._is_stale(sent, newest) else []
-
-    def _is_stale(self, sent: Sent, served: Sequence[str]) -> bool:
         assert sent.as_served is not None
-        return self.served.setdefault(combined({str(i): part for i, part in enumerate(served)}), sent.as_served) != (
-            sent.as_served
-        )
+        different: list[str] = []
+        for answer in answers:
+            if not answer["adapters"]:
+                return ["the adapter itself"]
+            held: dict[str, str] = answer["adapters"][max(answer["adapters"], key=int)]
+            found, wanted = _without_experts(held), _without_experts(sent.as_served)
+            if found.keys().isdisjoint(wanted):  # an architecture whose modules vLLM calls otherwise
+                different += wanted if sorted(found.values()) != sorted(wanted.values()) else []
+            else:
+                different += differences(found, wanted)
+        newest = [answer["adapters"][max(answer["adapters"], key=int)] for answer in answers]
+        if not different and self._is_stale(combined(sent.parts), newest):
+            different = [*sent.parts]
+        return list(dict.fromkeys(different))
+
+    def base(self, sent: Mapping[str, str], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the names of base weights that were loaded from other numbers than the learner's."""
+        different = [
+            name
+            for answer in answers
+            for name, part in (answer["base"] or {}).items()
+            if sent.get(name, part) != part  # files may hold more than the model has
+        ]
+        return list(dict.fromkeys(different))
+
+    def _is_stale(self, sent: str, served: Sequence[Mapping[str, str]]) -> bool:
+        key = combined({str(i): combined(part) for i, part in enumerate(served)})
+        return self.served.setdefault(key, sent) != sent
+
+
+def _without_experts(parts: Mapping[str, str]) -> dict[str, str]:
+    """Leave out experts, which vLLM joins in a way of its own."""
+    return {name: part for name, part in parts.items() if "experts" not in name.split(".")}
+
+
+def _holders(name: str, joined: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the names that a worker may hold a tensor under: its own, or that of what it is a part of."""
+    yield name
+    pieces = name.split(".")
+    for whole, parts in joined.items():
+        if len(pieces) > 1 and pieces[-2] in parts:
+            yield ".".join([*pieces[:-2], whole, pieces[-1]])
 
 
 def _factors_on(device: torch.device) -> Tensor:

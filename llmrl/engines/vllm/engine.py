@@ -24,7 +24,7 @@ import torch
 
 from llmrl.engines.sampling import check_sampling, check_tokens
 from llmrl.engines.vllm.adapters import AdapterFolders, save_base
-from llmrl.engines.vllm.digests import Held, differences, sent_adapter, sent_weights
+from llmrl.engines.vllm.digests import Held, differences, sent_adapter, sent_base, sent_weights
 from llmrl.engines.vllm.options import VllmConfig
 from llmrl.engines.vllm.start import LoopThread, engine_arguments, save_config, start, stop
 from llmrl.engines.vllm.transfer import REFUSED, StagedWeights
@@ -91,6 +91,7 @@ class VllmEngine:
         self.quantized = self.options.quantization is not None
         self.limit: Limit | None = None
         self._held = Held()
+        self._base: dict[str, str] | None = None
         self.version: int | None = None
         self._asleep = False
         self._staged = StagedWeights()
@@ -183,6 +184,10 @@ class VllmEngine:
         """Compare digests of `sent` with those of what vLLM's workers received and hold; see `Engine.differing`."""
         self._check_open()
         answers = await self._thread.call(self._llm.collective_rpc("llmrl_held"))
+        if not isinstance(sent, Adapter) and self.takes_adapters:
+            if self._base is None:
+                self._base = sent_base(sent(), self.dtype)
+            return self._held.base(self._base, answers)
         if not isinstance(sent, Adapter):
             return self._held.weights(sent_weights(sent(), self.dtype, quantized=self.quantized), answers)
         if self._adapter is None or self._adapter.lora_int_id != self._adapters.count:

@@ -88,8 +88,10 @@ def plan(
         lora_rank=_lora_rank(model, vllm, device) if lora_rank is None else lora_rank,
     )
     # These are for an engine beside its trainer.
-    for name in ("load_format", "skip_tokenizer_init", "enable_sleep_mode"):
+    for name in ("skip_tokenizer_init", "enable_sleep_mode"):
         arguments.pop(name, None)
+    if arguments["load_format"] == "dummy":
+        del arguments["load_format"]
     if vllm.gpu_memory_utilization is None:
         arguments.pop("gpu_memory_utilization", None)
     if server.weight_transfer == "nccl" or (server.weight_transfer == "auto" and device == "cuda"):

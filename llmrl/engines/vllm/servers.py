@@ -21,7 +21,7 @@ from llmrl.engines.sampling import check_sampling
 from llmrl.engines.vllm.adapters import AdapterFolders
 from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
-from llmrl.engines.vllm.digests import differences, sent_adapter, sent_weights
+from llmrl.engines.vllm.digests import differences, sent_adapter, sent_base, sent_weights
 from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
@@ -105,6 +105,7 @@ class VllmServerEngine:
         self._adapters = AdapterFolders()
         self._adapter: Path | None = None
         self._num_adapters = 0
+        self._base: dict[str, str] | None = None
         self.version: int | None = None
         self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
         """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
@@ -222,6 +223,8 @@ class VllmServerEngine:
 
         Servers that others have started may be unable to answer. What they compute is compared all the same.
         """
+        if not isinstance(sent, Adapter) and self.takes_adapters:
+            return await self._differing_base(sent)
         if isinstance(sent, Adapter):
             wanted = sent_adapter(sent, self.dtype)
         else:  # in every process, because gathering sharded weights needs them all
@@ -238,6 +241,16 @@ class VllmServerEngine:
                 found = server.held.adapter if self.takes_adapters else server.held.weights
                 different += [f"{server.name}: {name}" for name in found(wanted, answers)]
         return different
+
+    async def _differing_base(self, sent: WeightSource) -> list[str]:
+        """Compare the base with what every server was started from; on each push, since another may take its place."""
+        if self._base is None:
+            self._base = sent_base(sent(), self.dtype)
+        if not self.is_sender:
+            return []
+        held = await self.replicas.each(lambda server: server.holds())
+        found = [(server, server.held.base(self._base, answers or [])) for server, answers in held]
+        return [f"{server.name}: {name}" for server, names in found for name in names]
 
     # --- weights --------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from llmrl.engines.vllm.adapters import ADAPTERS_KEPT
-from llmrl.engines.vllm.transfer import RECEIVER_ARGS
+from llmrl.engines.vllm.transfer import NOTED_LOADING, RECEIVER_ARGS
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def engine_arguments(
     if lora_rank is not None:
         rank = next((known for known in LORA_RANKS if known >= lora_rank), lora_rank)
         # Two adapters in a batch: requests that began under the previous version continue beside those of the new one.
-        arguments |= {"load_format": "auto", "enable_lora": True, "max_lora_rank": rank}
+        arguments |= {"load_format": NOTED_LOADING, "enable_lora": True, "max_lora_rank": rank}
         arguments |= {"max_loras": 2, "max_cpu_loras": ADAPTERS_KEPT}
     return arguments | options.extra
 

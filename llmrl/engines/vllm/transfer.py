@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from llmrl.types import WeightSource
 
 BACKEND = "llmrl_shared_memory"
+NOTED_LOADING = "llmrl_noted"
+"""vLLM's `load_format` under which workers note digests of what they load (see `receiver.NotedLoader`)."""
 WORKER_EXTENSION = "llmrl.engines.vllm.receiver.WeightReceiver"
 RECEIVER_ARGS: dict[str, Any] = {
     "weight_transfer_config": {"backend": BACKEND},

@@ -166,11 +166,12 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         assert wanted in words
     assert ("--no-enable-chunked-prefill" in words) == (not torch.cuda.is_available())
-    assert "load-format" not in words, "adapters need the real base weights"
+    assert "--load-format llmrl_noted" in words, "adapters need the real base weights, and digests of them"
     assert first.env["VLLM_SERVER_DEV_MODE"] == first.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert first.env["VLLM_API_KEY"] == "secret"
     assert first.url.startswith("http://127.0.0.1:") and first.url != second.url
-    assert "--enable-lora" not in plan(MODEL, options("merged"))[0].command
+    merged = plan(MODEL, options("merged"))[0].command
+    assert "--enable-lora" not in merged and "--load-format" not in merged
     assert "--hf-overrides" not in first.command
     (marked,) = plan(replace(MODEL, float32_head=True), options("merged"))
     assert marked.command[marked.command.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
