@@ -6,7 +6,10 @@ that whatever is wrong with the arguments is reported before a model loads.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import field, replace
+from typing import Literal
 
 from llmrl.algo.options import AlgorithmOptions, Setting
 from llmrl.algo.policy_gradient import options as policy_gradient
@@ -21,6 +24,7 @@ from llmrl.methods.bcoder import options as bcoder
 from llmrl.model.options import AdapterCritic, Critic, ModelConfig, SeparateCritic, SharedCritic
 from llmrl.option import MISSING, Count, Natural, NotNegative, option
 from llmrl.rollout.options import BatchConfig, RolloutConfig
+from llmrl.track.names import METRICS, find
 from llmrl.track.options import TrackConfig
 from llmrl.train.options import TrainConfig
 from llmrl.verify.options import RewardConfig, VerifyConfig
@@ -41,6 +45,36 @@ class OfflineEvalConfig:
     """Held-out rows."""
     steps: Natural = 0
     """Evaluate every `steps` steps (and at the end); 0 never."""
+    at_start: bool = False
+    """Evaluate before the first step too: step 0 of metrics.jsonl."""
+    keep_best: str | None = None
+    """Keep the model with the best value of this metric of the evaluations, such as eval/pass@1, eval/reward or
+    eval/loss, in the folder best/. `track/names.py` says which way is good. Default: the last model alone is kept."""
+
+    @property
+    def better(self) -> Literal["up", "down", "none"]:
+        """Which way of `keep_best` is good."""
+        found = None if self.keep_best is None else find(self.keep_best)
+        return "none" if found is None else found.better
+
+    def findings(self) -> list[str]:
+        """Return what is wrong among these options: one line each, with the fix."""
+        known = [key for key, metric in METRICS.items() if key.startswith("eval/") and metric.better != "none"]
+        best, data = self.keep_best, self.data is not None
+        rules = {
+            "eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)":
+                self.steps > 0 and not data,
+            "eval.at_start is set but eval.data is not: say where the held-out tasks come from (eval.data.path)":
+                self.at_start and not data,
+            "eval.data is set but eval.steps is 0, so it would never be used: set eval.steps":
+                data and self.steps == 0 and not self.at_start,
+            f"eval.keep_best {best} is no metric of an evaluation that has a good direction: "
+            f"there are {', '.join(known)}":
+                best is not None and (not best.startswith("eval/") or self.better == "none"),
+            f"eval.keep_best {best} looks at evaluations, but eval.steps is 0: set eval.steps":
+                best is not None and self.steps == 0,
+        }  # fmt: skip
+        return [text for text, wrong in rules.items() if wrong]
 
 
 @option
@@ -53,6 +87,23 @@ class EvalConfig(OfflineEvalConfig):
     """Rollouts of each task."""
     temperature: NotNegative = 0.0
     """Softmax temperature; 0 is greedy."""
+
+    def findings(self) -> list[str]:
+        """Return what is wrong among these options: one line each, with the fix."""
+        measured = re.fullmatch(r"eval/pass@(\d+)", self.keep_best or "eval/pass@1")
+        if self.keep_best in (None, "eval/reward") or (measured and int(measured[1]) in pass_at(self.num_generations)):
+            return super().findings()
+        known = ["eval/reward", *(f"eval/pass@{k}" for k in pass_at(self.num_generations))]
+        return [
+            f"eval.keep_best {self.keep_best} is not measured with eval.num_generations {self.num_generations}: "
+            f"there are {', '.join(known)}",
+            *OfflineEvalConfig.findings(dataclasses.replace(self, keep_best=None)),
+        ]
+
+
+def pass_at(num_generations: int) -> list[int]:
+    """Return the k of the pass@k that so many rollouts of a task measure."""
+    return [2**i for i in range(9) if 2**i <= num_generations]
 
 
 @option
@@ -149,10 +200,7 @@ def findings(config: RunConfig) -> list[str]:
     for name, part in (("model", config.model), ("data", config.data), ("eval.data", config.eval.data)):
         if part is not None and part.path in ("", MISSING):
             found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
-    if config.eval.steps and config.eval.data is None:
-        found.append("eval.steps is set but eval.data is not: say where the held-out tasks come from (eval.data.path)")
-    if config.eval.data is not None and not config.eval.steps:
-        found.append("eval.data is set but eval.steps is 0, so it would never be used: set eval.steps")
+    found += config.eval.findings()
     found += _dropout_findings(config)
     return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
 

@@ -186,10 +186,35 @@ def belongs_to(folder: Path, output_dir: Path) -> bool:
     return folder.resolve().parent == (output_dir / FOLDER).resolve()
 
 
-def branch(folder: Path, output_dir: Path) -> dict[str, int]:
+def finished_row(folder: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the metrics of a checkpoint that was taken before its step was evaluated, and the lengths of the files.
+
+    If the evaluation came to its end, the run's metrics.jsonl goes on with the finished row. It is returned with a
+    length that includes it. Otherwise the row is the one that the checkpoint holds, without an evaluation.
+    """
+    files, file = dict(state["files"]), folder.parent.parent / "metrics.jsonl"
+    if file.is_file():
+        with file.open("rb") as lines:
+            lines.seek(files["metrics"])
+            line = lines.readline()
+        try:
+            row = json.loads(line)
+        except ValueError:  # nothing, or half a line
+            row = {}
+        if row.pop("step", None) == state["step"] and any(key.startswith("eval/") for key in row):
+            return row, files | {"metrics": files["metrics"] + len(line)}
+    return state["unfinished"], files
+
+
+def branch(folder: Path, output_dir: Path, files: dict[str, int] | None = None) -> dict[str, int]:
     """Begin the run in `output_dir` with a copy of another run's checkpoint, and of its metrics and ledger up to there.
 
     Rollouts are not copied: they may be large, and stay where they are.
+
+    Args:
+        folder: the checkpoint.
+        output_dir: the folder of the new run.
+        files: the lengths of the other run's files to copy. Default: what the checkpoint says.
 
     Returns:
         The lengths in bytes of the new run's files.
@@ -198,19 +223,20 @@ def branch(folder: Path, output_dir: Path) -> dict[str, int]:
         RunFailed: the disk is full or not writable. What was copied is removed.
     """
     state = json.loads((folder / STATE).read_text())
-    lengths = dict.fromkeys(state["files"], 0)
+    files = state["files"] if files is None else files
+    lengths, kept = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
     copy = output_dir / FOLDER / folder.name
     unfinished = copy.with_name(UNFINISHED + copy.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(folder, unfinished)
         for name in ("metrics", "ledger"):
-            source, length = folder.parent.parent / f"{name}.jsonl", state["files"].get(name, 0)
+            source, length = folder.parent.parent / f"{name}.jsonl", files.get(name, 0)
             if source.is_file() and source.stat().st_size >= length:
                 with source.open("rb") as file:
                     (output_dir / source.name).write_bytes(file.read(length))
-                lengths[name] = length
-        (unfinished / STATE).write_text(json.dumps(state | {"files": lengths}))
+                lengths[name], kept[name] = length, state["files"].get(name, 0)  # before a finished row
+        (unfinished / STATE).write_text(json.dumps(state | {"files": kept}))
         unfinished.rename(copy)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(unfinished, ignore_errors=True)

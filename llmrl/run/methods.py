@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -190,10 +191,13 @@ async def held_out_rates(trainer: Evaluated) -> dict[str, float]:
     """Return pass rates on the held-out tasks."""
     assert isinstance(trainer.config, Config), "nothing is sampled in this kind of run"
     options = trainer.config.eval
-    rates, _ = await trainer.evaluate(
+    rates, groups = await trainer.evaluate(
         trainer.eval_tasks, num_generations=options.num_generations, temperature=options.temperature
     )
-    return {key.replace("reward/", "eval/"): value for key, value in rates.items()}
+    scores = [rollout.score.reward for group in groups for rollout in group.rollouts if rollout.score is not None]
+    rewards = [reward for reward in scores if reward is not None]
+    mean = {"eval/reward": fmean(rewards)} if rewards else {}
+    return {key.replace("reward/", "eval/"): value for key, value in rates.items()} | mean
 
 
 async def held_out_preferences(trainer: Evaluated) -> dict[str, float]:

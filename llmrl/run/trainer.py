@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
-from llmrl.config import RunConfig, to_dict
-from llmrl.errors import UserError
+from llmrl.config import RunConfig
+from llmrl.config.config import pass_at
+from llmrl.errors import LlmrlError, RunFailed, UserError
 from llmrl.run import checkpoint
+from llmrl.run.best import Best
 from llmrl.run.build import build
+from llmrl.run.callbacks import Callbacks, check_callbacks
+from llmrl.run.clock import Clock, run_async
 from llmrl.run.given import Given, refuse_keywords
-from llmrl.run.model_folder import TOKENIZER, save_model
+from llmrl.run.model_folder import save_model
 from llmrl.run.pipeline import RolloutQueue, on_device
-from llmrl.track import history
+from llmrl.run.resume import resume
 from llmrl.track.files import read_jsonl
 from llmrl.track.metrics import pass_rates
-from llmrl.track.record import environment
 from llmrl.train.selfcheck import check_forward
 from llmrl.types import Receipt, RolloutGroup, Task, TrainBatch
 
@@ -45,6 +46,7 @@ class Trainer:
         processing_class: the tokenizer of a loaded model.
         peft_config: a peft.LoraConfig or `llmrl.config.LoraConfig`.
         algorithm: the name of a preset.
+        callbacks: objects (or classes) with hooks in transformers' style, such as on_step_end; see `callbacks.py`.
 
     Raises:
         UserError: the arguments or the data are wrong. It is raised before a model loads.
@@ -62,11 +64,13 @@ class Trainer:
         processing_class: Any = None,
         peft_config: Any = None,
         algorithm: str | None = None,
+        callbacks: Any = None,
         **other: Any,
     ) -> None:
         refuse_keywords(other, [name for name in inspect.signature(Trainer).parameters if name != "other"])
         if reward is not None and reward_funcs is not None:
             raise UserError("reward and reward_funcs are two names for the same: give one of them")
+        called = check_callbacks(callbacks)
         parts = build(
             args,
             Given(
@@ -94,11 +98,33 @@ class Trainer:
             ledger=self.ledger,
         )
         self.output_dir = Path(self.config.train.output_dir)
-        self.first_step = 0
+        self.step = 0
+        """Steps that are trained."""
         self.policy_version = 0
+        self.best = Best(self.config.eval, self.output_dir)
+        self.unfinished: dict[str, Any] | None = None
+        """The row of metrics of a checkpoint that was taken before its evaluation; with the evaluation, if known."""
+        self.callbacks = Callbacks(
+            called,
+            config=self.config,
+            args=None if isinstance(args, RunConfig | Mapping) else args,
+            parallel=self.parallel,
+            context={
+                "model": self.policy.causal_lm,
+                "processing_class": self.tokenizer,
+                "optimizer": self.learner.optimizer,
+                "lr_scheduler": None,
+                "train_dataloader": None,
+                "eval_dataloader": None,
+            },
+        )
+        self.callbacks.call("on_init_end")
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """Run to `train.max_steps` and save the model.
+
+        Args:
+            resume_from_checkpoint: what `train.resume_from_checkpoint` says, for scripts that say it here.
 
         Returns:
             The metrics of the last step.
@@ -106,6 +132,12 @@ class Trainer:
         Raises:
             RunFailed: to continue would be to train on wrong data or to serve wrong weights.
         """
+        asked = "last" if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if asked not in (None, self.config.train.resume_from_checkpoint):
+            raise UserError(
+                f"train(resume_from_checkpoint={resume_from_checkpoint!r}): the run's folder is opened by Trainer "
+                f'already. Give it there: args {{"train.resume_from_checkpoint": {asked!r}, ...}}'
+            )
 
         async def run() -> dict[str, float]:
             async with self:
@@ -119,12 +151,14 @@ class Trainer:
         What differs between kinds of run is behind `source` and `algorithm`; the table in `methods.py` chooses them.
         """
         max_steps = self.config.train.max_steps
-        metrics = self._last_metrics()
-        self.console.start("training", total=max_steps, done=self.first_step)
-        for step in range(self.first_step, max_steps):
+        self.callbacks.call("on_train_begin")
+        metrics = await self._before_first_step()
+        self.console.start("training", total=max_steps, done=self.step)
+        while self.step < max_steps and not self.callbacks.stops:
             clock = Clock()
-            self.source.begin_step(step, max_steps=max_steps, epoch=self.sampler.position / max(1, len(self.tasks)))
-            groups, drawn = await self._draw(step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
+            self.source.begin_step(self.step, max_steps=max_steps, epoch=self.epoch)
+            self.callbacks.begin_step()
+            groups, drawn = await self._draw(self.step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
             clock.lap("rollout")
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
             stats = await self._update(batch)  # 5 loss
@@ -135,12 +169,10 @@ class Trainer:
             self.sampler.update(drawn)
             metrics = self._measure(batch, drawn, stats, receipt)
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
-            metrics |= await self._evaluate(step + 1)
-            self._finish_step(step + 1, drawn, metrics)
+            self.step += 1
+            metrics = await self._finish_step(drawn, metrics)
         self.console.stop()
-        self._save_model()
-        self.parallel.barrier()  # a process that left earlier would end the process group under the others
-        self.parallel.finish()
+        self._finish_run()
         return metrics
 
     async def __aenter__(self) -> Trainer:
@@ -150,7 +182,7 @@ class Trainer:
                 self.console.say(note)
             for note in await self.source.open(self.learner):
                 self.console.say(note)
-            self._resume()
+            resume(self)
             self.parallel.barrier()
             await self.source.serve(self.policy_version)
         except BaseException:
@@ -171,8 +203,8 @@ class Trainer:
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """Return the policy's pass rates on held-out tasks, and the rollouts behind them. Every process calls it."""
         groups = await self.collect(tasks, num_generations=num_generations, temperature=temperature, salt=salt)
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num_generations]
-        return pass_rates(groups, accuracy=self.source.accuracy, ks=ks), groups
+        self.source.check(groups)
+        return pass_rates(groups, accuracy=self.source.accuracy, ks=pass_at(num_generations)), groups
 
     async def collect(self, tasks: Sequence[Task], **options: Any) -> list[RolloutGroup]:
         """Return the groups of held-out tasks. Each process collects its share, and all get everything."""
@@ -228,72 +260,103 @@ class Trainer:
             metrics["time/receipt_s"] = receipt.proof_seconds
         return metrics
 
-    async def _evaluate(self, step: int) -> dict[str, float]:
-        every = self.config.eval.steps
-        if not every or not self.eval_tasks or (step % every and step != self.config.train.max_steps):
-            return {}
-        return await self.method.evaluate(self)
+    async def _finish_step(self, groups: list[RolloutGroup], metrics: dict[str, float]) -> dict[str, float]:
+        """Record the step, save a checkpoint and evaluate, where these are due. Returns the metrics with all of it.
 
-    def _finish_step(self, step: int, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
-        """Record the step, show warnings, and save a checkpoint when one is due."""
+        The checkpoint is taken before the evaluation: one that fails or is killed loses no step.
+        """
+        self.callbacks.at(self.step, self.epoch)
+        self.callbacks.call("on_step_end")
+        options, last = self.config, self.step == self.config.train.max_steps or self.callbacks.stops
+        save, evaluate = options.train.save_steps, options.eval.steps
+        saves = last or bool(save and self.step % save == 0) or self.callbacks.asks("should_save")
+        evaluates = (last and evaluate > 0) or bool(evaluate and self.step % evaluate == 0)
+        evaluates = bool(self.eval_tasks) and (evaluates or self.callbacks.asks("should_evaluate"))
         warnings = self.health.observe(metrics, groups)
         if self.record is not None and self.ledger is not None:
-            self.ledger.trained(step, groups)
-            self.record.step(step, metrics, groups)
-            self.console.step(step, metrics)
-            for text in warnings:
-                self.console.warn(f"step {step}: {text}")
-        every = self.config.train.save_steps
-        if (every and step % every == 0) or step == self.config.train.max_steps:
-            self._save_checkpoint(step)
+            self.ledger.trained(self.step, groups)
+            self.record.groups(self.step, groups)
+        if not evaluates:
+            self._record(metrics)
+        if saves:
+            self._save_checkpoint(unfinished=metrics if evaluates else None)
+        if evaluates:
+            metrics = await self._evaluate(metrics, saved=saves)
+        if self.callbacks.stops and not saves:  # asked for by what came after `on_step_end`
+            self._save_checkpoint()
+        for text in warnings if self.record is not None else ():
+            self.console.warn(f"step {self.step}: {text}")
+        return metrics
+
+    async def _evaluate(self, metrics: dict[str, float], *, saved: bool) -> dict[str, float]:
+        """Evaluate, and record the step with what was found; `saved` tells whether it has a checkpoint."""
+        try:
+            found = await self.method.evaluate(self)
+        except Exception as error:
+            hint = self._keep_step(metrics, saved=saved)
+            if isinstance(error, LlmrlError):
+                raise RunFailed(f"{error}\n{hint}") from error
+            error.add_note(hint)
+            raise
+        self.console.say(f"evaluation after step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        self._record(metrics | found)
+        self._take(found)
+        return metrics | found
+
+    def _keep_step(self, metrics: dict[str, float], *, saved: bool) -> str:
+        """Record a step whose evaluation failed, in a checkpoint too. Returns how to go on."""
+        if not self.step:
+            return "This was the evaluation before the first step: eval.at_start false goes on without it"
+        if not saved and self.parallel.world == 1:  # other processes may not have failed, and would not be here
+            self._save_checkpoint(unfinished=metrics)
+            saved = True
+        self._record(metrics)
+        kept = "and has a checkpoint" if saved else "but has no checkpoint: the steps since the last one are repeated"
+        return (
+            f"This was the evaluation after step {self.step}, which is trained, {kept}. Continue with "
+            "--train.resume_from_checkpoint last, which evaluates again, or with --eval.steps 0 as well, which does not"
+        )
+
+    def _take(self, found: dict[str, float]) -> None:
+        """Hand an evaluation to the callbacks, and keep the model if it is the best."""
+        self.callbacks.evaluated(found)
+        if self.best.take(self.step, found):
+            if self.parallel.is_main:
+                self.best.save(self.policy, self.tokenizer)
+            self.parallel.barrier()
+        self.callbacks.best(self.best.value, self.best.step)
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        """Write the row of a step."""
+        if self.record is not None:
+            self.record.step(self.step, metrics)
+            if self.step:
+                self.console.step(self.step, metrics)
+        self.callbacks.log(metrics, self.step)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self.sampler.position / max(1, len(self.tasks))
+
+    async def _before_first_step(self) -> dict[str, float]:
+        """Evaluate where this is due before the first step of this part. Returns the metrics of the step before it."""
+        if self.unfinished is None:
+            at_start = self.config.eval.at_start and self.step == 0 and bool(self.eval_tasks)
+            return await self._evaluate({}, saved=True) if at_start else self._last_metrics()
+        row, self.unfinished = self.unfinished, None
+        if found := {key: value for key, value in row.items() if key.startswith("eval/")}:
+            self._take(found)  # it was measured and recorded before the interruption
+        elif self.config.eval.steps and self.eval_tasks:
+            return await self._evaluate(row, saved=True)
+        else:
+            self._record(row)
+        return row
 
     # --- resuming, saving ---
 
-    def _resume(self) -> None:
-        """Restore what `train.resume_from_checkpoint` names, and cut the run's files back to that step."""
-        wanted = self.config.train.resume_from_checkpoint
-        if not wanted:
-            return self._begin_part(None)
-        folder = checkpoint.find_checkpoint(self.output_dir, wanted)
-        files = {"metrics": 0, "rollouts": 0, "ledger": 0}
-        if folder is not None:
-            state = checkpoint.load_checkpoint(folder, policy=self.policy, learner=self.learner, parallel=self.parallel)
-            self.first_step, self.policy_version, files = state["step"], state["policy_version"], state["files"]
-            self.sampler.load_state_dict(state["sampler"])
-            self.queue.load_state_dict(state["queue"], self.tasks)
-            self.health.load_state_dict(state["health"])
-            self.algorithm.load_state_dict(state["algorithm"])
-        if self.record is not None and self.ledger is not None:
-            if folder is not None and not checkpoint.belongs_to(folder, self.output_dir):
-                files = checkpoint.branch(folder, self.output_dir)
-                self.console.say(f"a branch of {folder.parent.parent}: its steps up to here are copied")
-            self.record.truncate(files)
-            self.ledger.file.truncate(files["ledger"])
-        self.console.say(
-            f"resumed from {folder} (step {self.first_step} of {self.config.train.max_steps})"
-            if folder is not None
-            else "the run was stopped before its first checkpoint: it starts again from the beginning"
-        )
-        self._begin_part(folder)
-
-    def _begin_part(self, resumed_from: Path | None) -> None:
-        """Write down what this part of the run uses, and say what differs from the part before."""
-        if not self.parallel.is_main:
-            return
-        self.tokenizer.save_pretrained(self.output_dir / TOKENIZER)  # pyright: ignore[reportUnknownMemberType]
-        found = environment(
-            device=str(self.parallel.device), num_processes=self.parallel.world, distributed_type=self.parallel.kind
-        )
-        for change in history.begin(
-            self.output_dir,
-            to_dict(self.config),
-            step=self.first_step,
-            environment=found,
-            resumed_from=resumed_from,
-        ):
-            self.console.say(f"changed: {change}")
-
-    def _save_checkpoint(self, step: int) -> None:
+    def _save_checkpoint(self, unfinished: dict[str, float] | None = None) -> None:
+        """Save a checkpoint; `unfinished` are the metrics of a step that will be recorded when it is evaluated."""
         files = {}
         if self.record is not None and self.ledger is not None:
             files = self.record.lengths() | {"ledger": self.ledger.file.sync()}
@@ -303,58 +366,50 @@ class Trainer:
             "queue": self.queue.state_dict(),
             "health": self.health.state_dict(),
             "algorithm": self.algorithm.state_dict(),
+            "best": self.best.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
+            "unfinished": unfinished,
             "files": files,
         }
         checkpoint.save_checkpoint(
             self.output_dir,
-            step,
+            self.step,
             policy=self.policy,
             learner=self.learner,
             state=state,
             parallel=self.parallel,
             keep=self.config.train.save_total_limit,
         )
+        self.callbacks.call("on_save")
 
-    def _save_model(self) -> None:
-        """Save the trained model (or adapter) and its tokenizer in model/, ready for `from_pretrained`."""
+    def _finish_run(self) -> None:
+        """Save the model, say how the run ended, and leave the other processes."""
+        if self.callbacks.stops and self.step < self.config.train.max_steps:
+            self.console.say(
+                f"stopped after step {self.step} of {self.config.train.max_steps} by {self.callbacks.asked_by}; "
+                "--train.resume_from_checkpoint last goes on from here"
+            )
+        self.save_model()
+        if self.parallel.is_main and (line := self.best.line()):
+            self.console.say(line)
+        self.callbacks.call("on_train_end")
+        self.parallel.barrier()  # a process that left earlier would end the process group under the others
+        self.parallel.finish()
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the model (or adapter) and its tokenizer for `from_pretrained`. Default: model/ in the run's folder.
+
+        `train` does it at its end.
+        """
         if self.parallel.is_main:
-            folder, last = self.output_dir / "model", max(self.first_step, self.config.train.max_steps)
-            save_model(folder, self.policy, self.tokenizer, run=self.output_dir, step=last)
+            folder = self.output_dir / "model" if output_dir is None else Path(output_dir)
+            save_model(folder, self.policy, self.tokenizer, run=self.output_dir, step=self.step)
             self.console.say(f"model saved in {folder}")
-        self.parallel.barrier()
+        if output_dir is None:
+            self.parallel.barrier()
 
     def _last_metrics(self) -> dict[str, float]:
-        if not self.first_step or not self.parallel.is_main:
+        if not self.step or not self.parallel.is_main:
             return {}
         rows = read_jsonl(self.output_dir / "metrics.jsonl")
         return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
-
-
-class Clock:
-    """Seconds spent in each stage of a step."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-    def metrics(self, *, tokens: float) -> dict[str, float]:
-        total = time.perf_counter() - self.begin
-        times = {f"time/{name}_s": seconds for name, seconds in self.laps.items()}
-        return times | {"time/step_s": total, "perf/tokens_per_s": tokens / total}
-
-
-def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end. In a notebook, whose event loop is already running, use a thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    pool = ThreadPoolExecutor(1, "llmrl")
-    try:
-        return pool.submit(asyncio.run, coroutine).result()
-    finally:
-        pool.shutdown(wait=False)  # an interrupt of the notebook must not wait for the run

@@ -153,6 +153,7 @@ EXPLAINED_GAP = _add("sync/limit", "nats", "The largest mean difference that rou
 _add("sync/max_gap", "nats", "Largest difference between engine and trainer on the probes after the sync.", "down")
 _add("sync/change", "nats", "Largest change on the probes since the previous sync; 0: no update.")
 _add("eval/pass@{k}", "share", "Chance that at least one of k rollouts of a held-out task is correct.", "up")
+_add("eval/reward", "reward", "Mean reward of the scored rollouts of held-out tasks.", "up")
 _add("eval/accuracy", "share", "preference/accuracy on held-out rows.", "up")
 _add("eval/margin", "nats", "preference/margin on held-out pairs.", "up")
 _add("eval/chosen_reward", "nats", "preference/chosen_reward on held-out pairs.")

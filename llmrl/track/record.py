@@ -43,13 +43,15 @@ class Record:
         self.metrics = JsonlFile(folder / "metrics.jsonl")
         self.rollouts = BackgroundJsonlFile(folder / "rollouts.jsonl")
 
-    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
-        """Record one training step (numbered from 1).
-
-        Rollouts are written in the background, so an error may come with a later step.
-        """
+    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup] | None = None) -> None:
+        """Record the metrics of one training step (numbered from 1; 0 is before the first), and its rollouts."""
         self.metrics.append({"step": step, **metrics})
         self.log(metrics, step=step)
+        if groups is not None:
+            self.groups(step, groups)
+
+    def groups(self, step: int, groups: list[RolloutGroup]) -> None:
+        """Record the rollouts of a step. They are written in the background: an error may come with a later step."""
         saved = {"all": groups, "sample": groups[:1], "none": []}[self.options.save_rollouts]
         self.rollouts.append(*rollout_rows(step, saved)[: self.options.num_saved_rollouts])
 
