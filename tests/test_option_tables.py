@@ -20,7 +20,7 @@ sys.path.insert(0, str(SCRIPTS))
 import option_tables  # noqa: E402
 
 FILES = (".py", ".md", ".jsonl", ".yaml")
-NOT_OPTIONS = {"rollout.completion", "rewards.unit_tests"}
+NOT_OPTIONS = {"rollout.completion", "rollout.task.meta", "rewards.unit_tests"}
 """Dotted names in the documentation that look like options: attributes and modules in examples of Python."""
 
 
