@@ -50,6 +50,22 @@ class Task:
     """What the verifier compares with. Never shown to the policy."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The other columns of the row (tests, rubrics, difficulty ...), passed to environments and rewards by name."""
+    tools: list[Any] | None = None
+    """JSON schemas that the chat template shows to the policy."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables that this row sets for the chat template (`enable_thinking` ...)."""
+    source: str = ""
+    """Which of several sources it comes from; rewards can be limited to some of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLimits:
+    """What a model can take, as far as it is known before it loads."""
+
+    context: int | None = None
+    """Positions of prompt and completion together."""
+    vocab_size: int | None = None
+    """Rows of its embedding."""
 
 
 # --- 2 rollout --------------------------------------------------------------------------------------------------------

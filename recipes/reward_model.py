@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 
 from llmrl.algo.preference.options import Level
-from llmrl.config import LoraConfig, ModelConfig, RowsConfig, parse
+from llmrl.config import LoraConfig, ModelConfig, PreferenceData, parse
 from llmrl.errors import UserError, run_main
 from llmrl.option import Count, Natural, NotNegative, Positive, option
 
@@ -29,7 +29,7 @@ class RewardModelConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to start from."""
-    data: RowsConfig = field(default_factory=RowsConfig)
+    data: PreferenceData = field(default_factory=PreferenceData)
     """Where the pairs come from."""
     hierarchy: list[Level] = field(default_factory=list)
     """Reward parts, the most important first, that decide the pairs; `data.path` is then a run's rollouts.jsonl."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import UserError, run_main
+from llmrl.track.files import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -33,12 +33,6 @@ Source = Callable[[Path, Path], None]
 
 def main() -> None:
     print(fetch(cache_folder()))
-
-
-def cache_folder() -> Path:
-    """Return `$LLMRL_CACHE`, or `llmrl` in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("LLMRL_CACHE") or user / "llmrl").absolute()
 
 
 def fetch(cache: Path) -> Path:

@@ -41,7 +41,7 @@ from llmrl.config import (
 )
 from llmrl.config.schema import OptionField, option_fields, walk
 from llmrl.data.chat import Chat
-from llmrl.data.options import RowsConfig
+from llmrl.data.options import PreferenceData
 from llmrl.data.preferences import preferences_from_rows
 from llmrl.methods.bcoder.algorithm import BCoder
 from llmrl.methods.bcoder.options import BCoderOptions, PolicyStage, ValueStage
@@ -52,7 +52,19 @@ from llmrl.run.methods import make_algorithm
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 from llmrl.train.learner import _count
 from llmrl.train.packing import build_micro_batch
-from llmrl.types import ForwardOutputs, Message, Rollout, RolloutGroup, Sample, Score, Status, Task, TrainBatch, Turn
+from llmrl.types import (
+    ForwardOutputs,
+    Message,
+    ModelLimits,
+    Rollout,
+    RolloutGroup,
+    Sample,
+    Score,
+    Status,
+    Task,
+    TrainBatch,
+    Turn,
+)
 from tests.invariance.cases import make_config, make_learner, make_samples, tiny_model, train_batch
 
 LIMIT = 8
@@ -413,10 +425,10 @@ ROWS = [{"prompt": f"q{i}", "chosen": f"yes, it is {i}", "rejected": "no" * 9} f
 
 
 def feed_of(algo: Any, folder: Path) -> PreferenceFeed:
-    data = RowsConfig(path="rows")
+    data = PreferenceData(path="rows")
     rows = preferences_from_rows(ROWS, data, "rows")
     feed = PreferenceFeed(rows, [], data=data, options=algo, folder=folder, seed=0)
-    feed.encode(byte_tokenizer(), None)
+    feed.encode(byte_tokenizer(), None, ModelLimits())
     return feed
 
 

@@ -18,7 +18,7 @@ from llmrl.config.config import (
 )
 from llmrl.config.evaluation import EvalRun
 from llmrl.config.parsing import from_dotted, load_config, parse, preset, save_config, to_dict
-from llmrl.data.options import DataConfig, RowsConfig
+from llmrl.data.options import DataConfig, PreferenceData, PreferenceRows, RowsConfig, TaskRows
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.model.options import AdapterCritic, LoraConfig, ModelConfig, SeparateCritic, SharedCritic
 from llmrl.option import MISSING
@@ -28,9 +28,40 @@ from llmrl.train.options import TrainConfig
 from llmrl.verify.options import RewardConfig, VerifyConfig
 
 __all__ = [
-    "MISSING", "PRESETS", "AdapterCritic", "AlgorithmOptions", "BatchConfig", "Config", "DataConfig", "EvalConfig",
-    "EvalRun", "LoraConfig", "ModelConfig", "OfflineEvalConfig", "RewardConfig", "RolloutConfig", "RowsConfig",
-    "RunConfig", "SamplingConfig", "SeparateCritic", "SharedCritic", "TrackConfig", "TrainConfig", "VerifyConfig",
-    "VllmConfig", "VllmServerConfig", "check", "complete", "findings", "from_dotted", "load_config", "parse",
-    "preset", "save_config", "to_dict",
+    "MISSING",
+    "PRESETS",
+    "AdapterCritic",
+    "AlgorithmOptions",
+    "BatchConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "EvalRun",
+    "LoraConfig",
+    "ModelConfig",
+    "OfflineEvalConfig",
+    "PreferenceData",
+    "PreferenceRows",
+    "RewardConfig",
+    "RolloutConfig",
+    "RowsConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SeparateCritic",
+    "SharedCritic",
+    "TaskRows",
+    "TrackConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "VllmConfig",
+    "VllmServerConfig",
+    "check",
+    "complete",
+    "findings",
+    "from_dotted",
+    "load_config",
+    "parse",
+    "preset",
+    "save_config",
+    "to_dict",
 ]  # fmt: skip

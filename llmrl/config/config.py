@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from typing import Literal
 
 from llmrl.algo.options import AlgorithmOptions, Setting
@@ -17,7 +17,7 @@ from llmrl.algo.policy_gradient.options import Correction, PolicyGradient, Polic
 from llmrl.algo.ppo import options as ppo
 from llmrl.algo.ppo.options import PPO
 from llmrl.algo.preference import options as preference
-from llmrl.data.options import DataConfig, RowsConfig
+from llmrl.data.options import DataConfig, PreferenceData, PreferenceRows, TaskRows
 from llmrl.engines.options import staleness_findings
 from llmrl.errors import UserError
 from llmrl.methods.bcoder import options as bcoder
@@ -41,8 +41,8 @@ PRESETS: dict[str, AlgorithmOptions] = {
 class OfflineEvalConfig:
     """Evaluation on held-out rows while training."""
 
-    data: RowsConfig | None = None
-    """Held-out rows."""
+    data: PreferenceRows | None = None
+    """Held-out rows; they are rendered as those of `data`."""
     steps: Natural = 0
     """Evaluate every `steps` steps (and at the end); 0 never."""
     at_start: bool = False
@@ -81,8 +81,8 @@ class OfflineEvalConfig:
 class EvalConfig(OfflineEvalConfig):
     """Evaluation on held-out tasks while training."""
 
-    data: DataConfig | None = None
-    """Held-out tasks."""
+    data: TaskRows | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # another kind of rows
+    """Held-out tasks; they are rendered as those of `data`."""
     num_generations: Count = 1
     """Rollouts of each task."""
     temperature: NotNegative = 0.0
@@ -112,7 +112,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy."""
-    data: RowsConfig = field(default_factory=RowsConfig)
+    data: PreferenceData = field(default_factory=PreferenceData)
     """Where rows come from."""
     rollout: BatchConfig = field(default_factory=BatchConfig)
     """The size of a batch."""
@@ -130,7 +130,7 @@ class RunConfig:
 class Config(RunConfig):
     """A run whose policy samples, and is evaluated by sampling."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     """Where tasks come from."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How completions are drawn."""
@@ -198,11 +198,25 @@ def findings(config: RunConfig) -> list[str]:
         )
     found = config.model.findings() + config.algo.findings() + config.algo.findings_with(setting)
     for name, part in (("model", config.model), ("data", config.data), ("eval.data", config.eval.data)):
-        if part is not None and part.path in ("", MISSING):
+        if part is not None and part.path in ("", MISSING) and not getattr(part, "sources", None):
             found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
     found += config.eval.findings()
     found += _dropout_findings(config)
     return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
+
+
+def _source_findings(c: Config) -> list[str]:
+    data, found = c.data, []
+    if data.sources and data.path not in ("", MISSING):
+        found.append(f"data.path {data.path} and data.sources both say where tasks come from: keep one")
+    alone = DataConfig()
+    for name in (f.name for f in fields(TaskRows) if f.name != "path"):
+        if data.sources and getattr(data, name) != getattr(alone, name):
+            found.append(f"data.{name} is set beside data.sources: set it in each source")
+    found += [f"data.sources[{i}].path is not set" for i, source in enumerate(data.sources) if source.path == MISSING]
+    if any(reward.sources for reward in c.rewards) and c.algo.name == "gdpo":
+        found.append("rewards with `sources` do not go with gdpo, which normalizes each reward over every group")
+    return found
 
 
 def _dropout_findings(c: RunConfig) -> list[str]:

@@ -66,7 +66,7 @@ class Overlay:
             given: the values of a section; changed in place.
             cls: the class of the section in this kind of run.
             algo: the algorithm that was chosen.
-            full: the class of the section in the kind of run that reads most.
+            full: the class of the section in another kind of run.
             path: dotted name of the section, with a dot at its end.
         """
         mine, known = option_fields(cls), option_fields(full)

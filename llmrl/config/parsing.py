@@ -76,7 +76,8 @@ def build(tree: Tree, config_class: type[T] = Config, *, lenient: bool = False) 
         algo = overlay.algo(given.pop("algo", {}))
         if config_class is Config and algo is not None:
             cls = cast("type[T]", run_class(algo))
-        overlay.leave_out(given, cls, algo or PRESETS["grpo"])
+        for other in (Config, RunConfig):  # kinds of run that read what this one does not
+            overlay.leave_out(given, cls, algo or PRESETS["grpo"], other)
     values = overlay.lay(cls, {}, given, "")
     config = overlay.validate(cls, values if algo is None else values | {"algo": algo}, tree)
     if overlay.found and not lenient:

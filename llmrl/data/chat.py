@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmrl.data.messages import without_parts
 from llmrl.errors import UserError
 from llmrl.types import Message, Task
 
@@ -27,9 +28,11 @@ class Chat:
         prompt_format: `chat` renders with the chat template, `text` joins the contents of the messages.
         chat_template: a Jinja file to use instead of the tokenizer's own template.
         generation_config: the model's; its eos tokens also end a completion.
+        template_options: variables for the chat template (`enable_thinking` ...).
 
     Raises:
-        UserError: there is no chat template, its file is unreadable, or no token could end a completion.
+        UserError: there is no chat template, its file is unreadable or has none of the variables, or no token could
+            end a completion.
     """
 
     stop_token_ids: tuple[int, ...]
@@ -44,10 +47,13 @@ class Chat:
         prompt_format: Literal["chat", "text"] = "chat",
         chat_template: str | None = None,
         generation_config: GenerationConfig | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer: Any = tokenizer  # Any: transformers annotates ids as a union of five types
         self.prompt_format = prompt_format
         self._template = _read_template(tokenizer, prompt_format, chat_template)
+        self.template_options = dict(template_options or {})
+        self._check_options()
         self._bos = _default_bos(tokenizer) if prompt_format == "text" else None
         self._anchor = tokenizer.encode("a", add_special_tokens=False) if prompt_format == "text" else []
         self._anchor_text = self._decode(self._anchor)
@@ -55,7 +61,7 @@ class Chat:
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.stop_token_ids[0] if pad is None else pad
 
-    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, **template_options: Any) -> list[int]:
         """Return the prompt's token ids, up to where the assistant's next message begins.
 
         A bos token appears at most once: where the template writes it or, in text format, where the tokenizer adds it.
@@ -63,12 +69,28 @@ class Chat:
         Args:
             messages: the conversation so far.
             tools: JSON schemas or functions that the template shows to the policy.
+            **template_options: variables for the template, over those of the run.
 
         Raises:
             UserError: the template refuses this conversation, or the text format cannot show it.
         """
-        text = self._chat_text(messages, tools) if self.prompt_format == "chat" else _plain_text(messages, tools)
-        token_ids = self.encode(text)
+        return self._with_bos(self.encode(self.text(messages, tools, **template_options)))
+
+    def render_task(self, task: Task) -> list[int]:
+        """Return the token ids of a task's prompt; see `render`."""
+        return self.render(task.messages, task.tools, **task.template_options)
+
+    def render_texts(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of prompts from `text`, all at once, which is faster."""
+        return [self._with_bos(list(ids)) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def text(self, messages: Sequence[Message], tools: list[Any] | None = None, **template_options: Any) -> str:
+        """Return the prompt as text; see `render`."""
+        if self.prompt_format == "text":
+            return _plain_text(messages, tools)
+        return self._chat_text(messages, tools, **template_options)
+
+    def _with_bos(self, token_ids: list[int]) -> list[int]:
         if self._bos is not None and token_ids[:1] != [self._bos]:
             token_ids = [self._bos, *token_ids]
         if not token_ids:
@@ -154,6 +176,8 @@ class Chat:
         generation_prompt: bool = True,
         **template_options: Any,
     ) -> str:
+        if not self._takes_parts and any(isinstance(message.get("content"), list) for message in messages):
+            messages = without_parts(list(messages))
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
@@ -161,7 +185,7 @@ class Chat:
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
-                **template_options,
+                **self.template_options | template_options,
             )
         except Exception as error:  # a template may raise anything
             number = getattr(error, "lineno", None)  # set for syntax errors only
@@ -171,6 +195,39 @@ class Chat:
                 f"the chat template{line} fails on messages with the roles {roles}: {error}. Change the messages "
                 "(many templates accept no system message: data.system_prompt), or set another data.chat_template"
             ) from error
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template renders content in parts, and not as the text of a Python list."""
+        parts: Any = [Message(role="user", content=[{"type": "text", "text": "marker"}])]
+        try:
+            found = self.tokenizer.apply_chat_template(
+                parts, chat_template=self._template, tokenize=False, **self.template_options
+            )
+        except Exception:  # a template that expects text may raise anything
+            return False
+        return found == self._chat_text([Message(role="user", content="marker")], generation_prompt=False)
+
+    @property
+    def template(self) -> str:
+        """The source of the chat template; empty in text format."""
+        if self.prompt_format == "text":
+            return ""
+        return self._template or str(self.tokenizer.get_chat_template())
+
+    def reads(self, variable: str) -> bool:
+        """Return whether the chat template has a variable of this name."""
+        return re.search(rf"\b{re.escape(variable)}\b", self.template) is not None
+
+    def _check_options(self) -> None:
+        unread = [name for name in self.template_options if not self.reads(name)]
+        if unread:
+            where = "data.prompt_format `text` uses no template" if self.prompt_format == "text" else "the template"
+            raise UserError(
+                f"data.chat_template_kwargs {', '.join(unread)}: {where}"
+                + ("" if self.prompt_format == "text" else " has no variable of this name, so it would change nothing")
+                + ": remove it, or set another data.chat_template"
+            )
 
     def _find_stop_tokens(self, generation_config: GenerationConfig | None) -> tuple[int, ...]:
         found = [self.tokenizer.eos_token_id]
@@ -199,32 +256,6 @@ class Chat:
         _, found, after = text.rpartition(marker)
         token_ids = self.encode(after.lstrip()) if found else []
         return token_ids[0] if token_ids and token_ids[0] in self.tokenizer.added_tokens_decoder else None
-
-
-def filter_long(tasks: Sequence[Task], chat: Chat, max_prompt_length: int | None) -> tuple[list[Task], int]:
-    """Leave out the tasks whose prompts are too long.
-
-    Args:
-        tasks: candidates.
-        chat: renders their prompts.
-        max_prompt_length: limit in tokens; None keeps all.
-
-    Returns:
-        The kept tasks in their order, and the number left out.
-
-    Raises:
-        UserError: no task is left.
-    """
-    if max_prompt_length is None:
-        return list(tasks), 0
-    lengths = [len(chat.render(task.messages)) for task in tasks]
-    kept = [task for task, length in zip(tasks, lengths, strict=True) if length <= max_prompt_length]
-    if lengths and not kept:
-        raise UserError(
-            f"data.max_prompt_length {max_prompt_length} leaves out all {len(tasks)} tasks: the shortest prompt has "
-            f"{min(lengths)} tokens; raise the limit"
-        )
-    return kept, len(tasks) - len(kept)
 
 
 def _read_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str, file: str | None) -> str | None:

@@ -3,34 +3,35 @@
     prompt, chosen, rejected        a pair
     chosen, rejected                a pair whose prompt is the common beginning of both
     prompt, completion, label       one completion, desirable (true) or not
-    conversations, chosen, rejected a pair in the form of ShareGPT and LLaMA-Factory (`from`, `value`)
 
-Prompts and completions are text, or lists of messages. Text goes to the tokenizer unchanged, and a completion ends
-with the eos token; messages are rendered with the chat template.
+Prompts and completions are text, or lists of messages (in OpenAI's form or ShareGPT's). Completions may be whole
+conversations that begin with the prompt. Text goes to the tokenizer unchanged, and a completion ends with the eos
+token; messages are rendered with the chat template.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.data.tasks import Located, conversation, new_id, open_rows
-from llmrl.errors import UserError
-from llmrl.types import Message, Task
+from llmrl.data.ids import new_id
+from llmrl.data.messages import lost_columns, template_options_of, tools_of
+from llmrl.data.preference_forms import Form, Text, split_prompt
+from llmrl.data.prompts import PromptCheck, beyond_embedding
+from llmrl.data.report import BadRow, RowReport
+from llmrl.data.rows import OpenRows, Row, open_rows, rows_in_memory
+from llmrl.errors import LlmrlError, UserError
+from llmrl.track.progress import progress
+from llmrl.types import Message, ModelLimits, Task
 
 if TYPE_CHECKING:
     from llmrl.algo.preference.hierarchy import HierarchicalPreference
     from llmrl.data.chat import Chat
-    from llmrl.data.options import RowsConfig
-
-Text = str | list[Message]
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
+    from llmrl.data.options import PreferenceRows
 
 
 @dataclass(kw_only=True)
@@ -45,10 +46,10 @@ class PreferenceRow:
     """[chosen, rejected], or one."""
     rewards: list[float]
     """1 for chosen or desirable, 0 for rejected or undesirable."""
-    tools: list[Any] | None = None
-    template_options: dict[str, Any] = field(default_factory=dict)
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
+    cut: bool = False
+    """The tokens of the prompt end before its text does."""
     ref_logprobs: list[np.ndarray] | None = None
     """[tokens] of each completion, where they were computed before training."""
     mismatched_ids: list[list[int]] = field(default_factory=list)
@@ -61,140 +62,94 @@ class PreferenceRow:
         return isinstance(self.completions[0], list)
 
 
-def load_preferences(config: RowsConfig) -> list[PreferenceRow]:
+def load_preferences(
+    config: PreferenceRows, report: RowReport | None = None, *, needed: int | None = None
+) -> list[PreferenceRow]:
     """Read the preference dataset that `config` names.
 
+    Args:
+        config: which rows and columns.
+        report: collects the rows that cannot be used; without it, they are an error here.
+        needed: rows that a run can use; what streams is read no further.
+
     Raises:
-        UserError: nothing is readable, there are no rows, the columns have no known form, or a row has another form
-            than the first.
+        UserError: nothing is readable, there are no rows, or the columns have no known form; without `report`, also if
+            a row cannot be used or has another form than the first.
     """
-    rows, name = open_rows(config)
-    return _build(rows, config, name)
+    return _collected(open_rows(config, needed=needed), config, report)
 
 
-def preferences_from_rows(rows: Iterable[dict[str, Any]], config: RowsConfig, name: str) -> list[PreferenceRow]:
-    """Read rows that are already in memory; otherwise as `load_preferences`."""
-    return _build(((f"{name}, row {i} (counting from 0)", dict(row)) for i, row in enumerate(rows)), config, name)
+def preferences_from_rows(
+    rows: Any, config: PreferenceRows, name: str, report: RowReport | None = None, *, needed: int | None = None
+) -> list[PreferenceRow]:
+    """Read rows that are already in memory (see `llmrl.data.rows.rows_in_memory`); otherwise as `load_preferences`."""
+    return _collected(rows_in_memory(rows, config, name, needed=needed), config, report)
 
 
-def _build(rows: Iterator[Located], config: RowsConfig, name: str) -> list[PreferenceRow]:
-    short_name = re.sub(r"[^\w.-]+", "_", name)
-    ids: dict[str, int] = {}
-    found: list[PreferenceRow] = []
-    for place, row in itertools.islice(rows, config.limit):
-        prompt, completions, rewards = _read(_without_sharegpt(row, place), place)
-        messages = prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
-        tools: Any = row.get("tools")  # a table can hold JSON schemas only as text
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-        new = PreferenceRow(
-            task=Task(id=new_id(short_name, prompt, [completions, rewards], ids, place), messages=messages),
-            place=place,
-            prompt=prompt,
-            completions=completions,
-            rewards=rewards,
-            tools=tools or None,
-            template_options=row.get("chat_template_kwargs") or {},
-        )
-        if found:
-            _check_same_form(new, found[0])
-        found.append(new)
-    if not found:
-        raise UserError(f"data.path {config.path}: there are no rows in {name}")
+def _collected(opened: OpenRows, config: PreferenceRows, report: RowReport | None) -> list[PreferenceRow]:
+    report, strict = report if report is not None else RowReport(), report is None
+    found = _build(opened, config, report)
+    if not report.num_rows:
+        raise UserError(f"data.path {config.path}: there are no rows in {opened.name}")
+    if strict or not found:
+        report.settle(len(found))
     return found
 
 
-def _read(row: dict[str, Any], place: str) -> tuple[Text, list[Text], list[float]]:
-    """Return (prompt, completions, rewards) of a row in any of TRL's forms."""
-    if "chosen" in row and "rejected" in row:
-        chosen, rejected = (_text(row[name], f"{place}, column {name}") for name in ("chosen", "rejected"))
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise UserError(f"{place}: chosen and rejected must both be text, or both lists of messages")
-        if row.get("prompt") is None:
-            prompt, chosen, rejected = split_prompt(chosen, rejected)
-            if not prompt:
-                raise UserError(
-                    f"{place}: there is no column prompt, and chosen and rejected do not begin with the same text or "
-                    "message: add the prompt"
-                )
+def _build(opened: OpenRows, config: PreferenceRows, report: RowReport) -> list[PreferenceRow]:
+    short_name = re.sub(r"[^\w.-]+", "_", opened.name)
+    ids: dict[str, int] = {}
+    found: list[PreferenceRow] = []
+    form: Form | None = None
+    report.streams |= opened.streams
+    for place, row in opened.rows:
+        report.num_rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            form = form or Form.of(config, place, row)
+            new = _preference(form, row, place, short_name, ids)
+            if found:
+                _check_same_form(new, found[0])
+        except BadRow as error:
+            reason = str(error).removeprefix(place).lstrip(":, ")
+            report.add(place, reason, None if isinstance(row, BadRow) else row)
         else:
-            prompt = _text(row["prompt"], f"{place}, column prompt")
-        completions, rewards = [chosen, rejected], [1.0, 0.0]
-    elif "completion" in row and "label" in row and "prompt" in row:
-        prompt = _text(row["prompt"], f"{place}, column prompt")
-        completions, rewards = [_text(row["completion"], f"{place}, column completion")], [_label(row["label"], place)]
-    else:
-        columns = ", ".join(map(str, row)) or "(none)"
-        raise UserError(
-            f"{place}: preferences need the columns prompt, chosen, rejected (or a prompt that both begin with), or "
-            f"prompt, completion, label; the columns are {columns}"
-        )
-    if isinstance(prompt, str) != isinstance(completions[0], str):
-        raise UserError(f"{place}: prompt and completions must all be text, or all lists of messages")
-    if not prompt or not all(isinstance(text, str) or text for text in completions):
-        raise UserError(f"{place}: the prompt or a completion is empty")
-    return prompt, completions, rewards
+            report.places[new.task.id] = place
+            found.append(new)
+    return found
 
 
-def _text(value: Any, place: str) -> Text:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return conversation(value, place)
-    raise UserError(f"{place}: must be text or a list of messages, found {type(value).__name__}")
-
-
-def _label(value: Any, place: str) -> float:
-    if value in (True, False, 0, 1):
-        return float(value)
-    raise UserError(f"{place}, column label: must be true or false, found {value!r}")
-
-
-def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Split off the common beginning. Returns (prompt, rest of chosen, rest of rejected).
-
-    In text, a space before the first difference belongs to the completion. Where one is the beginning of the other, the
-    last element (message or character) counts as different, as in TRL.
-    """
-    shorter = min(len(chosen), len(rejected))
-    index = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    if index > 0 and isinstance(chosen, str) and chosen[index] != rejected[index] and chosen[index - 1] == " ":
-        index -= 1
-    return chosen[:index], chosen[index:], rejected[index:]
-
-
-def _without_sharegpt(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """Turn `conversations` with `from` and `value` into a prompt of messages; return other rows unchanged."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
-        return row
-
-    def message(turn: Any) -> Message:
-        if not isinstance(turn, dict) or turn.get("from") not in SHAREGPT_ROLES or not isinstance(turn["value"], str):
-            known = ", ".join(SHAREGPT_ROLES)
-            raise UserError(f"{place}: a ShareGPT message needs `from` (one of {known}) and `value`, found {turn!r}")
-        return Message(role=SHAREGPT_ROLES[turn["from"]], content=turn["value"])
-
-    changed = {key: value for key, value in row.items() if key not in ("conversations", "system")}
-    system = [Message(role="system", content=row["system"])] if row.get("system") else []
-    changed["prompt"] = system + [message(turn) for turn in turns]
-    for name in ("chosen", "rejected"):
-        if isinstance(row.get(name), dict):
-            changed[name] = [message(row[name])]
-    return changed
+def _preference(form: Form, row: Row, place: str, name: str, ids: dict[str, int]) -> PreferenceRow:
+    ignored = form.config.ignore_columns
+    if reason := lost_columns(row, ignored):
+        raise BadRow(place, reason)
+    prompt, completions, rewards = form.read(row, place)
+    messages = prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
+    task = Task(
+        id=new_id(name, prompt, [completions, rewards], ids, place),
+        messages=messages,
+        tools=tools_of(row, place, ignored),
+        template_options=template_options_of(row, place, ignored),
+    )
+    return PreferenceRow(task=task, place=place, prompt=prompt, completions=completions, rewards=rewards)
 
 
 def _check_same_form(row: PreferenceRow, first: PreferenceRow) -> None:
-    if len(row.completions) != len(first.completions):
-        raise UserError(f"{row.place}: pairs and single completions cannot be mixed ({first.place} is the other kind)")
     if row.is_conversational != first.is_conversational:
-        raise UserError(f"{row.place}: text and messages cannot be mixed ({first.place} is the other kind)")
+        raise BadRow(row.place, f"text and messages cannot be mixed ({first.place} is the other kind)")
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def encode_preferences(
-    rows: Sequence[PreferenceRow], chat: Chat, *, max_length: int | None
+    rows: Sequence[PreferenceRow],
+    chat: Chat,
+    *,
+    max_length: int | None,
+    limits: ModelLimits | None = None,
+    report: RowReport | None = None,
 ) -> tuple[list[PreferenceRow], list[str]]:
     """Set the token ids of all rows.
 
@@ -205,36 +160,67 @@ def encode_preferences(
         rows: their text is read, their ids are set.
         chat: holds the tokenizer.
         max_length: tokens of a sequence; None cuts nothing.
+        limits: what the model can take.
+        report: collects the rows that cannot be used; without it, they are an error here.
 
     Returns:
         (kept rows, notes for the console). Rows whose prompt leaves no room for a completion are left out, and so are
         pairs whose completions are the same tokens.
 
     Raises:
-        UserError: no row is left.
+        UserError: no row is left, or rows cannot be used and must not be left out.
     """
+    found, limits = report if report is not None else RowReport(num_rows=len(rows)), limits or ModelLimits()
+    check = PromptCheck(chat, limits, max_completion_length=0)
     kept, too_long, equal, cut = [], 0, 0, 0
-    for row in rows:
-        prompt_ids, whole = _encode(row, chat)
-        # A tokenizer may merge the end of the prompt with the completion: the prompt ends where all of them agree.
-        start = min(_common_length(prompt_ids, ids) for ids in whole)
-        cut += start < len(prompt_ids)
-        row.prompt_ids = prompt_ids[:start]
-        row.completion_ids = [ids[start:max_length] for ids in whole]
-        if start == 0 or not all(row.completion_ids):
-            too_long += 1
-        elif len(whole) == 2 and row.completion_ids[0] == row.completion_ids[1]:
-            equal += 1
-        else:
-            kept.append(row)
-    notes = [
+    with progress(f"encoding {found.what}", len(rows)) as advance:
+        for row in rows:
+            advance(1)
+            if problem := _set_ids(row, check, max_length):
+                found.add(row.place, problem, row.task.meta)
+                continue
+            cut += row.cut
+            if not row.prompt_ids or not all(row.completion_ids):
+                too_long += 1
+            elif len(row.completion_ids) == 2 and row.completion_ids[0] == row.completion_ids[1]:
+                equal += 1
+            else:
+                kept.append(row)
+    notes = found.settle(len(kept))
+    counts = [
         (too_long, f"left out: no room for a completion within algo.max_length {max_length} tokens"),
         (equal, "left out: chosen and rejected are the same tokens (up to algo.max_length)"),
         (cut, "lose the end of their prompt: the tokenizer or template renders it differently before a completion"),
     ]
     if rows and not kept:
-        raise UserError(f"all {len(rows)} rows are left out: {too_long} {notes[0][1]}, {equal} {notes[1][1]}")
-    return kept, [f"{count} of {len(rows)} rows {text}" for count, text in notes if count]
+        raise UserError(f"all {len(rows)} rows are left out: {too_long} {counts[0][1]}, {equal} {counts[1][1]}")
+    return kept, notes + [f"{count} of {len(rows)} rows {text}" for count, text in counts if count]
+
+
+def _set_ids(row: PreferenceRow, check: PromptCheck, max_length: int | None) -> str | None:
+    """Set a row's token ids. Returns why it cannot be used, or None."""
+    chat, limits = check.chat, check.limits
+    if problem := check.problem(row.task):
+        return problem
+    try:
+        prompt_ids, whole = _encode(row, chat)
+    except LlmrlError as error:
+        return str(error)
+    # A tokenizer may merge the end of the prompt with the completion: the prompt ends where all of them agree.
+    start = min(_common_length(prompt_ids, ids) for ids in whole)
+    row.cut = start < len(prompt_ids)
+    row.prompt_ids = prompt_ids[:start]
+    row.completion_ids = [ids[start:max_length] for ids in whole]
+    longest = max(start + len(ids) for ids in row.completion_ids)
+    if limits.context is not None and longest > limits.context:
+        return (
+            f"the row has {longest} tokens, and the model {limits.context} positions: cut rows with algo.max_length "
+            f"{limits.context}"
+        )
+    used = [*row.prompt_ids, *(number for ids in row.completion_ids for number in ids)]
+    if limits.vocab_size is not None and max(used, default=0) >= limits.vocab_size:
+        return beyond_embedding(chat.tokenizer, used, limits.vocab_size)
+    return None
 
 
 def mismatch(rows: Sequence[PreferenceRow], *, max_length: int) -> None:
@@ -267,7 +253,7 @@ def _encode(row: PreferenceRow, chat: Chat) -> tuple[list[int], list[list[int]]]
 
         def ids(messages: list[Message], generation_prompt: bool = False) -> list[int]:
             return chat.render_conversation(
-                messages, row.tools, generation_prompt=generation_prompt, **row.template_options
+                messages, row.task.tools, generation_prompt=generation_prompt, **row.task.template_options
             )
 
         prompt: list[Message] = row.prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ def find_program(path: str) -> Path | None:
 def run_program(file: Path, split: str) -> Iterable[dict[str, Any]]:
     """Run a file and return what its function `rows(split)` returns. It runs as a program that you start: unguarded.
 
+    A generator is returned as one, because it may be endless.
+
     Raises:
         UserError: the file has no such function, fails, or returns something else than rows.
     """
@@ -37,8 +39,21 @@ def run_program(file: Path, split: str) -> Iterable[dict[str, Any]]:
         found: Any = make_rows(split)
         if isinstance(found, str | Mapping) or not isinstance(found, Iterable):
             raise UserError(f"data.path {file}: rows({split!r}) returned {type(found).__name__}, not a list of rows")
-        return list(found)
+        return list(found) if hasattr(found, "__len__") else _guarded(file, split, found)
     except LlmrlError:
         raise
     except Exception as error:  # it is the user's code
-        raise UserError(f"data.path {file}: rows({split!r}) failed: {type(error).__name__}: {error}") from error
+        raise _failed(file, split, error) from error
+
+
+def _guarded(file: Path, split: str, rows: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from rows
+    except LlmrlError:
+        raise
+    except Exception as error:
+        raise _failed(file, split, error) from error
+
+
+def _failed(file: Path, split: str, error: Exception) -> UserError:
+    return UserError(f"data.path {file}: rows({split!r}) failed: {type(error).__name__}: {error}")

@@ -12,6 +12,9 @@ import numpy as np
 from llmrl.errors import UserError
 from llmrl.types import RolloutGroup, Task
 
+STREAM_BLOCK = 1024
+"""Tasks of a stream that are shuffled among themselves."""
+
 
 class Sampler(Protocol):
     """Chooses the tasks of each step."""
@@ -23,6 +26,10 @@ class Sampler(Protocol):
 
     def next(self, n: int) -> list[Task]:
         """Return the next `n` tasks, all different."""
+        ...
+
+    def check(self, n: int) -> None:
+        """Raise UserError unless `n` different tasks fit in a batch."""
         ...
 
     def update(self, groups: Sequence[RolloutGroup]) -> None:
@@ -48,12 +55,14 @@ class TaskSampler:
         tasks: at least one; their ids must differ.
         seed: at least 0.
         shuffle: False keeps the order of `tasks` in every epoch.
+        streams: a longer run has further tasks behind these. They are then shuffled in blocks of STREAM_BLOCK, so that
+            a run can be resumed with more steps.
 
     Raises:
         UserError: there are no tasks, an id repeats, or the seed is negative.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True, streams: bool = False) -> None:
         ids = [task.id for task in tasks]
         if not ids:
             raise UserError("there are no tasks to sample from")
@@ -62,15 +71,23 @@ class TaskSampler:
             raise UserError(f"{count} tasks have the id {task_id!r}: ids must differ, because resuming relies on them")
         if seed < 0:
             raise UserError(f"train.seed is {seed}: it must be at least 0")
-        self._tasks = list(tasks)
+        self._tasks, self._streams = list(tasks), streams
         self._identity = {
             "seed": seed,
             "shuffle": shuffle,
             "num_tasks": len(ids),
-            "fingerprint": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16],
+            "fingerprint": self._fingerprint(len(ids)),
         }
         self._position = 0
         self._start_epoch(0)
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return len(self._tasks)
+
+    def _fingerprint(self, count: int) -> str:
+        """Return a hash of the ids of the first `count` tasks."""
+        return hashlib.sha256("\n".join(task.id for task in self._tasks[:count]).encode()).hexdigest()[:16]
 
     @property
     def position(self) -> int:
@@ -123,10 +140,11 @@ class TaskSampler:
         Raises:
             UserError: the tasks, the seed or the shuffling differ from that sampler's; the message names which.
         """
+        now = dict(self._identity)
+        if self._streams and state["epoch"] == 0 and state["num_tasks"] < len(self._tasks):  # the run got longer
+            now |= {"num_tasks": state["num_tasks"], "fingerprint": self._fingerprint(state["num_tasks"])}
         changed = [
-            f"{name} was {state.get(name)} and is {value}"
-            for name, value in self._identity.items()
-            if state.get(name) != value
+            f"{name} was {state.get(name)} and is {value}" for name, value in now.items() if state.get(name) != value
         ]
         if changed:
             raise UserError(
@@ -145,7 +163,11 @@ class TaskSampler:
         count = len(self._tasks)
         # A generator of its own per epoch: resuming needs no random state, only the epoch and a cursor.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._identity["seed"], epoch])))
-        self._order = generator.permutation(count).tolist() if self._identity["shuffle"] else list(range(count))
+        self._order = list(range(count))
+        if self._identity["shuffle"]:
+            block = STREAM_BLOCK if self._streams else count
+            starts = range(0, count, block)
+            self._order = [s + i for s in starts for i in generator.permutation(min(block, count - s)).tolist()]
 
     def _next_index(self, batch: dict[int, Task]) -> int:
         """Return the index of the next task that is not in `batch`; defer those that are to the next batch."""

@@ -12,7 +12,9 @@ import torch
 from llmrl.errors import UserError, first_line
 from llmrl.model.adapter_folder import SavedAdapter, find_adapter, load_adapter, without_adapter_files
 from llmrl.model.adapters import check_kind, check_model, differences
+from llmrl.model.positions import longest_exact
 from llmrl.model.quantized import loading_options
+from llmrl.types import ModelLimits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +91,40 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig | None:
         if adapter is None or adapter.inside_base:
             return None
         return load_generation_config(_of_base(config, adapter))
+
+
+def model_limits(config: ModelConfig, loaded: Any = None, *, longest: int | None = None) -> ModelLimits:
+    """Return what a model can take, as far as its configuration says, without loading its weights.
+
+    Args:
+        config: which model.
+        loaded: the model itself, if it was given in Python.
+        longest: tokens that the engine serves at most, if it says so.
+    """
+    adapter = find_adapter(config) if loaded is None else None
+    found = (
+        loaded.config if loaded is not None else _read_config(config if adapter is None else _of_base(config, adapter))
+    )
+    if found is None:
+        return ModelLimits(context=longest)
+    text = found.get_text_config()
+    contexts = (longest, getattr(text, "max_position_embeddings", None), longest_exact(found))
+    # Adapters may have added rows to the embedding, which only the loaded model knows.
+    vocab_size = getattr(text, "vocab_size", None) if adapter is None and loaded is None else None
+    return ModelLimits(context=min(filter(None, contexts), default=None), vocab_size=vocab_size)
+
+
+def _read_config(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    if config.path.startswith(TINY):
+        return None
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError):  # loading the model will say what is wrong
+        return None
 
 
 def load_model(

@@ -114,7 +114,7 @@ class Collector(Source):
         temperature = self.options.temperature if temperature is None else temperature
 
         async def collect_group(task: Task, position: int) -> RolloutGroup:
-            prompt_ids = self.chat.render(task.messages)
+            prompt_ids = self.chat.render_task(task)
             runs = [
                 self._run(task, index, prompt_ids, request_seed(self.seed, salt, position, index), temperature)
                 for index in range(num_generations)
@@ -145,7 +145,7 @@ class Collector(Source):
     async def _play(self, rollout: Rollout, env: Env, prompt_ids: list[int], seed: int, temperature: float) -> None:
         messages = await env.start()
         if messages is not rollout.task.messages:
-            prompt_ids = self.chat.render(messages)
+            prompt_ids = self.chat.render(messages, rollout.task.tools, **rollout.task.template_options)
         start = time.perf_counter()
         sampling = Sampling(
             max_tokens=self.options.max_completion_length,

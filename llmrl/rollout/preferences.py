@@ -17,15 +17,17 @@ from llmrl.algo.preference.options import DPO, KTO
 from llmrl.algo.samples import mismatched_samples, samples_of
 from llmrl.data.chat import Chat
 from llmrl.data.preferences import PreferenceRow, encode_preferences, mismatch
+from llmrl.data.prompts import beyond_embedding
+from llmrl.data.report import Finding, RowReport
 from llmrl.data.sampler import TaskSampler
 from llmrl.errors import UserError
 from llmrl.rollout.source import Feed, Source, StartEngine
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Turn
 
 if TYPE_CHECKING:
-    from llmrl.data.options import RowsConfig
+    from llmrl.data.options import PreferenceData
     from llmrl.train.learner import Learner
-    from llmrl.types import Sample, Task
+    from llmrl.types import ModelLimits, Sample, Task
 
 CHUNK = 512
 """Number of completions whose reference log-probabilities are computed at once."""
@@ -36,7 +38,8 @@ class PreferenceFeed(Feed):
 
     Args:
         rows: the rows to train on.
-        eval_rows: held-out rows.
+        eval_rows: held-out rows; empty if there is no evaluation.
+        reports: which rows of either could not be read.
         data: how rows are rendered and ordered.
         options: the algorithm's options: how sequences are cut, and whether the reference is computed beforehand.
         folder: where to save the reference's log-probabilities, unless `ref_cache_dir` is set.
@@ -51,12 +54,14 @@ class PreferenceFeed(Feed):
         rows: list[PreferenceRow],
         eval_rows: list[PreferenceRow],
         *,
-        data: RowsConfig,
+        reports: tuple[RowReport, RowReport] | None = None,
+        data: PreferenceData,
         options: DPO | KTO,
         folder: Path,
         seed: int,
     ) -> None:
         self.rows, self.eval_rows, self.data, self.options = rows, eval_rows, data, options
+        self.reports = reports or (RowReport(num_rows=len(rows)), RowReport(num_rows=len(eval_rows)))
         self.folder, self.seed, self.rewards = folder, seed, {}
         self.has_reference = options.precompute_ref_log_probs
         for row in (*rows[:1], *eval_rows[:1]):
@@ -66,34 +71,64 @@ class PreferenceFeed(Feed):
                     "algo.name kto, or rows with chosen and rejected"
                 )
 
-    def encode(self, tokenizer: Any, generation: Any) -> list[str]:
+    @property
+    def tasks(self) -> list[Task]:
+        """What the sampler draws from."""
+        return [row.task for row in self.rows]
+
+    @property
+    def eval_tasks(self) -> list[Task]:
+        """Held-out tasks."""
+        return [row.task for row in self.eval_rows]
+
+    def encode(self, tokenizer: Any, generation: Any, limits: ModelLimits) -> list[str]:
         """Render all rows and cut them to `max_length` tokens."""
         conversational = self.rows[0].is_conversational
         if self.eval_rows and self.eval_rows[0].is_conversational != conversational:
             raise UserError(f"{self.eval_rows[0].place}: training and evaluation rows must both be text, or messages")
-        chat = Chat(
+        self.chat = Chat(
             tokenizer,
             prompt_format="chat" if conversational else "text",
             chat_template=self.data.chat_template,
             generation_config=generation,
+            template_options=self.data.chat_template_kwargs,
         )
         limit = self.options.max_length
         notes = [f"{len(self.rows)} preferences from {self.data.path}"]
-        self.rows, more = encode_preferences(self.rows, chat, max_length=limit)
-        self.eval_rows, about_eval = encode_preferences(self.eval_rows, chat, max_length=limit)
+        self.rows, more = encode_preferences(
+            self.rows, self.chat, max_length=limit, limits=limits, report=self.reports[0]
+        )
+        self.eval_rows, about_eval = encode_preferences(
+            self.eval_rows, self.chat, max_length=limit, limits=limits, report=self.reports[1]
+        )
         if isinstance(self.options, KTO) and isinstance(self.options.loss, KtoLoss):
             mismatch(self.rows, max_length=limit)
             mismatch(self.eval_rows, max_length=limit)
-        self.tasks, self.eval_tasks = [row.task for row in self.rows], [row.task for row in self.eval_rows]
         return notes + more + [f"evaluation: {note}" for note in about_eval]
 
-    def known_ids(self) -> Iterable[list[int]]:
-        """Yield the token ids of every prompt and completion."""
-        return (ids for row in (*self.rows, *self.eval_rows) for ids in (row.prompt_ids, *row.completion_ids))
+    def check_vocabulary(self, tokenizer: Any, vocab_size: int) -> None:
+        """Refuse rows with tokens that the loaded model has no embedding for."""
+        for row in (*self.rows, *self.eval_rows):
+            used = [*row.prompt_ids, *(number for ids in row.completion_ids for number in ids)]
+            if max(used) >= vocab_size:
+                raise UserError(f"{row.place}: {beyond_embedding(tokenizer, used, vocab_size)}")
+
+    def dropped(self) -> list[Finding]:
+        """Return the rows that were left out because they cannot be used."""
+        return [finding for report in self.reports for finding in report.found]
+
+    def preview(self) -> str:
+        """Return the first row as the model sees it: its prompt, then each completion."""
+        row, decode = self.rows[0], self.chat.tokenizer.decode
+        names = ["chosen", "rejected"] if len(row.completion_ids) == 2 else [f"completion, label {row.rewards[0]:g}"]
+        parts = [f"[prompt]\n{decode(row.prompt_ids)}"]
+        parts += [f"[{name}]\n{decode(ids)}" for name, ids in zip(names, row.completion_ids, strict=True)]
+        return "\n".join(parts)
 
     def sampler(self, num_prompts: int) -> TaskSampler:
         """Return the order of the rows."""
-        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle)
+        streams = self.reports[0].streams
+        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle, streams=streams)
         sampler.check(num_prompts)
         return sampler
 

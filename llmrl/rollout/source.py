@@ -7,15 +7,16 @@ so a `Feed` reads and checks the data first.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmrl.data.sampler import TaskSampler
+    from llmrl.data.report import Finding
+    from llmrl.data.sampler import Sampler
     from llmrl.engines.base import Engine
     from llmrl.train.learner import Learner
-    from llmrl.types import Receipt, RolloutGroup, Task
+    from llmrl.types import ModelLimits, Receipt, RolloutGroup, Task
 
 Push = Callable[[int], Awaitable["Receipt"]]
 """Make the engine serve the learner's weights as this version, and prove it."""
@@ -99,24 +100,49 @@ class Feed:
         has_reference: the feed supplies the reference's log-probabilities, so no reference model is kept.
     """
 
-    tasks: list[Task]
-    eval_tasks: list[Task]
     rewards: dict[str, float]
     has_reference: bool = False
 
-    def encode(self, tokenizer: Any, generation: Any) -> list[str]:
-        """Render the prompts; `generation` is the model's generation configuration. Returns lines to show.
+    @property
+    def tasks(self) -> list[Task]:
+        raise NotImplementedError
+
+    @property
+    def eval_tasks(self) -> list[Task]:
+        raise NotImplementedError
+
+    def encode(self, tokenizer: Any, generation: Any, limits: ModelLimits) -> list[str]:
+        """Render and check every row.
+
+        Args:
+            tokenizer: the policy's.
+            generation: the model's generation configuration.
+            limits: what the model can take, as far as it is known.
+
+        Returns:
+            Lines to show.
 
         Raises:
-            UserError: rows cannot be rendered, or none are left.
+            UserError: rows cannot be used, or none are left.
         """
         raise NotImplementedError
 
-    def known_ids(self) -> Iterable[list[int]]:
-        """Yield the token ids of everything that is known before the run, after `encode`."""
+    def check_vocabulary(self, tokenizer: Any, vocab_size: int) -> None:
+        """Raise UserError if the data has tokens that the loaded model has no embedding for.
+
+        A tokenizer may have such tokens (those of images, for example) as long as nothing uses them.
+        """
         raise NotImplementedError
 
-    def sampler(self, num_prompts: int) -> TaskSampler:
+    def dropped(self) -> list[Finding]:
+        """Return the rows that were left out, and why."""
+        raise NotImplementedError
+
+    def preview(self) -> str:
+        """Return the first row as the model sees it."""
+        raise NotImplementedError
+
+    def sampler(self, num_prompts: int) -> Sampler:
         """Return the order of the tasks. Raises UserError if there are fewer than `num_prompts`."""
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmrl.algo.preference.options import PreferenceOptions, mixes_adapters
 from llmrl.config import Config, RunConfig, to_dict
 from llmrl.config.describe import describe
+from llmrl.data.report import write_dropped
 from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.run.engines import start_engine
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrl.algo.base import Algorithm
-    from llmrl.data.sampler import TaskSampler
+    from llmrl.data.sampler import Sampler
     from llmrl.model.policy import Policy
-    from llmrl.rollout.source import Feed, Source
+    from llmrl.rollout.source import Source
     from llmrl.run.ledger import Ledger
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -40,7 +41,7 @@ class Parts:
     parallel: Parallel
     console: Console
     tokenizer: PreTrainedTokenizerBase
-    sampler: TaskSampler
+    sampler: Sampler
     tasks: dict[str, Task]
     """What the sampler draws from, by id."""
     eval_tasks: list[Task]
@@ -67,7 +68,7 @@ def build(args: Any, given: Given) -> Parts:
 
     from llmrl.data.chat import with_template
     from llmrl.model.attention import check_attention
-    from llmrl.model.load import load_generation_config, load_tokenizer
+    from llmrl.model.load import load_generation_config, load_tokenizer, model_limits
     from llmrl.model.modes import random_parts
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -91,9 +92,12 @@ def build(args: Any, given: Given) -> Parts:
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
     tokenizer = with_template(tokenizer, config.data.chat_template)
-    notes, sampler = feed.encode(tokenizer, generation), feed.sampler(config.rollout.num_prompts)
+    limits = model_limits(config.model, loaded, longest=_longest(config))
+    notes, sampler = feed.encode(tokenizer, generation, limits), feed.sampler(config.rollout.num_prompts)
     config = resolved.with_rows(len(feed.tasks))
     check_output_dir(config, parallel)
+    if parallel.is_main and (dropped := feed.dropped()):
+        write_dropped(Path(config.train.output_dir), dropped)
 
     console = Console(config.track.console, enabled=parallel.is_main)
     for note in resolved.notes + notes + describe(config):
@@ -102,7 +106,7 @@ def build(args: Any, given: Given) -> Parts:
     algorithm = make_algorithm(config, feed.rewards)
     keep = algorithm.needs.reference and not feed.has_reference
     policy = build_policy(config, given, tokenizer, parallel, keep_reference=keep)
-    check_vocabulary(feed, tokenizer, policy.vocab_size)
+    feed.check_vocabulary(tokenizer, policy.vocab_size)
     critic = config.critic if isinstance(config, Config) else None
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
@@ -130,25 +134,10 @@ def build(args: Any, given: Given) -> Parts:
     )
 
 
-def check_vocabulary(feed: Feed, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuse data with tokens that the model has no embedding for.
-
-    A tokenizer may have such tokens (those of images, for example) as long as nothing uses them.
-
-    Raises:
-        UserError: a prompt, or a completion of the data, has one.
-    """
-    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
-    if not beyond:
-        return
-    used = {number for ids in feed.known_ids() for number in ids} & set(beyond)
-    if used:
-        names = ", ".join(repr(beyond[number]) for number in sorted(used)[:5])
-        raise UserError(
-            f"the data has tokens that the model has no embeddings for: {names} (the tokenizer has {len(tokenizer)} "
-            f"tokens, the model {vocab_size}). Save a model with more: model.resize_token_embeddings(len(tokenizer)); "
-            "under adapters train them too, with modules_to_save or trainable_token_indices"
-        )
+def _longest(config: RunConfig) -> int | None:
+    """Return the longest sequence that the engine is told to serve, if there is one and it says so."""
+    vllm = config.rollout.vllm if isinstance(config, Config) else None
+    return None if vllm is None else vllm.max_model_len
 
 
 def quieten_libraries() -> None:

@@ -6,14 +6,13 @@ It uses the same engine, collector and rubric as training, and the same proof th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,13 +21,13 @@ from llmrl.config import EvalRun, parse
 from llmrl.config.evaluation import check_evaluation
 from llmrl.errors import LlmrlError, RunFailed, UserError
 from llmrl.track.metrics import majority_rates, pass_rates, rollout_metrics
+from llmrl.track.progress import progress
 from llmrl.track.ranking import mean_logprob_scores, ranking_rates
 from llmrl.types import Message, Rollout, RolloutGroup, Score, Status, Task, Turn
 from llmrl.verify.budget import check_scores
 
 SHORT = {"--model": "--model.path", "--data": "--data.path", "--samples": "--rollout.num_generations"}
 """Short names on the command line for fields that every evaluation gives."""
-PROGRESS_EVERY_S = 10.0
 
 
 def run(argv: list[str]) -> int:
@@ -83,13 +82,14 @@ class Evaluator:
     """A model behind an engine, and the rubric. Use it as `async with Evaluator(options) as evaluator`."""
 
     def __init__(self, options: EvalRun) -> None:
+        from llmrl.data.report import RowReport
         from llmrl.data.tasks import load_tasks
         from llmrl.model.attention import check_attention
-        from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+        from llmrl.model.load import load_generation_config, load_model, load_tokenizer, model_limits
         from llmrl.model.logprob_head import keep_logits_in_float32
         from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
-        from llmrl.rollout.tasks import TaskFeed
+        from llmrl.rollout.tasks import TaskFeed, TaskSet
         from llmrl.run.build import quieten_libraries
         from llmrl.run.engines import start_engine
         from llmrl.verify.rubric import Rubric
@@ -97,15 +97,25 @@ class Evaluator:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("llmrl eval runs in one process: start it without a launcher")
         self.options = options
-        tasks, conversational = load_tasks(options.data), options.data.prompt_format == "chat"
+        report = RowReport(on_bad_row=options.data.on_bad_row)
+        tasks, conversational = load_tasks(options.data, report), options.data.prompt_format == "chat"
         self.rubric = Rubric.from_config(options.rewards, options.verify, conversational=conversational)
         feed = TaskFeed(
-            tasks, [], self.rubric, data=options.data, rollout=options.rollout, verify=options.verify, seed=options.seed
+            TaskSet(tasks, options.data, report),
+            TaskSet([]),
+            self.rubric,
+            data=options.data,
+            rollout=options.rollout,
+            verify=options.verify,
+            seed=options.seed,
         )
         quieten_libraries()
         tokenizer = load_tokenizer(options.model)
-        feed.encode(tokenizer, load_generation_config(options.model))
-        self.tasks, self.num_dropped = feed.tasks, len(tasks) - len(feed.tasks)
+        longest = options.rollout.vllm.max_model_len if options.rollout.vllm is not None else None
+        limits = model_limits(options.model, longest=longest)
+        for note in feed.encode(tokenizer, load_generation_config(options.model), limits):
+            print(f"llmrl eval: {note}", file=sys.stderr)
+        self.tasks, self.num_dropped = feed.tasks, report.num_rows - len(feed.tasks)
         parallel = make_parallel(seed=options.seed, output_dir="", dtype=options.model.dtype)
         kernel = options.model.attn_implementation
         check_attention(kernel, options.model.dtype, parallel.device.type, training=False)
@@ -133,7 +143,7 @@ class Evaluator:
     async def __aexit__(self, *exception: object) -> None:
         await self.collector.close()
 
-    async def sample(self, advance: Callable[[], None] = lambda: None) -> list[RolloutGroup]:
+    async def sample(self, advance: Callable[[int], None] = lambda _: None) -> list[RolloutGroup]:
         """Return the scored samples of all tasks, in order; call `advance` after each task.
 
         Raises:
@@ -143,7 +153,7 @@ class Evaluator:
 
         async def one(position: int, task: Task) -> RolloutGroup:
             [group] = await self.collector.collect([task], [position], salt="eval")
-            advance()
+            advance(1)
             return group
 
         groups = await gather_or_cancel([one(i, task) for i, task in enumerate(self.tasks)])
@@ -179,7 +189,7 @@ async def evaluate(options: EvalRun) -> dict[str, Any]:
         RANKERS[options.rerank or ""].check(options.rerank_model)
     async with Evaluator(options) as evaluator:
         ready = time.perf_counter()
-        with _progress(len(evaluator.tasks)) as advance:
+        with progress("sampling", len(evaluator.tasks), unit="tasks") as advance:
             groups = await evaluator.sample(advance)
         sampled = time.perf_counter()
         name = evaluator.rubric.accuracy_name or ""
@@ -309,29 +319,6 @@ def show(report: dict[str, Any], *, to_error: bool) -> None:
         value = report["metrics"][key]
         table.add_row(key, "-" if value is None else f"{value:.4f}")
     Console(stderr=to_error, highlight=False).print(table)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Generator[Callable[[], None]]:
-    """Yield a function to call after each task: a bar on a terminal, a plain line every few seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task("sampling", total=total)
-            yield lambda: progress.advance(bar)
-        return
-    done, last = 0, time.monotonic()
-
-    def advance() -> None:
-        nonlocal done, last
-        done += 1
-        if time.monotonic() - last > PROGRESS_EVERY_S or done == total:
-            last = time.monotonic()
-            print(f"sampling: {done} of {total} tasks", file=sys.stderr, flush=True)
-
-    yield advance
 
 
 def _write(place: str, text: str) -> None:

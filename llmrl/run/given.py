@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from llmrl.config import (
     PRESETS,
     Config,
-    DataConfig,
     LoraConfig,
+    PreferenceRows,
     RewardConfig,
     RunConfig,
+    TaskRows,
     VerifyConfig,
     check,
     complete,
@@ -92,7 +93,7 @@ def resolve_config(args: Any, given: Given) -> Resolved:
         model = replace(model, lora=None, peft=_peft_fields(given.peft_config))
     config = replace(config, model=model, data=_data(config.data, given.train_dataset))
     if given.eval_dataset is not None:
-        data = config.eval.data or (DataConfig() if isinstance(config, Config) else type(config.data)())
+        data = config.eval.data or (TaskRows() if isinstance(config, Config) else PreferenceRows())
         config = replace(config, eval=replace(config.eval, data=_data(data, given.eval_dataset)))
     if given.reward is not None:
         if not isinstance(config, Config):

@@ -6,6 +6,7 @@ is a package and a row here: `methods/bcoder` is an example.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from llmrl.algo.preference import options as preference
 from llmrl.algo.preference.dpo import DPO
 from llmrl.algo.preference.kto import KTO
 from llmrl.config import Config
+from llmrl.data.options import PreferenceData, PreferenceRows
+from llmrl.data.report import RowReport
+from llmrl.data.sampler import STREAM_BLOCK
 from llmrl.methods.bcoder.algorithm import BCoder
 from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.methods.bcoder.policy import QPolicy, check_start
@@ -31,14 +35,14 @@ from llmrl.methods.bcoder.source import ProgramFeed
 from llmrl.model.logprob_head import keep_logits_in_float32
 from llmrl.model.policy import Policy
 from llmrl.rollout.preferences import PreferenceFeed
-from llmrl.rollout.tasks import TaskFeed
+from llmrl.rollout.tasks import TaskFeed, TaskSet
 from llmrl.run.given import Given
 from llmrl.types import Task
 
 if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
     from llmrl.config import RunConfig
-    from llmrl.data.options import DataConfig, RowsConfig
+    from llmrl.data.options import DataConfig, TaskRows
     from llmrl.data.preferences import PreferenceRow
     from llmrl.model.critic import Critic
     from llmrl.rollout.source import Feed
@@ -108,9 +112,13 @@ def program_feed(config: Config, given: Given) -> ProgramFeed:
 def preference_feed(config: RunConfig, given: Given) -> PreferenceFeed:
     """Read rows of preferences."""
     assert isinstance(config.algo, preference.DPO | preference.KTO)
+    assert isinstance(config.data, PreferenceData)
+    reports = _reports(config.data)
+    held_out = config.eval.data
     return PreferenceFeed(
-        _rows(given.train_dataset, config.data),
-        _rows(given.eval_dataset, config.eval.data) if config.eval.data is not None else [],
+        _rows(given.train_dataset, config.data, reports[0], needed=_needed(config)),
+        _rows(given.eval_dataset, held_out, reports[1]) if isinstance(held_out, PreferenceRows) else [],
+        reports=reports,
         data=config.data,
         options=config.algo,
         folder=Path(config.train.output_dir),
@@ -119,9 +127,10 @@ def preference_feed(config: RunConfig, given: Given) -> PreferenceFeed:
 
 
 def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: Any) -> F:
+    reports, held_out = _reports(config.data), config.eval.data
     return feed(
-        _tasks(given.train_dataset, config.data),
-        _tasks(given.eval_dataset, config.eval.data) if config.eval.data is not None else [],
+        _tasks(given.train_dataset, config.data, reports[0], needed=_needed(config)),
+        _tasks(given.eval_dataset, held_out, reports[1]) if held_out is not None else TaskSet([]),
         _rubric(config),
         data=config.data,
         rollout=config.rollout,
@@ -131,24 +140,42 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
     )
 
 
-def _tasks(dataset: Any, options: DataConfig) -> list[Task]:
+def _reports(data: DataConfig | PreferenceData) -> tuple[RowReport, RowReport]:
+    return (
+        RowReport(on_bad_row=data.on_bad_row, what="rows"),
+        RowReport(on_bad_row=data.on_bad_row, what="evaluation rows"),
+    )
+
+
+def _needed(config: RunConfig) -> int:
+    """Return how many rows of a stream a run can use, in whole blocks, so that a longer run has the same and more."""
+    algorithm = make_algorithm(config) if isinstance(config, Config) else None
+    batches = algorithm.needs.sampling_batches if algorithm is not None else 1
+    rows = config.train.max_steps * config.rollout.num_prompts * batches
+    return math.ceil(rows / STREAM_BLOCK) * STREAM_BLOCK
+
+
+def _tasks(dataset: Any, options: TaskRows, report: RowReport, *, needed: int | None = None) -> TaskSet:
     from llmrl.data.tasks import load_tasks, tasks_from_rows
 
     match dataset:
         case None | str():
-            return load_tasks(options)
+            return TaskSet(load_tasks(options, report, needed=needed), options, report)
         case [Task(), *_]:
-            return [*dataset]
+            report.num_rows = len(dataset)
+            return TaskSet([*dataset], options, report)
         case _:
-            return tasks_from_rows(dataset, options, GIVEN_DATASET)
+            return TaskSet(tasks_from_rows(dataset, options, GIVEN_DATASET, report, needed=needed), options, report)
 
 
-def _rows(dataset: Any, options: RowsConfig) -> list[PreferenceRow]:
+def _rows(
+    dataset: Any, options: PreferenceRows, report: RowReport, *, needed: int | None = None
+) -> list[PreferenceRow]:
     from llmrl.data.preferences import load_preferences, preferences_from_rows
 
     if dataset is None or isinstance(dataset, str):
-        return load_preferences(options)
-    return preferences_from_rows(dataset, options, GIVEN_DATASET)
+        return load_preferences(options, report, needed=needed)
+    return preferences_from_rows(dataset, options, GIVEN_DATASET, report, needed=needed)
 
 
 def _rubric(config: Config) -> Rubric:

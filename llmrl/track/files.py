@@ -16,6 +16,13 @@ from typing import IO, Any
 
 from llmrl.errors import RunFailed, UserError
 
+
+def cache_folder() -> Path:
+    """Return `$LLMRL_CACHE`, or `llmrl` in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("LLMRL_CACHE") or user / "llmrl").absolute()
+
+
 MAX_BEHIND = 2
 """Appends that may wait to be written in the background. The next one waits for the first of them, so that memory does
 not grow where a disk is slower than a run."""

@@ -32,9 +32,7 @@ def row_arguments(task: Task) -> dict[str, Any]:
     """Return the arguments that come from the row: its columns, `prompt` and `answer`. Row checks get the same."""
     prompt = next((m.get("content") for m in reversed(task.messages) if m.get("role") == "user"), None)
     row = ({"prompt": prompt} if prompt is not None else {}) | task.meta
-    if task.answer is not None or "answer" not in row:
-        row["answer"] = task.answer
-    return row
+    return row if task.answer is None else row | {"answer": task.answer}
 
 
 def columns(task: Task) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class RewardConfig:
     """Name of another reward. This one counts only where that one is above 0."""
     scale: tuple[float, float] | None = None
     """[low, high]: map this range to [0, 1] and clip, before the weight is applied."""
+    sources: list[str] = field(default_factory=list)
+    """Score only tasks of these sources: names of `data.sources`, or what a row's column data_source (dataset, source)
+    says. Default: all tasks."""
     time_limit_s: Positive = 20.0
     """Time limit of one call in seconds, for rewards that run in the pool of worker processes."""
 

@@ -104,6 +104,7 @@ class Reward:
                 names = ", ".join(sorted(available))
                 near = difflib.get_close_matches(name, sorted(available), n=1, cutoff=0.6)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = " Name the column that has it in data.answer_column." if name == "answer" else hint
                 return (
                     f"reward {self.name}: its parameter {name!r} cannot be filled: the row has no column of that "
                     f"name.{hint} Available: {names}. Add it, fix it in `args`, or give the parameter a default."

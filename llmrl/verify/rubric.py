@@ -6,6 +6,7 @@ reward = sum over parts of weight * part. A part with weight 0 is a metric: it n
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import math
 import sys
@@ -136,8 +137,25 @@ class Rubric:
 
     @property
     def accuracy_name(self) -> str | None:
-        """The reward that pass@k and filters look at: the first with weight > 0."""
+        """The reward that pass@k and filters look at: the first with weight > 0; none if sources have their own."""
+        if any(part.sources for part in self.parts.values() if part.weight > 0):
+            return None
         return next((name for name, part in self.parts.items() if part.weight > 0), None)
+
+    def of(self, task: Task) -> list[Reward]:
+        """Return the rewards that score a task: those without `sources`, and those that name its source."""
+        sources = {name: part.sources for name, part in self.parts.items()}
+        return [r for name, r in self.rewards.items() if not sources[name] or task.source in sources[name]]
+
+    def check_sources(self, known: set[str]) -> None:
+        """Raise a UserError when a reward is limited to a source that no task comes from."""
+        for name, part in self.parts.items():
+            for source in part.sources:
+                if source not in known:
+                    near = difflib.get_close_matches(source, known, n=1, cutoff=0.6)
+                    hint = f" Did you mean {near[0]!r}?" if near else ""
+                    names = ", ".join(sorted(known)[:20])
+                    raise UserError(f"reward {name}: no task comes from its source {source!r}.{hint} Sources: {names}")
 
     def findings(self, task: Task) -> list[str]:
         """Return what is wrong with a task's row, a text for each finding; an empty list if every reward can use it.
@@ -145,7 +163,10 @@ class Rubric:
         A reward has an argument that the row cannot fill, or its check finds a column wrong (docs/rewards.md). Takes
         microseconds a row, so that whole datasets can be read before the first step.
         """
-        return [text for reward in self.rewards.values() for text in reward.findings(task)]
+        rewards = self.of(task)
+        if len(rewards) < len(self.rewards) and not any(self.parts[reward.name].weight for reward in rewards):
+            return [f"no reward with a weight scores tasks of the source {task.source!r}: see `sources` of the rewards"]
+        return [text for reward in rewards for text in reward.findings(task)]
 
     def check(self, task: Task) -> None:
         """Raise a UserError with the first of the findings."""
@@ -154,7 +175,7 @@ class Rubric:
 
     def require(self, task: Task) -> None:
         """Raise a UserError when a reward requires an argument that this task cannot fill; columns are not read."""
-        for reward in self.rewards.values():
+        for reward in self.of(task):
             if text := reward.unusable(task):
                 raise UserError(text)
 
@@ -171,11 +192,12 @@ class Rubric:
         """
         if rollout.status.is_error:
             return Score(reward=None, error=rollout.error or f"the rollout ended in {rollout.status}")
-        rewards = [reward for reward in self.rewards.values() if reward.kind == "rollout"]
+        all_rewards = self.of(rollout.task)
+        rewards = [reward for reward in all_rewards if reward.kind == "rollout"]
         found = await _all_of([self._call_one(reward, rollout) for reward in rewards])
         results = {reward.name: result for reward, result in zip(rewards, found, strict=True)}
         score = self._combine(rollout, results)
-        if len(rewards) < len(self.rewards):  # keep the results, which `score_group` combines with the others
+        if len(rewards) < len(all_rewards):  # keep the results, which `score_group` combines with the others
             score = _Unfinished(**{name: getattr(score, name) for name in Score.__slots__}, results=results)
         rollout.score = score
         return score
@@ -184,7 +206,7 @@ class Rubric:
         """Score the rollouts that have no score yet, run TRL and group rewards on the group, set all final scores."""
         rollouts = [rollout for rollout in group.rollouts if not rollout.status.is_error]
         await _all_of([self.score(rollout) for rollout in rollouts if rollout.score is None])
-        batched = [reward for reward in self.rewards.values() if reward.kind != "rollout"]
+        batched = [reward for reward in self.of(group.task) if reward.kind != "rollout"]
         if not rollouts or not batched:
             return
         found = await _all_of([self._call_group(reward, rollouts) for reward in batched])

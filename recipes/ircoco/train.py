@@ -252,9 +252,12 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
         evaluator = load_file(HERE.with_name("evaluator.py"))
     file = folder / evaluator.REPORT
     if not file.is_file():
-        from llmrl.data.chat import Chat, filter_long
+        from llmrl.data.chat import Chat
+        from llmrl.data.checks import Checks
+        from llmrl.data.prompts import PromptCheck
         from llmrl.data.tasks import load_tasks
-        from llmrl.model.load import load_generation_config, load_model, load_tokenizer
+        from llmrl.model.load import load_generation_config, load_model, load_tokenizer, model_limits
+        from llmrl.rollout.tasks import TaskSet
         from llmrl.run.evaluation import best_device
 
         tasks, seed = load_tasks(config.data), config.train.seed
@@ -269,7 +272,15 @@ def fit_evaluator(config: IRCoCoRun, folder: Path) -> dict[str, float]:
             chat_template=config.data.chat_template,
             generation_config=load_generation_config(config.model),
         )
-        tasks, _ = filter_long(tasks, chat, config.data.max_prompt_length)
+        prompts = PromptCheck(
+            chat,
+            model_limits(config.model),
+            max_completion_length=config.rollout.max_completion_length,
+            max_prompt_length=config.data.max_prompt_length,
+        )
+        found = TaskSet(tasks, config.data)
+        found.check(Checks(prompts=prompts, columns=lambda _: []))
+        tasks = found.tasks
         options = config.evaluator
         print(f"evaluator: {options.num_examples} examples from {options.prefixes.kind}", flush=True)
         if isinstance(options.prefixes, SamplePrefixes):

@@ -18,6 +18,7 @@ from llmrl.config import (
     Config,
     DataConfig,
     ModelConfig,
+    PreferenceData,
     RewardConfig,
     RolloutConfig,
     RunConfig,
@@ -63,7 +64,7 @@ def make_config(
     options = preset(name, **algo)
     model, data = ModelConfig(path="m"), DataConfig(path="d")
     if run_class(options) is RunConfig:
-        return RunConfig(model=model, data=data, algo=options)
+        return RunConfig(model=model, data=PreferenceData(path="d"), algo=options)
     return complete(
         Config(
             model=model,

@@ -15,10 +15,9 @@ from tokenizers import AddedToken, processors
 from tokenizers.decoders import Metaspace
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from llmrl.data.chat import Chat, filter_long
+from llmrl.data.chat import Chat
 from llmrl.errors import UserError
 from llmrl.tiny import byte_tokenizer, char_tokenizer
-from llmrl.types import Task
 
 TEMPLATES = Path(__file__).parent / "templates"
 USER = [{"role": "user", "content": "Hi"}]
@@ -346,19 +345,3 @@ def test_tokenizer_without_eos() -> None:
         Chat(tokenizer, prompt_format="text")
     chat = Chat(tokenizer, prompt_format="text", generation_config=SimpleNamespace(eos_token_id=[5]))
     assert (chat.stop_token_ids, chat.pad_token_id) == ((5,), 5)
-
-
-# --- filter_long ------------------------------------------------------------------------------------------------------
-
-
-def test_filter_long_counts_tokens_of_the_rendered_prompt() -> None:
-    chat = Chat(byte_tokenizer(), prompt_format="text")
-    tasks = [Task(id=str(n), messages=[{"role": "user", "content": "x" * n}]) for n in (3, 5, 4, 9)]
-    kept, dropped = filter_long(tasks, chat, 4)
-    assert ([task.id for task in kept], dropped) == (["3", "4"], 2)
-    assert filter_long(tasks, chat, None) == (tasks, 0)
-    assert filter_long([], chat, 4) == ([], 0)
-    overhead = len(Chat(byte_tokenizer()).render(USER)) - 2
-    assert filter_long(tasks, Chat(byte_tokenizer()), overhead + 5)[1] == 1
-    with pytest.raises(UserError, match=r"max_prompt_length 2 leaves out all 4 tasks: the shortest prompt has 3"):
-        filter_long(tasks, chat, 2)

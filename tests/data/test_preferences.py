@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrl.data.chat import Chat
-from llmrl.data.options import RowsConfig
+from llmrl.data.options import PreferenceRows
 from llmrl.data.preferences import PreferenceRow, encode_preferences, load_preferences, mismatch, preferences_from_rows
 from llmrl.errors import UserError
 from llmrl.rollout.preferences import PreferenceSource
@@ -50,7 +50,7 @@ def encoded(rows: list[dict[str, Any]], *, max_length: int | None = None, templa
     tokenizer = byte_tokenizer()
     if template:
         tokenizer.chat_template = template
-    found = preferences_from_rows(rows, RowsConfig(), "rows")
+    found = preferences_from_rows(rows, PreferenceRows(), "rows")
     chat = Chat(tokenizer, prompt_format="chat" if found[0].is_conversational else "text")
     return (*encode_preferences(found, chat, max_length=max_length), tokenizer)
 
@@ -137,7 +137,7 @@ def test_a_prompt_that_is_rendered_differently_is_reported() -> None:
 
 
 def test_sharegpt_rows_are_messages(shared_data: Path) -> None:
-    rows = load_preferences(RowsConfig(path=str(shared_data / "preference" / "dpo_en_demo.jsonl"), limit=50))
+    rows = load_preferences(PreferenceRows(path=str(shared_data / "preference" / "dpo_en_demo.jsonl"), limit=50))
     raw = [json.loads(line) for line in (shared_data / "preference" / "dpo_en_demo.jsonl").open()][:50]
     assert len({row.task.id for row in rows}) == 50
     for row, given in zip(rows, raw, strict=True):
@@ -169,14 +169,14 @@ def test_groups() -> None:
         ([{"prompt": "", "chosen": "b", "rejected": "c"}], "is empty"),
         ([{"chosen": "b", "rejected": "c"}], "do not begin with the same text"),
         ([{"prompt": [{"content": "a"}], "chosen": [assistant("b")], "rejected": [assistant("c")]}], "needs `role`"),
-        ([*PLAIN, {"prompt": "a", "completion": "b", "label": True}], "cannot be mixed"),
+        ([*PLAIN, {"prompt": "a", "completion": "b", "label": True}], "column chosen: must be text or a list"),
         ([*PLAIN, *MESSAGES], "text and messages cannot be mixed"),
-        ([{"conversations": [{"from": "x", "value": "y"}], "chosen": {}, "rejected": {}}], "a ShareGPT message needs"),
+        ([{"conversations": [{"from": "x", "value": "y"}], "chosen": {}, "rejected": {}}], "a message needs `role`"),
     ],
 )
 def test_what_is_refused(rows: list, text: str) -> None:
     with pytest.raises(UserError) as caught:
-        preferences_from_rows(rows, RowsConfig(), "mine")
+        preferences_from_rows(rows, PreferenceRows(), "mine")
     assert text in str(caught.value)
     if rows:
         assert "mine, row" in str(caught.value)
@@ -186,12 +186,12 @@ def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(PLAIN[0]) + "\n" + json.dumps({"prompt": "a", "chosen": 1, "rejected": "c"}) + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2, column chosen: must be text"):
-        load_preferences(RowsConfig(path=str(file)))
+        load_preferences(PreferenceRows(path=str(file)))
 
 
 def of_prompts(prompts: list[int], *, completions: int = 1) -> list[PreferenceRow]:
     rows = [{"prompt": "q", "completion": "c", "label": True}] * len(prompts)
-    found = preferences_from_rows(rows, RowsConfig(path="rows"), "rows")
+    found = preferences_from_rows(rows, PreferenceRows(path="rows"), "rows")
     for i, (row, prompt) in enumerate(zip(found, prompts, strict=True)):
         row.prompt_ids, row.completions = [prompt] * 3, ["c"] * completions
         row.completion_ids = [[100 + i, 7, 7, 7, k] for k in range(completions)]

@@ -77,6 +77,7 @@ def test_every_local_kind_gives_the_same_tasks(name: str, tmp_path: Path) -> Non
         messages=[{"role": "user", "content": "What is 0 + 1?"}],
         answer="so it is\n#### 001",
         meta={"question": "What is 0 + 1?", "answer": "so it is\n#### 001", "date": "2020-01-01"},
+        source="train",
     )
     assert load_tasks(config(tmp_path / name, limit=2)) == tasks[:2]
     assert load_tasks(config(tmp_path / name, limit=99)) == tasks
@@ -258,8 +259,7 @@ def test_chosen_columns() -> None:
 
 def test_missing_columns_are_listed() -> None:
     row = {"question": "q", "gold": "a"}
-    with pytest.raises(UserError, match=r"no column named answer / solution / target; .*or `none`.*question, gold"):
-        load([row])
+    assert load([row])[0].answer is None, "a reward that needs an answer says so, in the check of every row"
     with pytest.raises(
         UserError, match=r"row 0.*no column named messages / prompt.*data.prompt_column \(the columns are q, a\)"
     ):
@@ -295,7 +295,8 @@ def test_answers_that_only_look_empty_are_kept(answer: Any) -> None:
         (" ", "the prompt is empty"),
         ([], "the list of messages is empty"),
         (["Hi"], "message 0: a message needs `role`.*found str"),
-        ([{"from": "human", "value": "Hi"}], "message 0: .*found keys from, value"),
+        ([{"from": "human", "text": "Hi"}], "message 0: .*found keys role, text"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "message 0: a part of type 'image'"),
         ([{"role": "user", "content": None}], "message 0: `content` must be text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "must not end with an assistant"),
     ],
@@ -329,8 +330,9 @@ def test_system_prompt_comes_first_and_only_once() -> None:
     assert load([{"prompt": "Hi", "answer": 1}], system_prompt="Sum.")[0].messages == [system, user]
     assert load([{"prompt": [user], "answer": 1}], system_prompt="Sum.")[0].messages == [system, user]
     assert load([{"prompt": [system, user], "answer": 1}])[0].messages == [system, user]
+    assert load([{"prompt": [system, user], "answer": 1}], system_prompt="Sum.")[0].messages == [system, user]
     with pytest.raises(UserError, match=r"row 0.*already has a system message; remove data.system_prompt"):
-        load([{"prompt": [system, user], "answer": 1}], system_prompt="Sum.")
+        load([{"prompt": [system, user], "answer": 1}], system_prompt="Add.")
 
 
 def test_template_fields_and_literal_braces() -> None:
@@ -461,15 +463,12 @@ def test_code() -> None:
     assert tasks[0].messages[0]["content"].endswith("\n".join(tasks[0].meta["test_list"]))
     tasks = load_tasks(config(DATA / "code" / "apps_sample_2.jsonl", answer_column="none"))
     assert tasks[0].meta["input_output"]["outputs"] == ["1\n6\n-1\n"]
-    with pytest.raises(UserError, match=r"HumanEval\.jsonl, line 1: no column named answer.*canonical_solution"):
-        load_tasks(config(DATA / "code" / "HumanEval.jsonl"))
+    assert load_tasks(config(DATA / "code" / "HumanEval.jsonl"))[0].answer is None
 
 
 @needs_data
 def test_question_answering_and_wrong_formats() -> None:
     tasks = load_tasks(config(DATA / "qa" / "nq_open_1500.jsonl", answer_column="golden_answers"))
     assert tasks[0].answer == ["Wilhelm Conrad R\u00f6ntgen"]
-    with pytest.raises(UserError, match="found keys from, value"):
-        load_tasks(
-            config(DATA / "preference" / "dpo_en_demo.jsonl", prompt_column="conversations", answer_column="none")
-        )
+    tasks = load_tasks(config(DATA / "preference" / "dpo_en_demo.jsonl"))
+    assert {message["role"] for task in tasks for message in task.messages} == {"system", "user", "assistant"}

@@ -22,8 +22,11 @@ class StubChat:
 
     stop_token_ids = (STOP,)
 
-    def render(self, messages: list[Message]) -> list[int]:
+    def render(self, messages: list[Message], tools: list[Any] | None = None, **_: Any) -> list[int]:
         return [ord(character) for message in messages for character in message["content"]]
+
+    def render_task(self, task: Task) -> list[int]:
+        return self.render(task.messages)
 
     def parse(self, completion_ids: list[int]) -> Message:
         return {"role": "assistant", "content": "".join(chr(i) for i in completion_ids if i != STOP)}

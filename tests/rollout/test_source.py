@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrl.algo.preference.options import DPO, KTO
-from llmrl.config import DataConfig, RolloutConfig, RowsConfig, VerifyConfig
+from llmrl.config import DataConfig, PreferenceData, RolloutConfig, VerifyConfig
 from llmrl.data.preferences import preferences_from_rows
 from llmrl.data.tasks import tasks_from_rows
 from llmrl.engines.base import FakeEngine
@@ -17,9 +17,9 @@ from llmrl.errors import UserError
 from llmrl.rollout.collector import Collector
 from llmrl.rollout.preferences import PreferenceFeed
 from llmrl.rollout.source import Source
-from llmrl.rollout.tasks import TaskFeed
+from llmrl.rollout.tasks import TaskFeed, TaskSet
 from llmrl.tiny import byte_tokenizer
-from llmrl.types import Rollout, RolloutGroup, Score, Task, Turn
+from llmrl.types import ModelLimits, Rollout, RolloutGroup, Score, Task, Turn
 from llmrl.verify.rubric import Rubric
 
 TASK = Task(id="t", messages=[])
@@ -68,14 +68,14 @@ def pairs(number: int) -> list[dict[str, Any]]:
 
 
 def preference_feed(folder: Path, rows: list[dict[str, Any]], options: DPO | KTO) -> PreferenceFeed:
-    data = RowsConfig(path="rows")
+    data = PreferenceData(path="rows")
     found = preferences_from_rows(rows, data, "rows")
     return PreferenceFeed(found[:-1], found[-1:], data=data, options=options, folder=folder, seed=0)
 
 
 def test_preferences_become_groups_with_positions_and_start_no_engine(tmp_path: Path) -> None:
     feed = preference_feed(tmp_path, pairs(5), DPO())
-    feed.encode(byte_tokenizer(), None)
+    feed.encode(byte_tokenizer(), None, ModelLimits())
     assert (len(feed.tasks), len(feed.eval_tasks), feed.rewards, feed.has_reference) == (4, 1, {}, False)
     source = feed.source(no_engine)
     tasks = feed.sampler(3).next(3) + feed.eval_tasks
@@ -102,14 +102,22 @@ def task_feed(prompts: list[str], **data: Any) -> TaskFeed:
     tasks = tasks_from_rows([{"prompt": prompt, "answer": "x"} for prompt in prompts], options, "tasks")
     rubric = Rubric([lambda completion: 1.0])
     rollouts = RolloutConfig(num_generations=2, max_completion_length=4, max_staleness=1)
-    return TaskFeed(tasks, tasks[:1], rubric, data=options, rollout=rollouts, verify=VerifyConfig(), seed=0)
+    return TaskFeed(
+        TaskSet(tasks, options),
+        TaskSet(tasks[:1]),
+        rubric,
+        data=options,
+        rollout=rollouts,
+        verify=VerifyConfig(),
+        seed=0,
+    )
 
 
 def test_tasks_that_are_too_long_are_left_out_and_counted() -> None:
     feed = task_feed(["short", "x" * 50, "also"], max_prompt_length=20)
-    notes = feed.encode(byte_tokenizer(), None)
+    notes = feed.encode(byte_tokenizer(), None, ModelLimits())
     assert [task.messages[0]["content"] for task in feed.tasks] == ["short", "also"]
-    assert notes == ["3 tasks from tasks", "1 tasks left out: prompt longer than data.max_prompt_length tokens"]
+    assert notes == ["2 tasks from tasks", "1 rows left out: prompt longer than 20 tokens"]
     assert list(feed.rewards.values()) == [1.0]
     with pytest.raises(UserError, match="num_prompts"):
         feed.sampler(3)
@@ -123,7 +131,7 @@ def test_the_live_source_has_the_engine_and_its_push() -> None:
         served.append(version)
 
     feed = task_feed(["a", "b"])
-    feed.encode(byte_tokenizer(), None)
+    feed.encode(byte_tokenizer(), None, ModelLimits())
     source = feed.source(lambda: (engine, push))
     assert isinstance(source, Collector)
     assert source.max_staleness == 1

@@ -164,7 +164,7 @@ GOOD: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("ircoco", {"evaluator": len}, "y = 1", {}),
 ]
 BAD: list[tuple[str, dict[str, Any], Any, dict[str, Any], str]] = [
-    ("math_answer", {}, None, {}, "the row has no answer"),
+    ("math_answer", {}, None, {}, "its parameter 'answer' cannot be filled"),
     ("math_answer", {}, r"so \boxed{3", {}, "no number, word or closed"),
     ("math_answer", {}, r"\frac{1}{\unknown", {}, "cannot be read as a number, words or LaTeX"),
     ("math_answer", {}, True, {}, "the answer True has no part"),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrl.data.checks import RowCheck
 from llmrl.errors import UserError
 from llmrl.methods.bcoder.bellman import MAX_REWARD
 from llmrl.rollout.collector import Collector, request_seed
 from llmrl.rollout.source import Source, StartEngine
-from llmrl.rollout.tasks import TaskFeed
+from llmrl.rollout.tasks import TaskFeed, TaskSet
 from llmrl.types import Rollout, RolloutGroup, Score, Status, Task, Turn
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ class ProgramFeed(TaskFeed):
 
     def __init__(self, *parts: Any, options: BCoderOptions, **names: Any) -> None:
         super().__init__(*parts, **names)
-        check_rows(self.tasks)
         self.options = options
+
+    def columns(self, tasks: TaskSet) -> RowCheck:
+        """Return what looks at the columns of a row: of held-out tasks the rewards alone, whose programs are new."""
+        return super().columns(tasks) if tasks is self.held_out else check_row
 
     def source(self, start_engine: StartEngine) -> Source:
         """Return the stored programs; if there are held-out tasks, start the engine that samples for them."""
@@ -112,7 +116,7 @@ class StoredPrograms(Source):
         chosen: list[int] = []
         while len(chosen) < num_drawn:
             chosen += random.permutation(len(samples)).tolist()
-        prompt_ids = self.chat.render(task.messages)
+        prompt_ids = self.chat.render_task(task)
         rollouts = [self._real(task, index, prompt_ids) for index in range(num_real)]
         rollouts += [self._sampled(task, num_real + i, prompt_ids, k) for i, k in enumerate(chosen[:num_drawn])]
         return RolloutGroup(task=task, rollouts=rollouts, position=position)
@@ -156,24 +160,20 @@ def _samples(task: Task) -> list[dict[str, Any]]:
     return [sample for sample in task.meta["samples"] if sample.get("reward") is not None]
 
 
-def check_rows(tasks: list[Task]) -> None:
-    """Check the rows before a model loads.
-
-    Raises:
-        UserError: a row has no samples, or a sample has no text, no reward, or a reward above R_max.
-    """
-    for task in tasks:
-        samples = task.meta.get("samples")
-        if not isinstance(samples, list):
-            raise UserError(
-                f"task {task.id}: no column `samples`; algo.name bcoder trains on stored programs: make them with "
-                "`llmrl eval --save_samples FILE.jsonl`, and give that file as data.path"
-            )
-        for sample in samples:
-            if not isinstance(sample, dict) or "completion" not in sample or "reward" not in sample:
-                raise UserError(f"task {task.id}: each of its samples needs `completion` and `reward`")
-            if sample["reward"] is not None and sample["reward"] > MAX_REWARD:
-                raise UserError(
-                    f"task {task.id}: a sample has reward {sample['reward']}, above B-Coder's largest value "
-                    f"{MAX_REWARD}: score with rewards/unit_tests.py:unit_tests and its argument `outcome: bcoder`"
-                )
+def check_row(task: Task) -> list[str]:
+    """Return what is wrong with the samples of a row: none at all, or one without text or with an unusable reward."""
+    samples = task.meta.get("samples")
+    if not isinstance(samples, list):
+        return [
+            "no column `samples`; algo.name bcoder trains on stored programs: make them with `llmrl eval "
+            "--save_samples FILE.jsonl`, and give that file as data.path"
+        ]
+    for sample in samples:
+        if not isinstance(sample, dict) or "completion" not in sample or "reward" not in sample:
+            return ["each of its samples needs `completion` and `reward`"]
+        if sample["reward"] is not None and sample["reward"] > MAX_REWARD:
+            return [
+                f"a sample has reward {sample['reward']}, above B-Coder's largest value {MAX_REWARD}: score with "
+                "rewards/unit_tests.py:unit_tests and its argument `outcome: bcoder`"
+            ]
+    return []

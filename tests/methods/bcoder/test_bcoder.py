@@ -148,11 +148,14 @@ def test_a_run_without_held_out_tasks_cannot_sample() -> None:
         (lambda row: row["samples"][0].update(reward=2.0), "outcome: bcoder"),
     ],
 )
-def test_unusable_rows_are_refused_before_a_model_is_loaded(change: Any, said: str, tmp_path: Path) -> None:
+def test_unusable_rows_are_refused_before_a_model_is_loaded(
+    change: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmrl.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     bad = rows()
     change(bad[5])
     with pytest.raises(UserError, match=said):
-        Trainer(settings(tmp_path / "run"), model="no/such-model", reward=lambda completion: 0.0, train_dataset=bad)
+        Trainer(settings(tmp_path / "run"), model="tiny:qwen2", reward=lambda completion: 0.0, train_dataset=bad)
 
 
 def test_a_row_without_its_right_program_is_named(base: str, tmp_path: Path) -> None:
