@@ -93,6 +93,7 @@ CONTEXT = {
     "vllm_server": {"use_vllm": True, "vllm_mode": "server"},
     "eval_steps": {"eval_strategy": "steps"},
     "steps_per_generation": {"generation_batch_size": None},
+    "greater_is_better": {"metric_for_best_model": "reward", "greater_is_better": True},
 }
 """Prefix of a field -> the fields without which it is read by nothing, in TRL too."""
 
@@ -248,6 +249,26 @@ def test_steps_of_optimizers_become_steps_of_batches() -> None:
     assert found.train.max_steps == 25 and found.train.save_steps == 7 and found.eval.steps == 3
     assert found.train.warmup_steps == 10
     assert (found.eval.num_generations, found.eval.temperature) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "best"),
+    [
+        ("GRPOConfig", {"metric_for_best_model": "eval_reward"}, "eval/reward"),
+        ("GRPOConfig", {"metric_for_best_model": "pass@8", "load_best_model_at_end": True}, "eval/pass@8"),
+        ("GRPOConfig", {"load_best_model_at_end": True}, "eval/reward"),
+        ("DPOConfig", {"load_best_model_at_end": True}, "eval/loss"),
+        ("DPOConfig", {"metric_for_best_model": "rewards/accuracies"}, "eval/accuracy"),
+    ],
+)
+def test_the_best_model_and_an_evaluation_at_the_start(name: str, fields: dict[str, Any], best: str) -> None:
+    usual = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "eval_on_start": True}
+    given = {"reward": letters} if name == "GRPOConfig" else {}
+    found = resolve(config(name, **usual | fields), eval_dataset=ROWS_50[:2], **given)
+    assert (found.config.eval.keep_best, found.config.eval.at_start) == (best, True)
+    assert any("kept in best/" in note for note in found.notes) == ("load_best_model_at_end" in fields)
+    with pytest.raises(UserError, match="greater_is_better False: eval/reward is better when it goes up"):
+        sampled({"metric_for_best_model": "reward", "greater_is_better": False, "eval_steps": 1})
 
 
 def test_several_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

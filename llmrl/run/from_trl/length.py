@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 
+from llmrl.config import PRESETS
 from llmrl.run.from_trl.fields import WARMUP, Fields, Translation
+from llmrl.track import names
 
 
 def batches(found: Translation, fields: Fields, refused: list[str], *, samples: bool) -> None:
     """Set the size of a batch, its mini-batches, and the length of the run."""
-    names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-    names += ["generation_batch_size", "steps_per_generation"] if samples else []
-    if fields.any(*names):
+    sizes = ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    sizes += ["generation_batch_size", "steps_per_generation"] if samples else []
+    if fields.any(*sizes):
         (_groups if samples else _rows)(found, fields, refused)
     steps = fields.get("max_steps")
     if "max_steps" in fields and steps > 0:
@@ -106,13 +108,39 @@ def strategies(found: Translation, fields: Fields, refused: list[str], *, evalua
     elif evaluation == "steps" or (evaluation is None and "eval_steps" in fields):
         every = fields.get("eval_steps") or fields.get("logging_steps") or 500
         _interval(found, fields, every, "eval.steps")
-    elif evaluates and fields.complete:
+    elif evaluates and fields.complete and not fields.get("eval_on_start"):
         refused.append(
             'eval_dataset is given, but eval_strategy is "no", so it would never be used: set eval_strategy="steps" '
             "and eval_steps"
         )
     else:
         fields.read.add("eval_steps")
+    if "eval_on_start" in fields and fields.get("eval_on_start"):
+        found.options["eval.at_start"] = True
+    if fields.any("load_best_model_at_end", "metric_for_best_model"):
+        _best(found, fields, refused)
+
+
+BEST = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""TRL's metrics of an evaluation that have another name here."""
+
+
+def _best(found: Translation, fields: Fields, refused: list[str]) -> None:
+    """Set which model is kept as the best."""
+    kept, metric = fields.get("load_best_model_at_end"), fields.get("metric_for_best_model")
+    up = fields.get("greater_is_better")
+    if not kept and metric is None:
+        return
+    name = str(metric or "loss").removeprefix("eval/").removeprefix("eval_")
+    if name == "loss" and PRESETS[found.options["algo.name"]].samples:  # its size says nothing about the policy
+        name, up = "reward", None
+    option = f"eval/{BEST.get(name, name)}"
+    direction = names.find(option)
+    if up is not None and direction is not None and direction.better != ("up" if up else "down"):
+        refused.append(f"greater_is_better {up}: {option} is better when it goes {direction.better}")
+    found.options["eval.keep_best"] = option
+    if kept:
+        found.notes.append(f"{found.source}: the best model by {option} is kept in best/; model/ holds the last one")
 
 
 def _schedule(found: Translation, fields: Fields, refused: list[str]) -> None:

@@ -52,7 +52,7 @@ ROWS = {
 """DPO and KTO."""
 
 MORE = [
-    "chat_template_kwargs", "do_eval",
+    "chat_template_kwargs", "do_eval", "metric_for_best_model",
     "beta", "bf16", "delta", "desirable_weight", "disable_dropout", "discopop_tau", "epsilon", "epsilon_high",
     "eval_on_start", "eval_steps", "eval_strategy", "f_alpha_divergence_coef", "f_divergence_type",
     "generation_batch_size", "gradient_accumulation_steps", "greater_is_better", "importance_sampling_level",
@@ -203,7 +203,6 @@ INSTEAD = {
     "log_completions_hub_repo": "rollouts.jsonl holds every completion: upload that file",
     "lr_scheduler_kwargs": "schedules are plain: train.lr_scheduler_type constant, linear or cosine",
     "max_tool_calling_iterations": "rollouts have one turn: tools are not there yet",
-    "metric_for_best_model": "eval.keep_best names a metric of the evaluation, such as eval/pass@1",
     "min_p": _SAMPLE,
     "neftune_noise_alpha": "embeddings get no noise: leave it out",
     "optim_args": "AdamW is the optimizer: leave it out",
