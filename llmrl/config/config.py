@@ -201,6 +201,14 @@ def findings(config: RunConfig) -> list[str]:
         if part is not None and part.path in ("", MISSING) and not getattr(part, "sources", None):
             found.append(f"{name}.path is not set: give a hub id or a local {'folder' if name == 'model' else 'file'}")
     found += config.eval.findings()
+    if config.eval.data is None:
+        usual = type(config.eval)()
+        found += [
+            f"eval.{name} is set but eval.data is not, so nothing is evaluated: set eval.data.path, or leave it out"
+            for name in ("num_generations", "temperature")
+            if getattr(config.eval, name, None) != getattr(usual, name, None)
+        ]
+    found += config.track.findings()
     found += _dropout_findings(config)
     return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
 

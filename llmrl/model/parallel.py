@@ -25,16 +25,6 @@ T = TypeVar("T")
 PROCESS_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another before it gives up."""
 
-RUN_NAMES = {
-    "wandb": "name",
-    "trackio": "name",
-    "mlflow": "run_name",
-    "clearml": "task_name",
-    "swanlab": "experiment_name",
-    "dvclive": "exp_name",
-}
-"""What each tracker calls the name of a run. What accelerate calls so is the project, except for mlflow."""
-
 
 class Parallel:
     """The processes that train one model together, and this one's place among them.
@@ -157,53 +147,19 @@ class Parallel:
         """Set a parameter or buffer of the module from the whole tensor (collective)."""
         parameter.copy_(value)
 
-    # --- trackers and the end ---
-
-    def start_trackers(self, project: str, run_name: str | None, config: dict[str, Any]) -> None:
-        """Start accelerate's trackers (those of `make_parallel`) on the main process.
-
-        Args:
-            project: name of the project. In TensorBoard it is a folder, and the run a folder inside it.
-            run_name: name of the run. Default: the tracker makes one up.
-            config: the run's options, flat.
-        """
-        if run_name is None:
-            self.accelerator.init_trackers(project, config)
-            return
-        from accelerate.tracking import TensorBoardTracker
-
-        self.accelerator.log_with = [
-            TensorBoardTracker(os.path.join(project, run_name), self.accelerator.logging_dir)
-            if str(tracker) == TensorBoardTracker.name
-            else tracker
-            for tracker in self.accelerator.log_with
-        ]
-        named = {tracker: {key: run_name} for tracker, key in RUN_NAMES.items()}
-        self.accelerator.init_trackers(project, config, init_kwargs=named | {"aim": {"experiment": project}})
-        if self.is_main:  # these two take a name only once they run
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "comet_ml":
-                    tracker.tracker.set_name(run_name)
-                if tracker.name == "aim":
-                    tracker.tracker.name = run_name
-
-    def log(self, metrics: dict[str, float], *, step: int) -> None:
-        """Send metrics to the trackers."""
-        self.accelerator.log(metrics, step=step)
+    # --- the end ---
 
     def finish(self) -> None:
-        """Close the trackers and leave the process group (collective)."""
+        """Leave the process group (collective)."""
         self.accelerator.end_training()
 
 
-def make_parallel(*, seed: int, output_dir: str, dtype: str = "float32", report_to: Sequence[str] = ()) -> Parallel:
+def make_parallel(*, seed: int, dtype: str = "float32") -> Parallel:
     """Join the processes of this launch, check that they can train together, and seed their random numbers.
 
     Args:
         seed: of Python, numpy and torch, the same on every process.
-        output_dir: where trackers write.
         dtype: `model.dtype`, with which accelerate's `mixed_precision` has to agree where it is set.
-        report_to: trackers, by accelerate's names.
 
     Raises:
         UserError: the launcher started processes that do not know of each other, or accelerate is configured for
@@ -213,8 +169,6 @@ def make_parallel(*, seed: int, output_dir: str, dtype: str = "float32", report_
     from accelerate.utils import set_seed
 
     accelerator = Accelerator(
-        log_with=[*report_to] or None,
-        project_dir=output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,6 +16,7 @@ from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.run.engines import start_engine
 from llmrl.run.given import Given, resolve_config
 from llmrl.run.methods import METHODS, Method, make_algorithm
+from llmrl.track.trackers import check_installed
 from llmrl.types import Task
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def build(args: Any, given: Given) -> Parts:
     """
     resolved = resolve_config(args, given)
     config = resolved.config
+    check_installed(config.track.report_to)
     method = METHODS[type(config.algo)]
     feed = method.feed(config, given)
 
@@ -75,12 +77,7 @@ def build(args: Any, given: Given) -> Parts:
     from llmrl.train.learner import Learner
 
     quieten_libraries()
-    parallel = make_parallel(
-        seed=config.train.seed,
-        output_dir=config.train.output_dir,
-        dtype=config.model.dtype,
-        report_to=config.track.report_to,
-    )
+    parallel = make_parallel(seed=config.train.seed, dtype=config.model.dtype)
     if config.rollout.num_prompts < parallel.world:
         raise UserError(f"rollout.num_prompts {config.rollout.num_prompts} is less than the {parallel.world} processes")
     loaded: PreTrainedModel | None = None if isinstance(given.model, str) else given.model
@@ -111,7 +108,7 @@ def build(args: Any, given: Given) -> Parts:
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
     source = feed.source(lambda: _start_engine(config, policy, parallel, console))
-    record, ledger = _files(config, parallel)
+    record, ledger = _files(config, parallel, console)
     console.say(_summary(config, policy, learner, parallel))
     if not config.train.dropout and (random := random_parts(policy.module)):
         console.say(f"off in optimizer steps: {', '.join(random)} (train.dropout true leaves it on)")
@@ -237,19 +234,17 @@ def _start_engine(config: RunConfig, policy: Policy, parallel: Parallel, console
     return start_engine(config.model, config.rollout, policy, parallel, log_dir=folder, say=console.say)
 
 
-def _files(config: RunConfig, parallel: Parallel) -> tuple[Record | None, Ledger | None]:
-    """Open the run's files, on the main process, and start its trackers."""
+def _files(config: RunConfig, parallel: Parallel, console: Console) -> tuple[Record | None, Ledger | None]:
+    """Open the run's files, on the main process."""
     from llmrl.run.ledger import Ledger
-    from llmrl.track.record import Record, flatten
+    from llmrl.track.record import Record
+    from llmrl.track.trackers import Trackers
 
-    record = ledger = None
+    if not parallel.is_main:
+        return None, None
     folder = Path(config.train.output_dir)
-    if parallel.is_main:
-        record = Record(config.track, folder, log=parallel.log)
-        ledger = Ledger(folder / "ledger.jsonl")
-    if config.track.report_to:
-        parallel.start_trackers(config.track.project, config.track.run_name, flatten(to_dict(config)))
-    return record, ledger
+    trackers = Trackers(config.track, folder, to_dict(config), warn=console.warn)
+    return Record(config.track, folder, trackers=trackers), Ledger(folder / "ledger.jsonl")
 
 
 def _summary(config: RunConfig, policy: Policy, learner: Learner, parallel: Parallel) -> str:

@@ -116,7 +116,7 @@ class Evaluator:
         for note in feed.encode(tokenizer, load_generation_config(options.model), limits):
             print(f"llmrl eval: {note}", file=sys.stderr)
         self.tasks, self.num_dropped = feed.tasks, report.num_rows - len(feed.tasks)
-        parallel = make_parallel(seed=options.seed, output_dir="", dtype=options.model.dtype)
+        parallel = make_parallel(seed=options.seed, dtype=options.model.dtype)
         kernel = options.model.attn_implementation
         check_attention(kernel, options.model.dtype, parallel.device.type, training=False)
         model: Any = load_model(options.model, tokenizer, seed=options.seed)

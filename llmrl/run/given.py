@@ -28,7 +28,7 @@ from llmrl.config.schema import GIVEN
 from llmrl.errors import UserError
 from llmrl.run.from_trl.fields import Translation
 from llmrl.run.from_trl.translate import KNOWN, family, translate
-from llmrl.track.record import flatten
+from llmrl.track.flat import flatten
 
 if TYPE_CHECKING:
     from llmrl.verify.rubric import Rubric

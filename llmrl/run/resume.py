@@ -115,3 +115,5 @@ def _begin_part(run: Run, resumed_from: Path | None) -> None:
         resumed_from=resumed_from,
     ):
         run.console.say(f"changed: {change}")
+    if run.record is not None:
+        run.record.begin(run.step)

@@ -195,7 +195,7 @@ class Trainer:
         await self.queue.close()
         await self.source.close()
         if self.record is not None and self.ledger is not None:
-            self.record.close()
+            self.record.close(failed=exception != (None, None, None))
             self.ledger.file.close()
 
     async def evaluate(

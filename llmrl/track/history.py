@@ -14,7 +14,7 @@ import yaml
 
 from llmrl.errors import UserError
 from llmrl.track.files import read_jsonl, replace_text
-from llmrl.track.record import flatten
+from llmrl.track.flat import flatten
 
 FILE = "history.jsonl"
 OUTPUT = "train.output_dir"

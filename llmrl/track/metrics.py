@@ -8,7 +8,7 @@ from random import Random
 from statistics import correlation, fmean, pstdev
 from typing import Any
 
-from llmrl.types import RolloutGroup, Score
+from llmrl.types import Message, RolloutGroup, Score
 
 EVALUATOR = "/evaluator"
 """Suffix of the name of a part that predicts the reward it belongs to."""
@@ -171,6 +171,33 @@ def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, An
         for group in groups
         for rollout in group.rollouts
     ]
+
+
+TABLE_ROWS = 8
+"""Completions in the table of one step."""
+
+
+def completion_table(step: int, groups: Sequence[RolloutGroup]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of a table for people: the first completions of a step, with their scores."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts if rollout.turns][:TABLE_ROWS]
+    parts = sorted({name for rollout in rollouts if rollout.score for name in rollout.score.parts})
+    columns = ["step", "task", "prompt", "completion", "reward", *(name for name in parts if name not in _TEXTS)]
+    rows: list[list[Any]] = []
+    for rollout in rollouts:
+        start = len(rollout.task.messages)
+        said = rollout.messages[start:]
+        text = _as_text(said) if len(said) > 1 else rollout.prefilled + rollout.completion
+        score = rollout.score
+        cells = [step, rollout.task.id, _as_text(rollout.task.messages), text, score.reward if score else None]
+        rows.append(cells + [_part(score, name) for name in columns[len(cells) :]])
+    return columns, rows
+
+
+_TEXTS = frozenset({"step", "task", "prompt", "completion", "reward"})
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
 def _part(score: Score | None, name: str) -> float | None:

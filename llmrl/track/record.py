@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrl.track.files import BackgroundJsonlFile, JsonlFile
 from llmrl.track.metrics import rollout_rows
 from llmrl.track.options import TrackConfig
 from llmrl.types import RolloutGroup
+
+if TYPE_CHECKING:
+    from llmrl.track.trackers import Trackers
 
 PACKAGES = (
     "llmrl",
@@ -35,18 +37,19 @@ class Record:
     Args:
         options: what is written.
         folder: the run's folder.
-        log: pass a step's metrics on to the trackers, called as log(metrics, step=1).
+        trackers: get each step too.
     """
 
-    def __init__(self, options: TrackConfig, folder: Path, *, log: Callable[..., object]) -> None:
-        self.options, self.log = options, log
+    def __init__(self, options: TrackConfig, folder: Path, *, trackers: Trackers | None = None) -> None:
+        self.options, self.trackers = options, trackers
         self.metrics = JsonlFile(folder / "metrics.jsonl")
         self.rollouts = BackgroundJsonlFile(folder / "rollouts.jsonl")
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup] | None = None) -> None:
         """Record the metrics of one training step (numbered from 1; 0 is before the first), and its rollouts."""
         self.metrics.append({"step": step, **metrics})
-        self.log(metrics, step=step)
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
         if groups is not None:
             self.groups(step, groups)
 
@@ -54,6 +57,13 @@ class Record:
         """Record the rollouts of a step. They are written in the background: an error may come with a later step."""
         saved = {"all": groups, "sample": groups[:1], "none": []}[self.options.save_rollouts]
         self.rollouts.append(*rollout_rows(step, saved)[: self.options.num_saved_rollouts])
+        if self.trackers is not None:
+            self.trackers.table(step, groups)
+
+    def begin(self, step: int) -> None:
+        """Start the trackers, for a run of which `step` steps are done."""
+        if self.trackers is not None:
+            self.trackers.start(step)
 
     def lengths(self) -> dict[str, int]:
         """Return the length of each file in bytes, for a checkpoint."""
@@ -64,25 +74,12 @@ class Record:
         self.metrics.truncate(lengths["metrics"])
         self.rollouts.truncate(lengths["rollouts"])
 
-    def close(self) -> None:
-        """Write what is left and close both files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is left, close both files, and end the trackers' runs, marked as failed or not."""
         self.metrics.close()
         self.rollouts.close()
-
-
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a nested configuration as one flat dictionary with dotted keys, the form that trackers take."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}{key}.", inner)
-        else:
-            flat[prefix[:-1]] = value if isinstance(value, (int, float, str, bool)) else str(value)
-
-    walk("", config)
-    return flat
+        if self.trackers is not None:
+            self.trackers.close(failed=failed)
 
 
 def environment(*, device: str, num_processes: int, distributed_type: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def run_cases(seed: int, parallel: Parallel) -> dict[str, list[dict[str, Any]]]:
 def main() -> int:
     if sys.argv[1] == "--refused":
         try:
-            make_parallel(seed=0, output_dir=sys.argv[2])
+            make_parallel(seed=0)
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code

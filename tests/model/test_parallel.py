@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from operator import attrgetter
-from pathlib import Path
-from unittest.mock import MagicMock
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -98,7 +93,7 @@ def test_a_launch_that_would_train_wrong_is_refused(
         Accelerator(cpu=True)
         monkeypatch.setenv(variable, value)
     with pytest.raises((UserError, ValueError), match=message):
-        make_parallel(seed=0, output_dir="unused")
+        make_parallel(seed=0)
 
 
 def test_mixed_precision_means_model_dtype_and_no_autocast(
@@ -106,57 +101,8 @@ def test_mixed_precision_means_model_dtype_and_no_autocast(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    parallel = make_parallel(seed=0, output_dir="unused", dtype="bfloat16")
+    parallel = make_parallel(seed=0, dtype="bfloat16")
     module = torch.nn.Linear(3, 1)
     wrapped, _ = parallel.wrap(module, torch.optim.SGD(module.parameters(), lr=0.5))
     inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(wrapped(inputs), torch.nn.functional.linear(inputs, module.weight, module.bias))
-
-
-def test_the_name_of_a_run_reaches_tensorboard(tmp_path: Path) -> None:
-    for name in (None, "my-run"):
-        parallel = Parallel.alone()
-        folder = tmp_path / str(name)
-        parallel.accelerator.log_with = ["tensorboard"]
-        parallel.accelerator.project_configuration.logging_dir = str(folder)
-        parallel.start_trackers("mine", name, {"train.seed": 0})
-        parallel.log({"loss": 1.0}, step=1)
-        for tracker in parallel.accelerator.trackers:
-            tracker.finish()
-        inside = folder / "mine" / (name or "")
-        assert [path for path in inside.iterdir() if "tfevents" in path.name]
-
-
-CALLS = {
-    "wandb": ("init", {"project": "mine", "name": "my-run"}),
-    "trackio": ("init", {"project": "mine", "name": "my-run"}),
-    "swanlab": ("init", {"project": "mine", "experiment_name": "my-run"}),
-    "comet_ml": ("start", {"project_name": "mine"}),
-    "dvclive": ("Live", {"exp_name": "my-run"}),
-    "clearml": ("Task.init", {"project_name": "mine", "task_name": "my-run"}),
-    "aim": ("Run", {"repo": "runs", "experiment": "mine"}),
-    "mlflow": ("start_run", {"run_name": "my-run"}),
-}
-"""What starts a run in each library, with what it has to be told, by its own documentation."""
-
-
-@pytest.mark.parametrize("library", CALLS)
-def test_the_name_of_a_run_reaches_every_tracker(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = MagicMock(__version__="3.50.0")
-    module.Task.current_task.return_value = None
-    module.search_experiments.return_value = []
-    monkeypatch.setitem(sys.modules, library, module)
-    monkeypatch.delenv("CLEARML_PROJECT", raising=False)
-    parallel = Parallel.alone()
-    parallel.accelerator.log_with = [library]
-    parallel.accelerator.project_configuration.logging_dir = "runs"
-    parallel.start_trackers("mine", "my-run", {})
-    name, expected = CALLS[library]
-    call = attrgetter(name)(module).call_args
-    assert expected.items() <= call.kwargs.items()
-    if library == "comet_ml":
-        module.start.return_value.set_name.assert_called_once_with("my-run")
-    if library == "aim":
-        assert module.Run.return_value.name == "my-run"
-    if library == "mlflow":
-        assert module.create_experiment.call_args.kwargs["name"] == "mine"

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pytest
 
 from llmrl.track.files import read_jsonl
+from llmrl.track.flat import flatten
 from llmrl.track.options import TrackConfig
-from llmrl.track.record import Record, environment, flatten
+from llmrl.track.record import Record, environment
 from llmrl.types import Rollout, RolloutGroup, Score, Task
 
 CONFIG = {"model": {"path": "m", "lora": None}, "rewards": [{"fn": "f"}], "seed": 1, "name": "caf\u00e9"}
@@ -27,10 +28,17 @@ def groups() -> list[RolloutGroup]:
 
 
 def record(folder: Path, logged: list[Any], **options: Any) -> Record:
-    def log(metrics: dict[str, float], step: int) -> None:
-        logged.append((step, metrics))
+    class Listener:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            logged.append((step, metrics))
 
-    return Record(TrackConfig(**options), folder, log=log)
+        def table(self, step: int, groups: list[RolloutGroup]) -> None:
+            pass
+
+        def close(self, *, failed: bool) -> None:
+            pass
+
+    return Record(TrackConfig(**options), folder, trackers=Listener())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("saved", "num_rows"), [("all", 4), ("sample", 2), ("none", 0)])
