@@ -112,14 +112,27 @@ class Callbacks:
     def __init__(
         self, callbacks: list[Any], *, config: RunConfig, args: Any, parallel: Parallel, context: dict[str, Any]
     ) -> None:
-        self.callbacks, self.parallel, self.context = callbacks, parallel, context
+        self.config, self.parallel, self.context = config, parallel, context
         self.args = args if args is not None else _training_arguments(config)
+        self.callbacks: list[Any] = []
         self.stops = False
         """Whether a callback has asked for the end of the run."""
         self.asked_by = ""
-        if not callbacks:
-            return
+        self.add(callbacks)
+
+    def add(self, callbacks: list[Any]) -> None:
+        """Add callbacks, and call their `on_init_end`."""
+        before, self.callbacks = self.callbacks, callbacks
+        if callbacks:
+            if not before:
+                self._begin()
+            self.call("on_init_end")
+        self.callbacks = [*before, *callbacks]
+
+    def _begin(self) -> None:
         from transformers import TrainerControl, TrainerState
+
+        config, parallel = self.config, self.parallel
 
         self.control = TrainerControl()
         self.state = TrainerState()

@@ -136,7 +136,7 @@ def _what_args_is(args: Any) -> str:
     if isinstance(args, str) and args.endswith((".yaml", ".yml")):
         return f'args is the name of a file: Trainer(llmrl.load_config(["--config", {args!r}]))'
     if isinstance(args, str) or hasattr(args, "forward"):
-        return "the first argument is the configuration: give the model by name, Trainer(model=...)"
+        return "args is a model: that is Trainer(model=...)"
     return (
         f"args is of type {type(args).__name__}: give a dictionary of dotted options such as "
         '{"train.learning_rate": 2e-6}, a Config, or a GRPOConfig, DPOConfig or KTOConfig of TRL'
@@ -278,6 +278,20 @@ NOT_TAKEN = {
     "callback": "use callbacks=[...]",
 }
 """Keywords of other trainers, and what takes their place."""
+
+
+def first_argument(first: Any, args: Any, model: Any) -> tuple[Any, Any]:
+    """Return `args` and `model`: the argument without a name is the configuration, or as in TRL the model."""
+    if first is None:
+        return args, model
+    names_model = isinstance(first, str) and not first.endswith((".yaml", ".yml"))
+    if names_model or hasattr(first, "forward"):
+        if model is not None:
+            raise UserError("the model is given twice: as the first argument, and as model=...")
+        return args, first
+    if args is not None:
+        raise UserError("the configuration is given twice: as the first argument, and as args=...")
+    return first, model
 
 
 def refuse_keywords(other: Mapping[str, Any], known: Sequence[str]) -> None:

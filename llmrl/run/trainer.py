@@ -17,7 +17,7 @@ from llmrl.run.best import Best
 from llmrl.run.build import build
 from llmrl.run.callbacks import Callbacks, check_callbacks
 from llmrl.run.clock import Clock, run_async
-from llmrl.run.given import Given, refuse_keywords
+from llmrl.run.given import Given, first_argument, refuse_keywords
 from llmrl.run.model_folder import save_model
 from llmrl.run.pipeline import RolloutQueue, on_device
 from llmrl.run.resume import resume
@@ -36,6 +36,7 @@ class Trainer:
         >>> Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward=my_reward, train_dataset="openai/gsm8k").train()
 
     Args:
+        first: `args`; or, as in TRL, `model`.
         args: a configuration; a dictionary of dotted options such as {"train.learning_rate": 2e-6}, or of TRL's names;
             or TRL's GRPOConfig, DPOConfig or KTOConfig.
         model: hub id, folder, or a loaded transformers model.
@@ -54,8 +55,10 @@ class Trainer:
 
     def __init__(
         self,
-        args: RunConfig | Mapping[str, Any] | Any = None,
+        first: Any = None,
+        /,
         *,
+        args: Any = None,
         model: Any = None,
         reward: Any = None,
         reward_funcs: Any = None,
@@ -67,7 +70,10 @@ class Trainer:
         callbacks: Any = None,
         **other: Any,
     ) -> None:
-        refuse_keywords(other, [name for name in inspect.signature(Trainer).parameters if name != "other"])
+        refuse_keywords(
+            other, [name for name in inspect.signature(Trainer).parameters if name not in ("first", "other")]
+        )
+        args, model = first_argument(first, args, model)
         if reward is not None and reward_funcs is not None:
             raise UserError("reward and reward_funcs are two names for the same: give one of them")
         called = check_callbacks(callbacks)
@@ -118,7 +124,6 @@ class Trainer:
                 "eval_dataloader": None,
             },
         )
-        self.callbacks.call("on_init_end")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """Run to `train.max_steps` and save the model.
@@ -145,15 +150,19 @@ class Trainer:
 
         return run_async(run())
 
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or make one of a class, before the run starts."""
+        self.callbacks.add(check_callbacks([callback]))
+
     async def fit(self) -> dict[str, float]:
         """Do what `train` does, for asynchronous callers: `async with trainer: await trainer.fit()`.
 
         What differs between kinds of run is behind `source` and `algorithm`; the table in `methods.py` chooses them.
         """
         max_steps = self.config.train.max_steps
+        self.console.start("training", total=max_steps, done=self.step)
         self.callbacks.call("on_train_begin")
         metrics = await self._before_first_step()
-        self.console.start("training", total=max_steps, done=self.step)
         while self.step < max_steps and not self.callbacks.stops:
             clock = Clock()
             self.source.begin_step(self.step, max_steps=max_steps, epoch=self.epoch)
@@ -270,8 +279,13 @@ class Trainer:
         options, last = self.config, self.step == self.config.train.max_steps or self.callbacks.stops
         save, evaluate = options.train.save_steps, options.eval.steps
         saves = last or bool(save and self.step % save == 0) or self.callbacks.asks("should_save")
-        evaluates = (last and evaluate > 0) or bool(evaluate and self.step % evaluate == 0)
-        evaluates = bool(self.eval_tasks) and (evaluates or self.callbacks.asks("should_evaluate"))
+        evaluates = bool(evaluate and self.eval_tasks) and (last or self.step % evaluate == 0)
+        if self.callbacks.asks("should_evaluate"):
+            if not self.eval_tasks:
+                raise RunFailed(
+                    "a callback asked for an evaluation, but there are no held-out tasks: give eval_dataset"
+                )
+            evaluates = True
         warnings = self.health.observe(metrics, groups)
         if self.record is not None and self.ledger is not None:
             self.ledger.trained(self.step, groups)

@@ -100,7 +100,7 @@ def test_stopping_early_saves_the_model_and_says_so(tmp_path: Path, capsys: pyte
             control.should_training_stop = state.global_step >= 3
             return control
 
-    more = {"train__max_steps": 6, "train__save_steps": 0, "track__console": "plain"}
+    more = {"train__max_steps": 6, "train__save_steps": 0, "track__console": "plain", "eval__steps": 6}
     trainer(tmp_path / "run", Stop, **more).train()
     assert len(numbers(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
@@ -108,7 +108,12 @@ def test_stopping_early_saves_the_model_and_says_so(tmp_path: Path, capsys: pyte
     assert "stopped after step 3 of 6 by Stop" in capsys.readouterr().out
     trainer(tmp_path / "run", train__resume_from_checkpoint=True, **more).train()
     trainer(tmp_path / "whole", **more).train()
-    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert "eval/reward" in numbers(tmp_path / "run")[2], "where it ended, it was evaluated"
+    without = [
+        [{key: value for key, value in row.items() if "eval/" not in key} for row in numbers(tmp_path / name)]
+        for name in ("run", "whole")
+    ]
+    assert without[0] == without[1]
 
 
 @pytest.mark.parametrize("hook", ["on_log", "on_save", "on_evaluate"])
@@ -130,6 +135,23 @@ def test_a_checkpoint_and_an_evaluation_can_be_asked_for(tmp_path: Path) -> None
     trainer(tmp_path / "run", Ask(), train__max_steps=3, train__save_steps=0, eval__steps=3).train()
     assert ["eval/reward" in row for row in numbers(tmp_path / "run")] == [True, False, True]
     assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000001", "step-00000003"]
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
+    class Ask:
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            control.should_evaluate = True
+
+    with pytest.raises(RunFailed, match="a callback asked for an evaluation, but there are no held-out tasks"):
+        trainer(tmp_path / "run", Ask()).train()
+
+
+def test_callbacks_can_be_added_before_the_run(tmp_path: Path) -> None:
+    first, second = Diary(), Diary()
+    run = trainer(tmp_path / "run", first, train__max_steps=1)
+    run.add_callback(second)
+    run.train()
+    assert first.events == second.events and first.events[0] == ("init", 0) and len(first.events) == 7
 
 
 class Patience(EarlyStoppingCallback):

@@ -315,6 +315,16 @@ def test_a_dictionary_stands_for_what_it_holds() -> None:
         ({"optim": "adafactor"}, r"optim adafactor: AdamW is the optimizer"),
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type polynomial: use constant, linear or cosine"),
         ({"top_p": 0.9}, r"rollout.top_p 0.9 .* cut the support"),
+        ({"max_steps": "10"}, r"max_steps is '10': must be a number"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps is 0: must be a number, at least 1"),
+        (
+            {"num_generations": 0, "per_device_train_batch_size": 8},
+            r"num_generations is 0: must be a number, at least 1",
+        ),
+        ({"reward_weights": "ab"}, r"reward_weights is 'ab': must be a list of numbers"),
+        ({"model_init_kwargs": "ab"}, r"model_init_kwargs is 'ab': must be a dictionary"),
+        ({"loss_type": ["grpo"]}, r"loss_type \['grpo'\]: there are grpo, dapo"),
+        ({"learning_rate": "fast"}, r"train.learning_rate is 'fast': must be a number"),
         ({"reward_weights": [1.0, 2.0]}, r"reward_weights has 2 entries for 1 rewards"),
     ],
 )
@@ -355,7 +365,7 @@ def test_weights_of_rewards() -> None:
         ({"learning_rate": 1.0}, "learning_rate: that is an option; give it in args"),
         ({"algorithm": Trainer}, "algorithm is <class .*: give the name of a preset"),
         ({"algorithm": "grop"}, "algorithm is 'grop'; did you mean grpo"),
-        ({"args": "Qwen/Qwen2.5-0.5B"}, "the first argument is the configuration"),
+        ({"args": "Qwen/Qwen2.5-0.5B"}, "args is a model: that is Trainer"),
         ({"args": "run.yaml"}, "args is the name of a file"),
         ({"args": 5}, "args is of type int"),
     ],
@@ -363,6 +373,18 @@ def test_weights_of_rewards() -> None:
 def test_other_arguments_are_refused_with_what_takes_their_place(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(**{"model": "tiny:qwen2", "train_dataset": ROWS_50} | given)
+
+
+def test_the_first_argument_is_the_configuration_or_as_in_trl_the_model(tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path / "a"), "max_steps": 1, "num_generations": 2, "rollout.num_prompts": 2}
+    given: dict[str, Any] = {"reward_funcs": letters, "train_dataset": ROWS_50}
+    for first, args in ((options, {"model": "tiny:qwen2"}), ("tiny:qwen2", {"args": options})):
+        run = Trainer(first, **args, **given)
+        assert (run.config.model.path, run.config.train.max_steps) == ("tiny:qwen2", 1)
+    with pytest.raises(UserError, match="the model is given twice"):
+        Trainer("tiny:qwen2", model="tiny:llama", **given)
+    with pytest.raises(UserError, match="the configuration is given twice"):
+        Trainer({}, args={}, **given)
 
 
 def test_other_trainers_have_no_counterpart_of_that_name() -> None:

@@ -43,6 +43,22 @@ class Translation:
         return max(1, math.ceil(updates / self.updates_per_batch))
 
 
+NUMBERS = {
+    "eval_steps": 0,
+    "generation_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 0,
+    "max_steps": -1,
+    "num_generations": 1,
+    "num_iterations": 1,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "save_steps": 0,
+    "steps_per_generation": 1,
+    "warmup_ratio": 0,
+    "warmup_steps": 0,
+}
+"""Fields that are counted with, and the least value of each."""
 DERIVED = ("dataloader_pin_memory", "pad_to_multiple_of")
 """Fields that `__post_init__` switches off by itself."""
 
@@ -70,6 +86,24 @@ class Fields:
         """Return a value, or TRL's default where a dictionary has none, and mark it as read."""
         self.read.add(name)
         return plain(self.values.get(name, USUAL.get(name)))
+
+    def wrong_types(self) -> list[str]:
+        """Return lines about values that are no numbers, or too small ones, where the translation counts with them."""
+        found: list[str] = []
+        for name, least in NUMBERS.items():
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if not _is_number(value) or value < least:
+                found.append(f"{name} is {value!r}: must be a number" + (f", at least {least}" if least >= 0 else ""))
+        for name in ("reward_weights", "loss_weights"):
+            value = self.values.get(name)
+            if value is not None and not (isinstance(value, (list, tuple)) and all(map(_is_number, value))):
+                found.append(f"{name} is {value!r}: must be a list of numbers")
+        value = self.values.get("model_init_kwargs")
+        if value is not None and not isinstance(value, Mapping):
+            found.append(f"model_init_kwargs is {value!r}: must be a dictionary")
+        return found
 
     def any(self, *names: str) -> bool:
         """Return whether one of these is given."""
@@ -99,6 +133,10 @@ def plain(value: Any) -> Any:
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _same(value: Any, default: Any) -> bool:

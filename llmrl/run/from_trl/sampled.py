@@ -106,7 +106,7 @@ LOSSES = {
 def _loss(found: Translation, fields: Fields, refused: list[str]) -> None:
     """Set the loss of a token, what it reads, and how tokens are averaged."""
     name = fields.get("loss_type")
-    if name is not None and name not in LOSSES:
+    if name is not None and str(name) not in LOSSES:
         refused.append(
             f"loss_type {name}: use dapo, which is the mean over all tokens whatever the micro-batches"
             if name == "bnpo"

@@ -63,7 +63,9 @@ def translate(args: Any, *, algorithm: str | None = None, evaluates: bool = Fals
     found = Translation(source=source)
     options = _algorithm(found, source, algorithm or dotted.get("algo.name"))
     fields = Fields(args)
-    refused: list[str] = []
+    refused = fields.wrong_types()
+    if refused:
+        raise UserError(f"{source}:" + "".join(f"\n  - {line}" for line in refused))
     _common(found, fields)
     batches(found, fields, refused, samples=options.samples)
     strategies(found, fields, refused, evaluates=evaluates)
