@@ -17,8 +17,13 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-import httpx
-import tenacity
+from llmrl.errors import UserError
+
+try:
+    import httpx
+    import tenacity
+except ImportError:  # an extra: rewards that could ask a server, and do not, import this module too
+    httpx = tenacity = None  # type: ignore[assignment]
 
 MAX_WAIT_S = 60.0
 """Longest wait that a Retry-After header can ask for, in seconds."""
@@ -65,6 +70,7 @@ class Endpoint:
         max_concurrency: int,
         on_retry: Callable[[], None] = lambda: None,
     ) -> None:
+        require_client()
         self.url = url
         self.timeout_s = timeout_s
         self.retries = retries
@@ -122,6 +128,12 @@ class PerLoop(Generic[T]):
         return self._objects.pop(asyncio.get_running_loop(), None)
 
 
+def require_client() -> None:
+    """Raise a UserError if the packages that talk to servers are missing."""
+    if httpx is None or tenacity is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise UserError("asking a judge or another server needs httpx and tenacity: pip install 'llmrl[judge]'")
+
+
 _shared: PerLoop[dict[str, Endpoint]] = PerLoop(dict)
 
 
@@ -157,6 +169,7 @@ def post_json(
     Raises:
         EndpointError: as for `Endpoint.post`.
     """
+    require_client()
     content = _encoded(body)
 
     def attempt() -> dict[str, Any]:
@@ -231,7 +244,8 @@ def _retry_policy(
     }
 
 
-_backoff = tenacity.wait_random_exponential(multiplier=0.5, max=30)
+def _backoff(state: tenacity.RetryCallState) -> float:
+    return tenacity.wait_random_exponential(multiplier=0.5, max=30)(state)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

@@ -12,7 +12,7 @@ import traceback
 from typing import Any
 
 from llmrl.algo.ops.mixing import RubricFor, RubricNorm, check_mixing, mix_rewards
-from llmrl.endpoint import EndpointError, shared_endpoint
+from llmrl.endpoint import EndpointError, require_client, shared_endpoint
 from llmrl.errors import LlmrlError, UserError
 from llmrl.types import Message, Rollout, Score, Status
 from llmrl.verify.checks.answers import gold_answers
@@ -127,6 +127,10 @@ def check(row: dict[str, Any]) -> str | None:
         return f"the rubrics are {str(rubrics)[:80]!r}; they must be a list of texts"
     if not rubrics and row.get("alpha", 0.3) > 0:
         return "the row has no rubrics: give the column rubrics, or alpha 0 for the outcome alone"
+    if row.get("server_url") is None:
+        _judge(row.get("judge"), None)
+    else:
+        require_client()
     return None
 
 

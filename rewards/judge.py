@@ -74,11 +74,12 @@ async def judge(
 
 
 def check(row: dict[str, Any]) -> str | None:
-    """Say that the row has no question, or nothing to judge by."""
+    """Say that the row has no question, or nothing to judge by, or that there is no judge."""
     if row.get("question") is None and not _text(row.get("prompt")):
         return "no question; rows need a prompt or the column `question`"
     if row.get("criteria") is None and not gold_answers(row.get("answer")):
         return "rows need `answer`, or `criteria` to grade by"
+    get_judge(row.get("judge"))
     return None
 
 

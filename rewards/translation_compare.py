@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmrl.types import Score
-from llmrl.verify.judge.judge import OfflineJudge
+from llmrl.verify.judge.judge import OfflineJudge, get_judge
 from llmrl.verify.translation.compare import TranslationRow, check_row, config_from, translation_score
 from llmrl.verify.translation.language import check_language
 
@@ -62,7 +62,9 @@ def check(row: dict[str, Any]) -> str | None:
         if not isinstance(text, str) and not (text is None and name in ("exemplar", "reference")):
             return f"the column {name} is {text!r}; it must be a text"
     translation = TranslationRow(**texts)
-    check_row(translation, config_from(dict(row.get("options") or {})))
+    config = check_row(translation, config_from(dict(row.get("options") or {})))
+    if config.mode in ("compare", "grade"):
+        get_judge(row.get("judge"))
     check_language(translation.target_language)
     return None
 

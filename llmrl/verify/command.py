@@ -124,8 +124,9 @@ async def _verify(arguments: argparse.Namespace) -> int:
     finally:
         await rubric.close()
     print(f"{tally.summary()}\n{arguments.output}, {time.perf_counter() - started:.1f} s")
-    if tally.errors == tally.rows:
-        raise RunFailed(f"no row could be scored; the first error:\n{tally.first_error}")
+    if not tally.scored:
+        failed = f"; the first of {tally.errors} errors:\n{tally.first_error}" if tally.errors else ""
+        raise RunFailed(f"no row could be scored{failed or ': the rewards abstained from all of them'}")
     return 0
 
 

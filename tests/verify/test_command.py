@@ -205,7 +205,11 @@ def test_a_failed_run_keeps_the_output_of_the_one_before(folder: Path) -> None:
 def test_nothing_scored_is_a_failed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, scores = verify(folder, [{"completion": "fail"}] * 3, "mine.py:fails")
     assert (code, len(scores)) == (1, 3)
-    assert "the reason" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no row could be scored; the first of 3 errors:\nRuntimeError: the reason" in error
+    code, scores = verify(folder, [{"completion": "1", "answer": "???"}] * 2, "math_answer")
+    assert (code, len(scores)) == (1, 2)
+    assert "no row could be scored: the rewards abstained from all of them" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

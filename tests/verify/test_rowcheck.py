@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from llmrl.errors import UserError
 from llmrl.types import Message, Rollout, Task
+from llmrl.verify.judge.verdict import OfflineJudge
 from llmrl.verify.reward import load_reward
 from llmrl.verify.rows import row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
@@ -140,6 +143,7 @@ def test_all_findings_of_all_rewards_and_the_first_as_an_error() -> None:
 
 # --- the shipped rewards ----------------------------------------------------------------------------------------------
 
+JUDGE = OfflineJudge(lambda question, case: None)
 BOX = {"bbox_2d": [0, 0, 9, 9], "label": "cat"}
 PAIR = {"source": "Guten Tag", "source_language": "de", "target_language": "zh"}
 GOOD: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
@@ -155,12 +159,12 @@ GOOD: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("qa_match", {"reward_model": {"ground_truth": {"target": ["Paris"]}}}, None, {}),
     ("box_iou", {}, [0, 0, 9, 9], {}),
     ("box_iou", {"solution": [BOX]}, None, {"measure": "map"}),
-    ("translation_compare", PAIR | {"exemplar": "x"}, None, {}),
+    ("translation_compare", PAIR | {"exemplar": "x"}, None, {"judge": JUDGE}),
     ("translation_compare", PAIR, None, {"options": {"mode": "light"}}),
-    ("citation_rubric", {"rubrics": ["<E0> is old."]}, "Basel", {}),
-    ("citation_rubric", {"label": "Basel"}, None, {"alpha": 0.0}),
-    ("judge", {}, "Canberra", {}),
-    ("judge", {"criteria": "short"}, None, {}),
+    ("citation_rubric", {"rubrics": ["<E0> is old."]}, "Basel", {"judge": "lexical"}),
+    ("citation_rubric", {"label": "Basel"}, None, {"alpha": 0.0, "server_url": "http://x"}),
+    ("judge", {}, "Canberra", {"judge": JUDGE}),
+    ("judge", {"criteria": "short"}, None, {"judge": {"base_url": "http://x", "model": "m"}}),
     ("ircoco", {"evaluator": len}, "y = 1", {}),
 ]
 BAD: list[tuple[str, dict[str, Any], Any, dict[str, Any], str]] = [
@@ -185,6 +189,10 @@ BAD: list[tuple[str, dict[str, Any], Any, dict[str, Any], str]] = [
     ("citation_rubric", {}, "Basel", {}, "the row has no rubrics"),
     ("citation_rubric", {"rubrics": "old"}, "Basel", {}, "must be a list of texts"),
     ("judge", {}, None, {}, "rows need `answer`"),
+    ("judge", {}, "Canberra", {}, "this reward needs a judge"),
+    ("judge", {}, "Canberra", {"judge": {"model": "m"}}, "missing keys ['base_url']"),
+    ("citation_rubric", {"rubrics": ["<E0> is old."]}, "Basel", {}, "set args.judge"),
+    ("translation_compare", PAIR | {"exemplar": "x"}, None, {}, "this reward needs a judge"),
     ("ircoco", {"evaluator": len}, "  ", {}, "it must be the text that completions are compared with"),
 ]
 
@@ -268,3 +276,23 @@ def test_double_star_gets_the_column_and_not_the_object() -> None:
 
     rollout = row_to_rollout({"completion": "x", "task": "math", "prompt": "q"}, name="t")
     assert load_reward(rest).function(**load_reward(rest).arguments(rollout)) == 1.0
+
+
+def test_judges_without_their_packages_name_the_extra(tmp_path: Path) -> None:
+    """And whatever asks no server works without them."""
+    program = (
+        "import sys\n"
+        "sys.modules['httpx'] = sys.modules['tenacity'] = None\n"
+        "from llmrl.verify.command import run\n"
+        "codes = [run(['--reward', name, '--self-test']) for name in ('citation_rubric', 'judge')]\n"
+        "from llmrl.types import Task\n"
+        "from llmrl.verify.rubric import Part, Rubric\n"
+        "args = {'judge': {'base_url': 'http://x', 'model': 'm'}}\n"
+        "task = Task(id='t', messages=[{'role': 'user', 'content': 'q'}], answer='a')\n"
+        "print(codes, Rubric([Part(fn='judge', args=args)]).findings(task))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == (
+        '[0, 0] ["reward judge: asking a judge or another server needs httpx and tenacity: '
+        "pip install 'llmrl[judge]'\"]"
+    ), done.stderr

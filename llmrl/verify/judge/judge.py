@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llmrl.endpoint import Endpoint, EndpointError, PerLoop
+from llmrl.endpoint import Endpoint, EndpointError, PerLoop, require_client
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent, request_key
 from llmrl.verify.judge.options import JudgeConfig
@@ -61,6 +61,7 @@ class Judge:
     """A judge behind an OpenAI-compatible endpoint. One object serves a whole run, on any number of event loops."""
 
     def __init__(self, config: JudgeConfig) -> None:
+        require_client()
         self.config = config
         self.ledger = SpendLedger(
             config.ledger_file, budget_tokens=config.budget_tokens, budget_cost=config.budget_cost
