@@ -13,6 +13,7 @@ from llmrl.errors import UserError, run_main
 USAGE = """usage: llmrl COMMAND ...
 
   llmrl train RECIPE.yaml [--field value ...]    train; any field of the configuration, dotted; --print_config shows all
+  llmrl train RECIPE.yaml --dry_run              check every row of the data and show the first; no model is loaded
   llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
   llmrl verify --reward SPEC --self-test         run a reward's own examples
   llmrl eval --model PATH --data SPEC --reward SPEC --samples 8 [--field value ...]    mean@k, pass@k, maj@k
@@ -22,6 +23,9 @@ USAGE = """usage: llmrl COMMAND ...
   llmrl --version
 
 Several processes: accelerate launch -m llmrl.cli train RECIPE.yaml ..."""
+
+
+DRY_RUN = "--dry_run"
 
 
 def main() -> None:
@@ -55,7 +59,12 @@ def train(argv: list[str]) -> int:
 
     if argv and not argv[0].startswith("-"):
         argv = ["--config", str(find_recipe(argv[0])), *argv[1:]]
-    config = load_config(argv, prog="llmrl train RECIPE.yaml")
+    config = load_config([word for word in argv if word != DRY_RUN], prog="llmrl train RECIPE.yaml")
+    if DRY_RUN in argv:
+        from llmrl.run.data import dry_run
+
+        print(dry_run(config))
+        return 0
     from llmrl.run.trainer import Trainer
 
     Trainer(config).train()

@@ -18,6 +18,7 @@ from llmrl.algo.ppo.options import PPO
 from llmrl.algo.preference.options import DPO, KTO, OnlineDPO, OnlineKTO
 from llmrl.config.config import Config
 from llmrl.config.schema import OptionField, option_fields, type_text
+from llmrl.data.options import PreferenceData
 from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.option import MISSING
 
@@ -25,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 ROOTS: dict[str, list[type]] = {
     **{name: [*field.members.values()] for name, field in option_fields(Config).items() if name != "algo"},
+    "preferences": [PreferenceData],
     "policy_gradient": [PolicyGradient],
     "ppo": [PPO],
     "preference": [DPO, OnlineDPO, KTO, OnlineKTO],

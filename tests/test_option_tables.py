@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from llmrl.config.config import PRESETS, Config
+from llmrl.config.config import PRESETS, Config, RunConfig
 from llmrl.config.schema import option_fields, walk
 from llmrl.option import KIND, MISSING, Count, PositiveShare, option
 
@@ -90,7 +90,7 @@ def test_a_page_is_current(page: Path) -> None:
 
 
 def test_every_option_that_the_documentation_names_exists() -> None:
-    found = dict(walk(Config))
+    found = dict(walk(RunConfig)) | dict(walk(Config))
     for options in PRESETS.values():
         found |= dict(walk(type(options), "algo."))
     known = {*found, *(f"{path}.kind" for path, option in found.items() if option.tagged)}

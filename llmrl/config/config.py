@@ -210,7 +210,9 @@ def findings(config: RunConfig) -> list[str]:
         ]
     found += config.track.findings()
     found += _dropout_findings(config)
-    return found if sampled is None else found + _sampling_findings(sampled) + _critic_findings(sampled)
+    if sampled is None:
+        return found
+    return found + _source_findings(sampled) + _sampling_findings(sampled) + _critic_findings(sampled)
 
 
 def _source_findings(c: Config) -> list[str]:

@@ -50,6 +50,8 @@ def read_arguments(argv: list[str]) -> Arguments:
         if name in ("-h", "--help"):
             section = value or (waiting.pop(0) if waiting and not waiting[0].startswith("-") else "")
             continue
+        if name == "--dry_run":
+            raise UserError("--dry_run is an option of the command: llmrl train RECIPE.yaml --dry_run")
         if name == "--print_config":
             if equals:
                 raise UserError(f"--print_config={value}: --print_config takes no value")

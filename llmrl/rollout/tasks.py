@@ -60,8 +60,7 @@ class TaskSet:
                 f"{min(prompt.length for _, prompt in kept)} tokens; raise the limit"
             )
         self.tasks, self.prompts = [task for task, _ in short], [prompt for _, prompt in short]
-        if self.longest is not None:
-            num_long = len(kept) - len(short)
+        if num_long := len(kept) - len(short):
             notes.append(f"{num_long} {self.report.what} left out: prompt longer than {self.longest} tokens")
         return notes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from llmrl.config.describe import describe
 from llmrl.data.report import write_dropped
 from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
+from llmrl.run.data import encode, quieten_libraries
 from llmrl.run.engines import start_engine
 from llmrl.run.given import Given, resolve_config
 from llmrl.run.methods import METHODS, Method, make_algorithm
@@ -68,9 +68,7 @@ def build(args: Any, given: Given) -> Parts:
     method = METHODS[type(config.algo)]
     feed = method.feed(config, given)
 
-    from llmrl.data.chat import with_template
     from llmrl.model.attention import check_attention
-    from llmrl.model.load import load_generation_config, load_tokenizer, model_limits
     from llmrl.model.modes import random_parts
     from llmrl.track.console import Console
     from llmrl.track.health import Health
@@ -85,12 +83,8 @@ def build(args: Any, given: Given) -> Parts:
     if loaded is not None:
         attention = getattr(loaded.config, "_attn_implementation", None)
     check_attention(attention or "eager", config.model.dtype, parallel.device.type)
-    tokenizer = given.processing_class
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
-    generation = load_generation_config(config.model) if loaded is None else loaded.generation_config
-    tokenizer = with_template(tokenizer, config.data.chat_template)
-    limits = model_limits(config.model, loaded, longest=_longest(config))
-    notes, sampler = feed.encode(tokenizer, generation, limits), feed.sampler(config.rollout.num_prompts)
+    tokenizer, notes = encode(feed, config, given)
+    sampler = feed.sampler(config.rollout.num_prompts)
     config = resolved.with_rows(len(feed.tasks))
     check_output_dir(config, parallel)
     if parallel.is_main and (dropped := feed.dropped()):
@@ -129,24 +123,6 @@ def build(args: Any, given: Given) -> Parts:
         record=record,
         ledger=ledger,
     )
-
-
-def _longest(config: RunConfig) -> int | None:
-    """Return the longest sequence that the engine is told to serve, if there is one and it says so."""
-    vllm = config.rollout.vllm if isinstance(config, Config) else None
-    return None if vllm is None else vllm.max_model_len
-
-
-def quieten_libraries() -> None:
-    """Silence the progress bars and notes of transformers; its warnings and errors stay.
-
-    TRANSFORMERS_VERBOSITY, if set, decides instead.
-    """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_warning()
 
 
 def check_output_dir(config: RunConfig, parallel: Parallel) -> None:

@@ -90,7 +90,7 @@ class Evaluator:
         from llmrl.model.parallel import make_parallel
         from llmrl.model.policy import Policy
         from llmrl.rollout.tasks import TaskFeed, TaskSet
-        from llmrl.run.build import quieten_libraries
+        from llmrl.run.data import quieten_libraries
         from llmrl.run.engines import start_engine
         from llmrl.verify.rubric import Rubric
 

@@ -66,7 +66,8 @@ def export(
     from llmrl.model.load import load_tokenizer
     from llmrl.model.parallel import Parallel
     from llmrl.run import checkpoint
-    from llmrl.run.build import build_policy, quieten_libraries
+    from llmrl.run.build import build_policy
+    from llmrl.run.data import quieten_libraries
     from llmrl.run.given import GIVEN, Given
     from llmrl.run.model_folder import TOKENIZER, save_model
     from llmrl.track.history import part_of
