@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrl.algo.preference.hierarchy import HierarchicalPreference
+from llmrl.errors import UserError
 from llmrl.types import Rollout
 from llmrl.verify.reward import group_reward
 
@@ -39,12 +40,17 @@ def heron(rollouts: list[Rollout], levels: list[dict[str, Any]]) -> list[float |
             `margin_in` (`std` or `value`), `lower_is_better`.
 
     Raises:
-        KeyError: a level names neither a reward nor a column.
+        UserError: a level names neither a reward nor a column.
     """
     hierarchy = HierarchicalPreference(levels)
     items: list[dict[str, float | None]] = []
     for rollout in rollouts:
         known = rollout.task.meta | (rollout.score.parts if rollout.score is not None else {})
+        if unknown := [level.part for level in hierarchy.levels if level.part not in known]:
+            raise UserError(
+                f"heron: level {unknown[0]!r} is neither another reward of this run nor a column; there are "
+                f"{', '.join(known) or 'none'}"
+            )
         items.append({level.part: known[level.part] for level in hierarchy.levels})
     first = hierarchy.levels[0].part
     judged = [i for i, item in enumerate(items) if item[first] is not None]

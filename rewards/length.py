@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from llmrl.errors import UserError
 from llmrl.types import Rollout
 from llmrl.verify.reward import group_reward
 
@@ -70,11 +71,16 @@ def cosine_length(
         wrong_bounds: (near, far) for a wrong answer.
 
     Raises:
-        KeyError: `accuracy` names neither a reward nor a column.
+        UserError: `accuracy` names neither a reward nor a column.
     """
     rewards: list[float | None] = []
     for rollout in rollouts:
         known = rollout.task.meta | (rollout.score.parts if rollout.score is not None else {})
+        if accuracy not in known:
+            raise UserError(
+                f"cosine_length: accuracy {accuracy!r} is neither another reward of this run nor a column; there are "
+                f"{', '.join(known) or 'none'}"
+            )
         correct, length = known[accuracy], rollout.num_completion_tokens
         if correct is None or length == 0:
             rewards.append(None)

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
+PREFILLED_TAGS = (
+    *("think", "thinking", "thought", "thoughts", "reason", "reasoning", "reflection", "scratchpad", "plan"),
+    *("answer", "solution"),
+)
+"""Tags that a plain-text prompt ends with to begin the reply. Any tag would not do: code ends with `List<int>`."""
+
+
 class Chat:
     """Renders prompts and reads completions with one tokenizer.
 
@@ -58,6 +65,7 @@ class Chat:
         self._anchor = tokenizer.encode("a", add_special_tokens=False) if prompt_format == "text" else []
         self._anchor_text = self._decode(self._anchor)
         self.stop_token_ids = self._find_stop_tokens(generation_config)
+        self._prefilled: dict[str, str] = {}
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.stop_token_ids[0] if pad is None else pad
 
@@ -97,28 +105,30 @@ class Chat:
             raise UserError("the prompt is empty: check the prompt column and data.chat_template")
         return token_ids
 
-    def prefilled(self, messages: Sequence[Message]) -> str:
+    def prefilled(self, messages: Sequence[Message], **template_options: Any) -> str:
         """Return how the rendered prompt already begins the assistant's message: `<think>` and the like, mostly ''.
 
-        In text format it is an opening tag at the very end of the prompt, in chat format what the template writes
-        after the header of the assistant's message when it asks for one.
+        In text format it is one of PREFILLED_TAGS at the very end of the prompt, in chat format what the template
+        writes after the header of the assistant's message when it asks for one.
         """
         if self.prompt_format == "text":
-            found = re.search(r"<[A-Za-z]\w*>\s*$", _plain_text(messages, None))
+            found = re.search(rf"<(?:{'|'.join(PREFILLED_TAGS)})>\s*$", _plain_text(messages, None))
             return found.group() if found else ""
-        return self._template_prefilled
+        key = repr(sorted(template_options.items()))
+        if key not in self._prefilled:
+            self._prefilled[key] = self._template_prefilled(template_options)
+        return self._prefilled[key]
 
-    @cached_property
-    def _template_prefilled(self) -> str:
+    def _template_prefilled(self, options: dict[str, Any]) -> str:
         user, assistant = "first-marker", "second-marker"
         question = Message(role="user", content=user)
         try:
-            asked = self._chat_text([question]).rpartition(user)[2]
+            asked = self._chat_text([question], **options).rpartition(user)[2]
         except UserError:
             return ""  # a template that wants more than a question; what it puts before the answer stays unknown
         try:
             # Not as the last message: there many templates write empty thinking, which is not part of the header.
-            told = self._chat_text([question, Message(role="assistant", content=assistant), question])
+            told = self._chat_text([question, Message(role="assistant", content=assistant), question], **options)
         except UserError:
             told = ""
         header = told.partition(assistant)[0].rpartition(user)[2]

@@ -168,7 +168,7 @@ class Collector(Source):
             version_spans=completion.version_spans,
             message=self.chat.parse(completion.token_ids),
             seconds={"generate": time.perf_counter() - start},
-            prefilled=self.chat.prefilled(messages),
+            prefilled=self.chat.prefilled(messages, **rollout.task.template_options),
         )
         rollout.turns.append(turn)
         if completion.finish == "length":

@@ -162,6 +162,7 @@ def rollout_rows(step: int, groups: Sequence[RolloutGroup]) -> list[dict[str, An
                     "completion_ids": turn.completion_ids,
                     "rollout_logprobs": turn.rollout_logprobs,
                     "finish": turn.finish,
+                    **({"prefilled": turn.prefilled} if turn.prefilled else {}),
                     "policy_version": turn.policy_version,
                     **({"version_spans": turn.version_spans} if len(turn.version_spans) > 1 else {}),
                 }

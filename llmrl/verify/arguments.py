@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llmrl.types import Rollout, Task
+from llmrl.types import Message, Rollout, Task
 
 ROLLOUT_ARGUMENTS = ("completion", "messages", "prefilled", "rollout", "task")
 """Names that mean the rollout and not a column."""
@@ -41,6 +41,24 @@ def columns(task: Task) -> dict[str, Any]:
     if task.answer is not None:
         row.setdefault("answer", task.answer)
     return {k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")}
+
+
+def trl_prompt(task: Task, conversational: bool) -> str | list[Message]:
+    """Return the prompt as TRL passes it on: messages, or their text."""
+    return list(task.messages) if conversational else "".join(str(m.get("content") or "") for m in task.messages)
+
+
+def trl_completion(rollout: Rollout, conversational: bool) -> str | list[Message]:
+    """Return everything after the prompt: assistant and tool messages in order, or the completion's text."""
+    return rollout.messages[len(rollout.task.messages) :] if conversational else rollout.completion
+
+
+def trl_completion_ids(rollout: Rollout) -> list[int]:
+    """Return the tokens of all turns with the tool results between them, as one sequence without padding."""
+    if not rollout.turns:
+        return []
+    last = rollout.turns[-1]  # its prompt holds all turns before it
+    return last.prompt_ids[len(rollout.turns[0].prompt_ids) :] + last.completion_ids
 
 
 def ambiguous(parameters: Mapping[str, inspect.Parameter], row: Mapping[str, Any]) -> str | None:

@@ -54,7 +54,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="SCORES.jsonl")
     parser.add_argument("--num_workers", type=int, default=available_cores(), help="default: all cores")
     parser.add_argument("--answer_column", help="default: the first of answer, solution, target")
-    parser.add_argument("--self-test", action="store_true", help="score the EXAMPLES of each reward's file instead")
+    parser.add_argument(
+        "--self_test", "--self-test", action="store_true", help="score the EXAMPLES of each reward's file instead"
+    )
     arguments = parser.parse_args(argv)
     if arguments.num_workers < 1:
         raise UserError(f"--num_workers {arguments.num_workers}: must be at least 1")

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llmrl.errors import LlmrlError, UserError
-from llmrl.types import ENVIRONMENT, Message, Rollout, RolloutGroup, Score, Task
-from llmrl.verify.arguments import columns
+from llmrl.types import ENVIRONMENT, Rollout, RolloutGroup, Score, Task
+from llmrl.verify.arguments import columns, trl_completion, trl_completion_ids, trl_prompt
 from llmrl.verify.failure import describe
 from llmrl.verify.options import RewardConfig, VerifyConfig
 from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
@@ -283,9 +283,9 @@ class Rubric:
         rows = [columns(rollout.task) for rollout in rollouts]
         keywords: dict[str, Any] = {name: [row.get(name) for row in rows] for name in rows[0]}
         return keywords | {
-            "prompts": [_trl_prompt(r.task, self.conversational) for r in rollouts],
-            "completions": [_trl_completion(r, self.conversational) for r in rollouts],
-            "completion_ids": [_trl_completion_ids(r) for r in rollouts],
+            "prompts": [trl_prompt(r.task, self.conversational) for r in rollouts],
+            "completions": [trl_completion(r, self.conversational) for r in rollouts],
+            "completion_ids": [trl_completion_ids(r) for r in rollouts],
             "trainer_state": self.trainer_state,
             "log_extra": extra.__setitem__,
             "log_metric": lambda name, value: self.metrics.setdefault(name, []).append(float(value)),
@@ -404,20 +404,3 @@ def _as_list(values: Any, length: int, name: str) -> list[Any]:
     if len(values) != length:
         raise ValueError(f"reward {name} returned {len(values)} values for {length} rollouts")
     return values
-
-
-def _trl_prompt(task: Task, conversational: bool) -> str | list[Message]:
-    return list(task.messages) if conversational else "".join(str(m.get("content") or "") for m in task.messages)
-
-
-def _trl_completion(rollout: Rollout, conversational: bool) -> str | list[Message]:
-    """Return everything after the prompt: assistant and tool messages in order, or the completion's text."""
-    return rollout.messages[len(rollout.task.messages) :] if conversational else rollout.completion
-
-
-def _trl_completion_ids(rollout: Rollout) -> list[int]:
-    """Return the tokens of all turns with the tool results between them, as one sequence without padding."""
-    if not rollout.turns:
-        return []
-    last = rollout.turns[-1]  # its prompt holds all turns before it
-    return last.prompt_ids[len(rollout.turns[0].prompt_ids) :] + last.completion_ids

@@ -60,13 +60,20 @@ def test_what_a_template_writes_at_the_beginning_of_the_message(template: str, p
     assert chat(template).prefilled([Message(role="user", content="2+2?")]) == prefilled
 
 
+def test_the_options_of_a_task_count() -> None:
+    switched = chat(PLAIN + ASK.replace("PREFILLED", "{% if not enable_thinking %}<think></think>{% endif %}"))
+    question = [Message(role="user", content="2+2?")]
+    assert switched.prefilled(question, enable_thinking=True) == ""
+    assert switched.prefilled(question, enable_thinking=False) == "<think></think>"
+
+
 @pytest.mark.parametrize(
     ("prompt", "prefilled"),
     [
         ("Use <think> tags.\nAssistant: Let me solve this.\n<think>", "<think>"),
         ("Q\nA: <reasoning>\n", "<reasoning>\n"),
         ("Use <think> and <answer> tags.", ""),
-        ("if a<b>", "<b>"),
+        ("std::vector<int>", ""),
         ("</think>", ""),
     ],
 )

@@ -31,7 +31,7 @@ class StubChat:
     def parse(self, completion_ids: list[int]) -> Message:
         return {"role": "assistant", "content": "".join(chr(i) for i in completion_ids if i != STOP)}
 
-    def prefilled(self, messages: list[Message]) -> str:
+    def prefilled(self, messages: list[Message], **_: Any) -> str:
         return "<think>"
 
 

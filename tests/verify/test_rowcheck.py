@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmrl.errors import UserError
-from llmrl.types import Message, Rollout, Task
+from llmrl.types import Message, Rollout, RolloutGroup, Task
 from llmrl.verify.judge.verdict import OfflineJudge
 from llmrl.verify.reward import load_reward
 from llmrl.verify.rows import row_to_rollout
@@ -296,3 +298,25 @@ def test_judges_without_their_packages_name_the_extra(tmp_path: Path) -> None:
         '[0, 0] ["reward judge: asking a judge or another server needs httpx and tenacity: '
         "pip install 'llmrl[judge]'\"]"
     ), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "args"),
+    [
+        ("rewards/heron.py:heron", {"levels": [{"part": "correct"}]}),
+        ("rewards/length.py:cosine_length", {"max_length": 9, "accuracy": "correct"}),
+    ],
+)
+def test_a_part_that_is_neither_a_reward_nor_a_column_stops_the_run(spec: str, args: dict[str, Any]) -> None:
+    rollout = row_to_rollout({"completion": "x", "level": 1}, name="t")
+    rubric = Rubric([Part(fn=spec, args=args)])
+    with pytest.raises(
+        UserError, match="'correct' is neither another reward of this run nor a column; there are level"
+    ):
+        asyncio.run(rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout])))
+
+
+def test_numbers_of_numpy_are_references() -> None:
+    for answer in (np.int64(4), np.float32(4.0), np.array([4, 5]), np.array(["4"])):
+        assert findings("math_answer", task(answer=answer)) == []
+    assert findings("math_answer", task(answer=np.array([])))

@@ -127,6 +127,8 @@ def gold_answers(answer: Any) -> list[str]:
     Returns:
         Short answers; empty if none can be read.
     """
+    if hasattr(answer, "tolist"):  # an array or a number of NumPy
+        answer = answer.tolist()
     if isinstance(answer, (list, tuple)):
         return [form for entry in answer for form in gold_answers(entry)]
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
