@@ -207,11 +207,12 @@ class Callbacks:
             self._agree()
 
     def _agree(self) -> None:
-        mine = {flag: getattr(self.control, flag) for flag in FLAGS}
+        mine = {flag: getattr(self.control, flag) for flag in FLAGS} | {"asked_by": self.asked_by}
         if self.parallel.world > 1:
             everyone = self.parallel.gather_objects([mine])
             for flag in FLAGS:
                 setattr(self.control, flag, any(each[flag] for each in everyone))
+            self.asked_by = next((each["asked_by"] for each in everyone if each["asked_by"]), "")
         self.stops = bool(self.control.should_training_stop)
 
     # --- resuming ---

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.config import (
@@ -189,9 +190,11 @@ def _as_part(reward: Any) -> RewardConfig:
         return reward
     if hasattr(reward, "forward") and hasattr(reward, "config"):
         raise UserError(
-            f"reward is a model ({type(reward).__name__}): save it, and name it with "
-            'RewardConfig(fn="reward_model", args={"path": FOLDER})'
+            f"reward is a model ({type(reward).__name__}): save it, and give the folder, or "
+            'RewardConfig(fn="reward_model", args={"model": FOLDER})'
         )
+    if isinstance(reward, str) and ":" not in reward and (is_hub_id(reward) or Path(reward).is_dir()):
+        return RewardConfig(fn="reward_model", args={"model": reward})  # TRL's reading of a name
     if isinstance(reward, str) or callable(reward):
         return RewardConfig(fn=reward)
     if callable(method := getattr(reward, "score_group", None)):
@@ -261,7 +264,7 @@ NOT_TAKEN = {
     "environment_factory": "rollouts have one turn: environments of your own are not there yet",
     "rollout_func": "the engine draws rollouts (rollout.engine); a function of your own is not there yet",
     "ref_model": "the reference is the policy as it started; algo.kl.beta (or DPO) uses it",
-    "reward_processing_classes": "a reward model has its own tokenizer: fn reward_model, args {path: FOLDER}",
+    "reward_processing_classes": "a reward model has its own tokenizer: fn reward_model, args {model: FOLDER}",
     "optimizers": "AdamW is the optimizer: see train.learning_rate, train.lr_scheduler_type",
     "quantization_config": 'model.quantization "nf4" holds the base of adapters in 4 bits',
     "tokenizer": "use processing_class",

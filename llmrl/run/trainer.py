@@ -141,7 +141,7 @@ class Trainer:
         if asked not in (None, self.config.train.resume_from_checkpoint):
             raise UserError(
                 f"train(resume_from_checkpoint={resume_from_checkpoint!r}): the run's folder is opened by Trainer "
-                f'already. Give it there: args {{"train.resume_from_checkpoint": {asked!r}, ...}}'
+                f'already. Give it there: {{"train.resume_from_checkpoint": {asked!r}, ...}}, or to a GRPOConfig'
             )
 
         async def run() -> dict[str, float]:
@@ -312,7 +312,8 @@ class Trainer:
                 raise RunFailed(f"{error}\n{hint}") from error
             error.add_note(hint)
             raise
-        self.console.say(f"evaluation after step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        when = f"evaluation after step {self.step}" if self.step else "evaluation before the first step"
+        self.console.say(f"{when}: " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
         self._record(metrics | found)
         self._take(found)
         return metrics | found

@@ -257,7 +257,7 @@ def test_steps_of_optimizers_become_steps_of_batches() -> None:
         ("GRPOConfig", {"metric_for_best_model": "eval_reward"}, "eval/reward"),
         ("GRPOConfig", {"metric_for_best_model": "pass@8", "load_best_model_at_end": True}, "eval/pass@8"),
         ("GRPOConfig", {"load_best_model_at_end": True}, "eval/reward"),
-        ("DPOConfig", {"load_best_model_at_end": True}, "eval/loss"),
+        ("DPOConfig", {"load_best_model_at_end": True, "save_strategy": "best"}, "eval/loss"),
         ("DPOConfig", {"metric_for_best_model": "rewards/accuracies"}, "eval/accuracy"),
     ],
 )

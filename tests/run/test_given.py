@@ -119,6 +119,14 @@ def test_what_is_no_reward_is_refused_with_the_forms_there_are() -> None:
             resolve({}, reward=wrong)
 
 
+def test_a_name_of_a_model_is_a_reward_model_as_in_trl(tmp_path: Path) -> None:
+    for name in ("someone/reward-model", str(tmp_path)):
+        (part,) = resolve({}, reward=name).rewards
+        assert part == RewardConfig(fn="reward_model", args={"model": name})
+    (part,) = resolve({}, reward="rewards/math_answer.py:math_answer").rewards
+    assert part == RewardConfig(fn="rewards/math_answer.py:math_answer")
+
+
 def test_functions_in_a_configuration_survive_another_algorithm() -> None:
     config = resolve({"rewards": [{"fn": letters, "weight": 0.5}]})
     assert config.rewards[0].fn is letters

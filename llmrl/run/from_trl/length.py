@@ -92,15 +92,13 @@ def strategies(found: Translation, fields: Fields, refused: list[str], *, evalua
     if optimizer is not None and not str(optimizer).startswith("adamw_torch") and optimizer != "adamw_hf":
         refused.append(f"optim {optimizer}: AdamW is the optimizer; leave it out")
     saving = fields.get("save_strategy") or "steps"
-    if saving == "no":
+    if saving in ("no", "best"):
         found.options["train.save_steps"] = 0
         fields.read.add("save_steps")
     elif saving == "epoch":
         found.epochs["train.save_steps"] = 1.0
     elif saving == "steps" and "save_steps" in fields:
         _interval(found, fields, fields.get("save_steps"), "train.save_steps")
-    elif saving == "best":
-        refused.append("save_strategy best: eval.keep_best keeps the best model beside the checkpoints; use steps")
     evaluation = fields.get("eval_strategy")
     fields.read.add("do_eval")  # follows from it
     if evaluation == "epoch":
@@ -117,17 +115,17 @@ def strategies(found: Translation, fields: Fields, refused: list[str], *, evalua
         fields.read.add("eval_steps")
     if "eval_on_start" in fields and fields.get("eval_on_start"):
         found.options["eval.at_start"] = True
-    if fields.any("load_best_model_at_end", "metric_for_best_model"):
-        _best(found, fields, refused)
+    if saving == "best" or fields.any("load_best_model_at_end", "metric_for_best_model"):
+        _best(found, fields, refused, kept=saving == "best")
 
 
 BEST = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 """TRL's metrics of an evaluation that have another name here."""
 
 
-def _best(found: Translation, fields: Fields, refused: list[str]) -> None:
+def _best(found: Translation, fields: Fields, refused: list[str], *, kept: bool) -> None:
     """Set which model is kept as the best."""
-    kept, metric = fields.get("load_best_model_at_end"), fields.get("metric_for_best_model")
+    kept, metric = bool(fields.get("load_best_model_at_end")) or kept, fields.get("metric_for_best_model")
     up = fields.get("greater_is_better")
     if not kept and metric is None:
         return
