@@ -113,6 +113,10 @@ class PreferenceFeed(Feed):
             if max(used) >= vocab_size:
                 raise UserError(f"{row.place}: {beyond_embedding(tokenizer, used, vocab_size)}")
 
+    @property
+    def streams(self) -> bool:
+        return self.reports[0].streams
+
     def dropped(self) -> list[Finding]:
         """Return the rows that were left out because they cannot be used."""
         return [finding for report in self.reports for finding in report.found]
@@ -127,8 +131,7 @@ class PreferenceFeed(Feed):
 
     def sampler(self, num_prompts: int) -> TaskSampler:
         """Return the order of the rows."""
-        streams = self.reports[0].streams
-        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle, streams=streams)
+        sampler = TaskSampler(self.tasks, seed=self.seed, shuffle=self.data.shuffle, streams=self.streams)
         sampler.check(num_prompts)
         return sampler
 

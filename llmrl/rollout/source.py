@@ -98,10 +98,15 @@ class Feed:
         eval_tasks: held-out tasks.
         rewards: weight of each reward by name; empty if nothing is scored.
         has_reference: the feed supplies the reference's log-probabilities, so no reference model is kept.
+        streams: the tasks are those that the run needs, of a stream of unknown length.
     """
 
     rewards: dict[str, float]
     has_reference: bool = False
+
+    @property
+    def streams(self) -> bool:
+        return False
 
     @property
     def tasks(self) -> list[Task]:

@@ -99,6 +99,10 @@ class TaskFeed(Feed):
         return self.train.tasks
 
     @property
+    def streams(self) -> bool:
+        return self.train.report.streams
+
+    @property
     def eval_tasks(self) -> list[Task]:
         """Held-out tasks."""
         return self.held_out.tasks

@@ -85,7 +85,7 @@ def build(args: Any, given: Given) -> Parts:
     check_attention(attention or "eager", config.model.dtype, parallel.device.type)
     tokenizer, notes = encode(feed, config, given)
     sampler = feed.sampler(config.rollout.num_prompts)
-    config = resolved.with_rows(len(feed.tasks))
+    config = resolved.with_rows(len(feed.tasks), streams=feed.streams)
     check_output_dir(config, parallel)
     if parallel.is_main and (dropped := feed.dropped()):
         write_dropped(Path(config.train.output_dir), dropped)

@@ -29,6 +29,7 @@ from llmrl.config.schema import GIVEN
 from llmrl.errors import UserError
 from llmrl.run.from_trl.fields import Translation
 from llmrl.run.from_trl.translate import KNOWN, family, translate
+from llmrl.run.model_folder import is_hub_id
 from llmrl.track.flat import flatten
 
 if TYPE_CHECKING:
@@ -58,10 +59,19 @@ class Resolved:
     translated: Translation | None = None
     """What TRL's names were translated to, if there were any."""
 
-    def with_rows(self, num_rows: int) -> RunConfig:
-        """Return the configuration once the number of rows is known: TRL gives the length of a run in epochs."""
+    def with_rows(self, num_rows: int, *, streams: bool = False) -> RunConfig:
+        """Return the configuration once the number of rows is known: TRL gives the length of a run in epochs.
+
+        Raises:
+            UserError: rows are read as they are needed, so nobody knows how many there are.
+        """
         if self.translated is None or not self.translated.epochs:
             return self.config
+        if streams:
+            raise UserError(
+                f"{self.translated.source} gives the length of the run in epochs, but the rows are a stream, which has "
+                "no known length: set max_steps, and steps in place of epochs"
+            )
         found = self.translated.at_epochs(num_rows, self.config.rollout.num_prompts)
         self.notes.append(f"{self.translated.source}, for {num_rows} rows: {_typed(found)}")
         config = self.config
@@ -193,7 +203,8 @@ def _as_part(reward: Any) -> RewardConfig:
             f"reward is a model ({type(reward).__name__}): save it, and give the folder, or "
             'RewardConfig(fn="reward_model", args={"model": FOLDER})'
         )
-    if isinstance(reward, str) and ":" not in reward and (is_hub_id(reward) or Path(reward).is_dir()):
+    is_name = isinstance(reward, str) and ":" not in reward and not reward.endswith(".py")
+    if is_name and (is_hub_id(reward) or Path(reward).is_dir()):
         return RewardConfig(fn="reward_model", args={"model": reward})  # TRL's reading of a name
     if isinstance(reward, str) or callable(reward):
         return RewardConfig(fn=reward)

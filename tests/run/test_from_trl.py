@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,29 @@ def test_the_best_model_and_an_evaluation_at_the_start(name: str, fields: dict[s
     assert any("kept in best/" in note for note in found.notes) == ("load_best_model_at_end" in fields)
     with pytest.raises(UserError, match="greater_is_better False: eval/reward is better when it goes up"):
         sampled({"metric_for_best_model": "reward", "greater_is_better": False, "eval_steps": 1})
+
+
+def test_epochs_of_a_stream_have_no_length(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield from ({"prompt": f"Count to {i}", "answer": str(i)} for i in itertools.count())
+
+    datasets = pytest.importorskip("datasets")
+    given: dict[str, Any] = {"model": "tiny:qwen2", "reward_funcs": letters, "args": {"num_train_epochs": 2}}
+    with pytest.raises(UserError, match="args gives the length of the run in epochs, but the rows are a stream"):
+        Trainer(train_dataset=datasets.IterableDataset.from_generator(rows), **given)
+    given["args"] = {"max_steps": 1, "num_generations": 2, "rollout.num_prompts": 2, "output_dir": str(tmp_path / "r")}
+    Trainer(train_dataset=datasets.IterableDataset.from_generator(rows), **given)
+
+
+def test_completions_are_shown_where_they_are_asked_for() -> None:
+    there = {"report_to": ["tensorboard"]}
+    assert sampled(config("GRPOConfig", **there)).track.log_completions_steps == 0
+    fields = {"log_completions": True, "logging_steps": 5, "chat_template_kwargs": {"thinking": False}}
+    found = sampled(config("GRPOConfig", **there, **fields))
+    assert found.track.log_completions_steps == 5
+    notes = resolve(config("GRPOConfig", **fields), reward=letters).notes
+    assert any("log_completions (rollouts.jsonl holds every completion" in note for note in notes)
+    assert found.data.chat_template_kwargs == {"thinking": False}
 
 
 def test_several_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

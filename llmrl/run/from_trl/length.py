@@ -104,7 +104,7 @@ def strategies(found: Translation, fields: Fields, refused: list[str], *, evalua
     if evaluation == "epoch":
         found.epochs["eval.steps"] = 1.0
     elif evaluation == "steps" or (evaluation is None and "eval_steps" in fields):
-        every = fields.get("eval_steps") or fields.get("logging_steps") or 500
+        every = fields.get("eval_steps") or fields.get("logging_steps")
         _interval(found, fields, every, "eval.steps")
     elif evaluates and fields.complete and not fields.get("eval_on_start"):
         refused.append(

@@ -15,11 +15,6 @@ def sampling(found: Translation, fields: Fields, refused: list[str], *, evaluate
     if held_out is not None or ("num_generations_eval" in fields and evaluates):
         found.options["eval.num_generations"] = held_out or fields.get("num_generations")
         found.options["eval.temperature"] = fields.get("temperature")
-    templating = fields.get("chat_template_kwargs")
-    if templating:
-        refused.append(
-            f"chat_template_kwargs {templating}: give a chat template in which it is set (data.chat_template)"
-        )
     if fields.get("use_vllm"):
         _vllm(found, fields)
     else:

@@ -23,6 +23,7 @@ SAME = {
 
 SAMPLED = {
     "cast_lm_head_to_fp32": "model.float32_head",
+    "chat_template_kwargs": "data.chat_template_kwargs",
     "max_completion_length": "rollout.max_completion_length",
     "max_prompt_length": "data.max_prompt_length",
     "num_generations": "rollout.num_generations",
@@ -52,7 +53,7 @@ ROWS = {
 """DPO and KTO."""
 
 MORE = [
-    "chat_template_kwargs", "do_eval", "metric_for_best_model",
+    "do_eval", "metric_for_best_model",
     "beta", "bf16", "delta", "desirable_weight", "disable_dropout", "discopop_tau", "epsilon", "epsilon_high",
     "eval_on_start", "eval_steps", "eval_strategy", "f_alpha_divergence_coef", "f_divergence_type",
     "generation_batch_size", "gradient_accumulation_steps", "greater_is_better", "importance_sampling_level",
@@ -74,6 +75,7 @@ USUAL = {
     "epsilon": 0.2,
     "generation_batch_size": None,
     "gradient_accumulation_steps": 1,
+    "logging_steps": 10,
     "lr_scheduler_type": "linear",
     "max_steps": -1,
     "num_generations": 8,

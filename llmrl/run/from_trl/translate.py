@@ -8,6 +8,7 @@ holds. The objects are known by the names of their classes, so that nothing is i
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -123,10 +124,7 @@ def _common(found: Translation, fields: Fields) -> None:
     if "save_total_limit" in fields:
         found.options["train.save_total_limit"] = fields.get("save_total_limit") or 0
     if "report_to" in fields:
-        trackers = fields.get("report_to") or []
-        found.options["track.report_to"] = [
-            t for t in ([trackers] if isinstance(trackers, str) else trackers) if t != "none"
-        ]
+        _trackers(found, fields)
     if "project" in fields and fields.get("project") not in (None, "huggingface"):
         found.options["track.project"] = fields.get("project")
     if (
@@ -138,6 +136,16 @@ def _common(found: Translation, fields: Fields) -> None:
 
         if torch.cuda.is_available():
             fields.read.discard("use_cpu")
+
+
+def _trackers(found: Translation, fields: Fields) -> None:
+    """Set the trackers, and whether they get tables of completions."""
+    named = fields.get("report_to") or []
+    trackers = [each for each in ([named] if isinstance(named, str) else named) if each != "none"]
+    found.options["track.report_to"] = trackers
+    if trackers and "log_completions" in fields:
+        shown = bool(fields.get("log_completions"))
+        found.options["track.log_completions_steps"] = max(1, math.ceil(fields.get("logging_steps"))) if shown else 0
 
 
 def _model(found: Translation, fields: Fields, refused: list[str]) -> None:
