@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmrl.errors import first_line
+from llmrl.verify import plugin
+from llmrl.verify.plugin import PREFIX
 
 _CALLERS = (
     *(str(Path(__file__).with_name(name)) for name in ("rubric.py", "worker.py", "reward.py")),
@@ -33,7 +36,11 @@ def describe(error: BaseException, function: Callable[..., Any] | None = None) -
     leaf: BaseException = error
     while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:
         leaf = leaf.exceptions[0]
-    kind, text = type(leaf).__qualname__, first_line(leaf)
+    kind = type(leaf).__qualname__
+    try:
+        text = first_line(leaf)
+    except Exception:  # an exception class of the user's, whose `__str__` fails
+        text = kind
     headline = kind if text == kind else f"{kind}: {text}"
     frames = [*shown.stack, *(traceback.extract_tb(leaf.__traceback__) if leaf is not error else [])]
     if not frames:  # raised by the call itself, or by us about what was returned
@@ -41,12 +48,14 @@ def describe(error: BaseException, function: Callable[..., Any] | None = None) -
     code = getattr(function, "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     place = (own or frames)[-1]
-    return f"{headline} ({place.filename}, line {place.lineno}, in {place.name})\n{''.join(shown.format())}".rstrip()
+    text = f"{headline} ({place.filename}, line {place.lineno}, in {place.name})\n{''.join(shown.format())}".rstrip()
+    return re.sub(rf"\b{PREFIX}\w+\.", "", text)
 
 
 def _leave_out_callers(shown: traceback.TracebackException, error: BaseException) -> None:
     while shown.stack and shown.stack[0].filename.startswith(_CALLERS):
         shown.stack.pop(0)
+    shown.stack[:] = [frame for frame in shown.stack if frame.filename != plugin.__file__]  # the import of a neighbor
     if shown.__cause__ is not None and error.__cause__ is not None:
         _leave_out_callers(shown.__cause__, error.__cause__)
     if shown.__context__ is not None and error.__context__ is not None:

@@ -131,10 +131,11 @@ class _Import:
         level: int = 0,
     ) -> ModuleType:
         top = name.partition(".")[0]
-        importer = (globals or {}).get("__name__")
+        importer = globals or {}
         own = f"{self.package}.{top}"
-        # A file `openai.py` that imports openai means the installed one, not itself.
-        if level != 0 or own == importer or not self._lies_beside(top):
+        # A file `openai.py` that imports openai means the installed one, not itself; a package may mean itself.
+        itself = own == importer.get("__name__") and "__path__" not in importer
+        if level != 0 or itself or not self._lies_beside(top):
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         module = builtins.__import__(f"{self.package}.{name}", globals, locals, fromlist or (), 0)
         return module if fromlist else sys.modules[own]

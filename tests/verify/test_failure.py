@@ -13,7 +13,7 @@ from llmrl.verify.reward import group_reward
 from llmrl.verify.rubric import Rubric
 from tests.verify.rollouts import group, rollout
 
-NOISE = ("rubric.py", "worker.py", "asyncio/", "no running event loop", "During handling")
+NOISE = ("llmrl_plugin", "plugin.py", "rubric.py", "worker.py", "asyncio/", "no running event loop", "During handling")
 FILE = """\
 import json
 from llmrl.verify.reward import group_reward
@@ -32,6 +32,10 @@ def chained(completion):
     except ValueError as error:
         raise KeyError("outer") from error
 def bare(completion): assert False
+class Own(Exception):
+    def __str__(self): raise RuntimeError("no text")
+def without_text(completion): raise Own()
+def missing(completion): import no_such_neighbor
 class Thing:
     def __call__(self, completion): raise TimeoutError()
 """
@@ -69,7 +73,9 @@ def error_of(reward: Any) -> str:
         ("library", "JSONDecodeError: Expecting property name enclosed in double quotes"),
         ("chained", "KeyError: 'outer' ({file}, line 16, in chained)"),
         ("bare", "AssertionError ({file}, line 17, in bare)"),
-        ("Thing()", "TimeoutError ({file}, line 19, in __call__)"),
+        ("Thing()", "TimeoutError ({file}, line 23, in __call__)"),
+        ("without_text", "Own ({file}, line 20, in without_text)"),
+        ("missing", "ModuleNotFoundError: No module named 'no_such_neighbor' ({file}, line 21, in missing)"),
     ],
 )
 def test_the_first_line_is_the_users_error(tmp_path: Path, name: str, headline: str, pool: bool) -> None:

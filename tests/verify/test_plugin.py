@@ -29,7 +29,7 @@ def test_a_file_imports_the_files_and_packages_beside_it(tmp_path: Path) -> None
     before = list(sys.path)
     write(tmp_path / "helpers.py", "import deeper\ndef score(t): return deeper.FACTOR * len(t)\n")
     write(tmp_path / "deeper.py", "FACTOR = 2.0\n")
-    write(tmp_path / "pack" / "__init__.py", "from .inner import ONE\n")
+    write(tmp_path / "pack" / "__init__.py", "from pack.inner import ONE\n")
     write(tmp_path / "pack" / "inner.py", "from helpers import score\nimport deeper\nONE = 1.0\n")
     write(tmp_path / "spread" / "part.py", "TEN = 10.0\n")
     file = write(

@@ -319,4 +319,4 @@ def test_a_part_that_is_neither_a_reward_nor_a_column_stops_the_run(spec: str, a
 def test_numbers_of_numpy_are_references() -> None:
     for answer in (np.int64(4), np.float32(4.0), np.array([4, 5]), np.array(["4"])):
         assert findings("math_answer", task(answer=answer)) == []
-    assert findings("math_answer", task(answer=np.array([])))
+    assert findings("math_answer", task(answer=np.array([]))) == ["reward math_answer: the row has no answer"]

@@ -168,7 +168,7 @@ def reference_problem(answer: Any) -> str | None:
     """
     golds = gold_answers(answer)
     if not golds:
-        if answer is None or answer == "" or answer == []:
+        if answer is None or (hasattr(answer, "__len__") and not len(answer)):
             return "the row has no answer"
         return f"the answer {_shown(answer)} has no part that can be compared: no number, word or closed \\boxed{{...}}"
     normal = [normalize(gold) for gold in golds]
