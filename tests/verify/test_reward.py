@@ -148,7 +148,9 @@ def test_arguments_are_filled_by_name() -> None:
 
 def test_a_column_named_prompt_or_answer_is_found() -> None:
     assert call(lambda prompt: prompt, rollout(prompt="the column")) == "the column"
-    assert call(lambda answer: answer, rollout(answer=None)) is None
+    assert call(lambda answer=None: answer, rollout(answer=None)) is None
+    with pytest.raises(UserError, match="'answer' cannot be filled"):
+        call(lambda answer: answer, rollout(answer=None))
     assert call(lambda answer: answer, rollout(answer="the task's", solution="x")) == "the task's"
 
 
