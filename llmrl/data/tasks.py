@@ -58,7 +58,7 @@ def load_tasks(config: TaskRows, report: RowReport | None = None, *, needed: int
 
 
 def tasks_from_rows(
-    rows: Iterable[Row] | Any,
+    rows: Any,
     config: TaskRows,
     name: str,
     report: RowReport | None = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llmrl.algo.base import Algorithm
     from llmrl.config import RunConfig
-    from llmrl.data.sampler import TaskSampler
+    from llmrl.data.sampler import Sampler
     from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
     from llmrl.run.best import Best
@@ -40,7 +40,7 @@ class Run(Protocol):
     policy: Policy
     learner: Learner
     algorithm: Algorithm
-    sampler: TaskSampler
+    sampler: Sampler
     queue: RolloutQueue
     health: Health
     best: Best

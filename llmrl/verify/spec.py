@@ -70,7 +70,7 @@ def find_file(place: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    given = Path(place)
+    given = Path(place).expanduser()
     candidates = [given]
     if not given.is_absolute() and len(given.parts) <= 2 and given.parent.name in ("rewards", ""):
         candidates.append(shipped_folder() / given.name)
