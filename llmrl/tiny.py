@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TINY_ARCHS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2")
 """Architectures that `build_tiny_model` can build."""
 
+MAX_POSITIONS = 4096
+"""Longest sequence of a tiny model, in tokens, unless it is made with another."""
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|eos|>"
 """Ends a turn, and with it a completion."""
@@ -102,7 +104,7 @@ def build_tiny_model(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     intermediate_size: int = 128,
-    max_position_embeddings: int = 4096,
+    max_position_embeddings: int = MAX_POSITIONS,
     tie_word_embeddings: bool = True,
     seed: int = 0,
     **overrides: Any,

@@ -256,6 +256,8 @@ def _sampling_findings(c: Config) -> list[str]:
     found = [*c.rollout.findings(), *staleness_findings(c.rollout, c.rollout.max_staleness)]
     if not c.rewards:
         found.append("rewards is empty: name at least one, such as `fn: rewards/math_answer.py:math_answer`")
+    if c.rewards and not any(reward.weight for reward in c.rewards):
+        found.append("all rewards have weight 0, so nothing would be trained: give one of them a weight")
     for i, reward in enumerate(c.rewards):
         if reward.fn in ("", MISSING):
             found.append(f"rewards[{i}].fn is not set: such as rewards/math_answer.py:math_answer")

@@ -77,12 +77,26 @@ def rows_in_memory(data: Any, config: RowsConfig, name: str, *, needed: int | No
         data = data.to_dicts() if hasattr(data, "to_dicts") else data.to_dict("records")
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise UserError(f"{name}: a {type(data).__name__} holds no rows; give a datasets.Dataset or a list of rows")
-    return _bounded(_numbered(name, data), name, config, needed, endless=not hasattr(data, "__len__"))
+    rows = ((place, row if isinstance(row, BadRow) else _without_arrays(row)) for place, row in _numbered(name, data))
+    return _bounded(rows, name, config, needed, endless=not hasattr(data, "__len__"))
+
+
+def is_splits(data: Any) -> bool:
+    """Return whether an object is several datasets by name, as a DatasetDict is."""
+    return isinstance(data, Mapping) and bool(data) and all(hasattr(value, "features") for value in data.values())
+
+
+def _without_arrays(row: Row) -> Row:
+    """Return a row whose values are plain: tables of pandas hold arrays where files hold lists, and numpy's numbers."""
+    return {
+        name: value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+        for name, value in row.items()
+    }
 
 
 def _columns_or_split(data: Mapping[str, Any], config: RowsConfig) -> Any:
     """Return the rows of a mapping: the wanted split of a DatasetDict, or its columns turned into rows."""
-    if data and all(hasattr(value, "features") for value in data.values()):
+    if is_splits(data):
         if config.split not in data:
             splits = ", ".join(map(repr, data))
             raise UserError(

@@ -101,6 +101,10 @@ def model_limits(config: ModelConfig, loaded: Any = None, *, longest: int | None
         loaded: the model itself, if it was given in Python.
         longest: tokens that the engine serves at most, if it says so.
     """
+    if loaded is None and config.path.startswith(TINY):
+        from llmrl.tiny import MAX_POSITIONS
+
+        return ModelLimits(context=min(longest or MAX_POSITIONS, MAX_POSITIONS))
     adapter = find_adapter(config) if loaded is None else None
     found = (
         loaded.config if loaded is not None else _read_config(config if adapter is None else _of_base(config, adapter))
@@ -117,8 +121,6 @@ def model_limits(config: ModelConfig, loaded: Any = None, *, longest: int | None
 def _read_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    if config.path.startswith(TINY):
-        return None
     try:
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code

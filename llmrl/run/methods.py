@@ -26,7 +26,9 @@ from llmrl.algo.preference.kto import KTO
 from llmrl.config import Config
 from llmrl.data.options import PreferenceData, PreferenceRows
 from llmrl.data.report import RowReport
+from llmrl.data.rows import is_splits
 from llmrl.data.sampler import STREAM_BLOCK
+from llmrl.errors import UserError
 from llmrl.methods.bcoder.algorithm import BCoder
 from llmrl.methods.bcoder.options import BCoderOptions
 from llmrl.methods.bcoder.policy import QPolicy, check_start
@@ -42,7 +44,7 @@ from llmrl.types import Task
 if TYPE_CHECKING:
     from llmrl.algo.base import Algorithm
     from llmrl.config import RunConfig
-    from llmrl.data.options import DataConfig, TaskRows
+    from llmrl.data.options import DataConfig, RowsConfig, TaskRows
     from llmrl.data.preferences import PreferenceRow
     from llmrl.model.critic import Critic
     from llmrl.rollout.source import Feed
@@ -117,7 +119,9 @@ def preference_feed(config: RunConfig, given: Given) -> PreferenceFeed:
     held_out = config.eval.data
     return PreferenceFeed(
         _rows(given.train_dataset, config.data, reports[0], needed=_needed(config)),
-        _rows(given.eval_dataset, held_out, reports[1]) if isinstance(held_out, PreferenceRows) else [],
+        _rows(_held_out(given.eval_dataset, held_out), held_out, reports[1])
+        if isinstance(held_out, PreferenceRows)
+        else [],
         reports=reports,
         data=config.data,
         options=config.algo,
@@ -130,7 +134,7 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
     reports, held_out = _reports(config.data), config.eval.data
     return feed(
         _tasks(given.train_dataset, config.data, reports[0], needed=_needed(config)),
-        _tasks(given.eval_dataset, held_out, reports[1]) if held_out is not None else TaskSet([]),
+        _tasks(_held_out(given.eval_dataset, held_out), held_out, reports[1]) if held_out is not None else TaskSet([]),
         _rubric(config),
         data=config.data,
         rollout=config.rollout,
@@ -138,6 +142,14 @@ def _with_tasks(feed: Callable[..., F], config: Config, given: Given, **more: An
         seed=config.train.seed,
         **more,
     )
+
+
+def _held_out(dataset: Any, options: RowsConfig) -> Any:
+    """Return a dataset to evaluate on. Of several splits none is guessed: the usual one is that of training."""
+    if is_splits(dataset) and len(dataset) > 1 and options.split == "train":
+        splits = ", ".join(map(repr, dataset))
+        raise UserError(f"eval_dataset has the splits {splits}: give one of them, such as datasets['test']")
+    return dataset
 
 
 def _reports(data: DataConfig | PreferenceData) -> tuple[RowReport, RowReport]:

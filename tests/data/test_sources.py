@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -30,6 +31,10 @@ from llmrl.types import ModelLimits, Task
 from llmrl.verify.rubric import Part, Rubric
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(7)]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -201,8 +206,10 @@ def test_a_longer_run_continues_a_stream_exactly() -> None:
         pandas.DataFrame(ROWS),
         {"question": [row["question"] for row in ROWS], "answer": [row["answer"] for row in ROWS]},
         (row for row in ROWS),
+        [{"question": (user(f"q{i}"),), "answer": f"a{i}"} for i in range(7)],
+        [{"question": numpy.array([user(f"q{i}")], dtype=object), "answer": numpy.str_(f"a{i}")} for i in range(7)],
     ],
-    ids=["list", "Dataset", "DatasetDict", "IterableDataset", "DataFrame", "columns", "generator"],
+    ids=["list", "Dataset", "DatasetDict", "IterableDataset", "DataFrame", "columns", "generator", "tuples", "arrays"],
 )
 def test_rows_come_in_any_form(data: Any) -> None:
     tasks = tasks_from_rows(data, DataConfig(), "mine")
@@ -222,6 +229,22 @@ def test_rows_come_in_any_form(data: Any) -> None:
 def test_what_holds_no_rows_is_refused(data: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
         tasks_from_rows(data, DataConfig(), "mine")
+
+
+def test_no_split_is_guessed_for_an_evaluation(tmp_path: Path) -> None:
+    splits = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
+    options = {"train.output_dir": str(tmp_path / "run"), "eval.steps": 1, "rollout.num_prompts": 2}
+
+    def run(eval_dataset: Any) -> Trainer:
+        return Trainer(
+            options, model="tiny:qwen2", reward=lambda answer: 1.0, train_dataset=splits, eval_dataset=eval_dataset
+        )
+
+    with pytest.raises(UserError, match=r"eval_dataset has the splits 'train', 'test': .*datasets\['test'\]"):
+        run(splits)
+    assert len(run(splits["test"]).eval_tasks) == 1
+    with pytest.raises(UserError, match="all rewards have weight 0"):
+        check(from_dotted({"model.path": "m", "data.path": "d", "rewards": [{"fn": "length", "weight": 0}]}))
 
 
 # --- the cache, the dry run -------------------------------------------------------------------------------------------
