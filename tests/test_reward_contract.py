@@ -86,6 +86,14 @@ def test_no_completion_breaks_it(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_its_check_accepts_every_row_that_it_can_score(spec: str) -> None:
+    for example in examples_of(Rubric([spec])):
+        rubric = Rubric([spec])
+        found = rubric.findings(row_to_rollout(example, name="example").task)
+        assert not found or example["reward"] is None, (example, found)
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_functions_are_documented(spec: str) -> None:
     function = resolve(spec)
     assert function.__doc__

@@ -42,8 +42,9 @@ def check_of(name: str, function: Any, module: ModuleType | None) -> RowCheck | 
             return _guarded(found)
     checks = getattr(module, "CHECKS", None)
     if isinstance(checks, Mapping):
-        _validate(checks, module)
-        return _guarded(checks[name]) if name in checks else None
+        _validate(checks, module, name)
+        known = [key for key in (name, getattr(inner, "__name__", None)) if key in checks]
+        return _guarded(checks[known[0]]) if known else None
     found = getattr(module, "check", None)
     return _guarded(found) if found is not inner and _is_check(found) else None
 
@@ -59,10 +60,10 @@ def _is_check(found: Any) -> bool:
     return required == ["row"] and parameters[0].name == "row"
 
 
-def _validate(checks: Mapping[str, Any], module: ModuleType | None) -> None:
+def _validate(checks: Mapping[str, Any], module: ModuleType | None, reward: str) -> None:
     for name, check in checks.items():
         where = f"reward file {getattr(module, '__file__', None) or module}: CHECKS[{name!r}]"
-        if not hasattr(module, name):
+        if name != reward and not hasattr(module, name):
             near = difflib.get_close_matches(name, dir(module), n=1, cutoff=0.6)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: the file has nothing of that name.{hint}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,30 @@ def chat(template: str, prompt_format: Any = "chat") -> Chat:
 )
 def test_what_a_template_writes_at_the_beginning_of_the_message(template: str, prefilled: str) -> None:
     assert chat(template).prefilled([Message(role="user", content="2+2?")]) == prefilled
+
+
+@pytest.mark.parametrize(
+    ("name", "thinks", "does_not"),
+    [
+        ("deepseekv3", "<think>\n", "<think>\n"),
+        ("gemma3", "", ""),
+        ("glm4moe", "", "<think></think>"),
+        ("gptoss", "", ""),
+        ("llama3", "", ""),
+        ("qwen2_5", "", ""),
+        ("qwen3", "", "<think>\n\n</think>\n\n"),
+        ("qwen3_5_think", "<think>\n", "<think>\n\n</think>\n\n"),
+        ("qwen3_instruct_2507", "", ""),
+    ],
+)
+def test_templates_of_real_models(name: str, thinks: str, does_not: str) -> None:
+    spec = importlib.util.find_spec("trl")
+    file = Path(spec.origin or "").parent / "chat_templates" / f"{name}.jinja" if spec is not None else Path()
+    if not file.is_file():
+        pytest.skip("this version of TRL ships no such template")
+    of_model, question = chat(file.read_text()), [Message(role="user", content="2+2?")]
+    assert of_model.prefilled(question) == thinks
+    assert of_model.prefilled(question, enable_thinking=False) == does_not
 
 
 def test_the_options_of_a_task_count() -> None:

@@ -286,7 +286,7 @@ def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def send(backend: Backend, *steps: int) -> None:
     for step in steps:
         backend.log({"reward/pass@1": step / 2, "nan": float("nan")}, step)
-        backend.table(["prompt", "completion", "reward"], [["q", "a\nb", 1.0]], step)
+        backend.table(["prompt", "completion", "reward"], [["q", "a\nb", 1.0], ["q", "c", None]], step)
 
 
 def test_tensorboard_for_real(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_mlflow_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.data.params["train.seed"] == "3"
     assert [point.step for point in client.get_metric_history(first.id, "reward/pass_at_1")] == [1, 2, 3]
     table = json.loads(Path(client.download_artifacts(first.id, "completions.json", str(tmp_path))).read_text())
-    assert table == {"columns": ["prompt", "completion", "reward"], "data": [["q", "a\nb", 1.0]] * 3}
+    assert table == {"columns": ["prompt", "completion", "reward"], "data": [["q", "a\nb", 1.0], ["q", "c", None]] * 3}
 
 
 def test_trackio_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,13 @@ def test_checks_names_the_check_of_each_reward_of_a_file(tmp_path: Path) -> None
     assert [findings(f"{file}:{name}", task()) for name in ("one", "two", "three")] == [["reward one: bad"], [], []]
 
 
+def test_a_reward_named_by_its_file_has_both_names(tmp_path: Path) -> None:
+    for key in ("whole", "score_group"):
+        (tmp_path / key).mkdir()
+        text = f"def score_group(rollouts): return []\nCHECKS = {{'{key}': lambda row: 'bad'}}\n"
+        assert findings(write(tmp_path / key, text, "whole.py"), task()) == ["reward whole: bad"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
