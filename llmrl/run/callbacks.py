@@ -40,6 +40,8 @@ NEVER = {
 """Hooks of transformers' that are not called, although what they wait for happens."""
 NOTHING_HAPPENS = ("on_predict", "on_prediction_step", "on_push_begin")
 """Hooks of transformers' for what a run here does not do. A callback may have them."""
+CONTEXT = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+"""Keyword arguments of every hook."""
 FLAGS = ("should_training_stop", "should_save", "should_evaluate")
 """What a callback can ask for with `control`."""
 
@@ -79,9 +81,26 @@ def _check_hooks(callback: Any) -> None:
             )
         if inspect.iscoroutinefunction(getattr(callback, hook)):
             raise UserError(f"callback {name}.{hook} is a coroutine function: hooks are called, not awaited")
+        if hook in HOOKS:
+            _check_signature(name, hook, getattr(callback, hook))
     if not set(own) & set(HOOKS):
-        meant = next((near(method, HOOKS) for method in own if near(method, HOOKS)), "")
-        raise UserError(f"callback {name} has no hook{meant}; give it one of {', '.join(HOOKS)}")
+        plain = {hook.replace("_", ""): hook for hook in HOOKS}
+        meant = next((plain[word] for word in (m.lower().replace("_", "") for m in own) if word in plain), None)
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise UserError(f"callback {name} has no hook{hint}; give it one of {', '.join(HOOKS)}")
+
+
+def _check_signature(name: str, hook: str, method: Any) -> None:
+    """Refuse a hook that cannot be called, before the first step."""
+    named = {"on_log": ["logs"], "on_evaluate": ["metrics"]}.get(hook, [])
+    try:
+        inspect.signature(method).bind(None, None, None, **dict.fromkeys([*CONTEXT, *named]))
+    except TypeError as error:
+        raise UserError(
+            f"callback {name}.{hook} cannot be called as {hook}(args, state, control, **kwargs): {error}"
+        ) from None
+    except ValueError:  # written in C, without a signature
+        return
 
 
 def _own_methods(callback: Any) -> list[str]:

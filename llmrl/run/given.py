@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -198,6 +199,8 @@ def _reward_sections(config: Config, reward: Any) -> dict[str, Any]:
 def _as_part(reward: Any) -> RewardConfig:
     if isinstance(reward, RewardConfig):
         return reward
+    if inspect.isclass(reward):
+        raise UserError(f"reward is the class {reward.__name__}: give an object of it, {reward.__name__}(...)")
     if hasattr(reward, "forward") and hasattr(reward, "config"):
         raise UserError(
             f"reward is a model ({type(reward).__name__}): save it, and give the folder, or "

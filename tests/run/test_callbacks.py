@@ -241,6 +241,10 @@ class Needs:
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None: ...
 
 
+class Narrow:
+    def on_evaluate(self, args: Any, state: Any, control: Any) -> None: ...
+
+
 class Empty(TrainerCallback):
     """Overrides nothing."""
 
@@ -253,6 +257,11 @@ class Empty(TrainerCallback):
         ([Optimizer], "Optimizer has on_optimizer_step, which is not called: .* use on_step_end"),
         ([Waits()], "Waits.on_log is a coroutine function"),
         ([Needs], "callback Needs cannot be made without arguments"),
+        (
+            [Narrow()],
+            r"Narrow.on_evaluate cannot be called as on_evaluate\(args, state, control, \*\*kwargs\): got an unex",
+        ),
+        ("progress", "callback str has no hook; give it one of"),
         ([Empty()], "callback Empty has no hook; give it one of on_init_end"),
         ([letters], "is a function: give an object with a method"),
         ([object()], "callback object has no hook"),

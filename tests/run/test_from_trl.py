@@ -339,6 +339,7 @@ def test_a_dictionary_stands_for_what_it_holds() -> None:
         ({"optim": "adafactor"}, r"optim adafactor: AdamW is the optimizer"),
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type polynomial: use constant, linear or cosine"),
         ({"top_p": 0.9}, r"rollout.top_p 0.9 .* cut the support"),
+        ({"num_train_epochs": 0}, r"num_train_epochs 0: nothing would be trained"),
         ({"max_steps": "10"}, r"max_steps is '10': must be a number"),
         ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps is 0: must be a number, at least 1"),
         (

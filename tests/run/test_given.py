@@ -117,6 +117,8 @@ def test_what_is_no_reward_is_refused_with_the_forms_there_are() -> None:
     for wrong in (5, [letters, 5.0], {"fn": letters}):
         with pytest.raises(UserError, match=r"give a function, a spec .* RewardConfig"):
             resolve({}, reward=wrong)
+    with pytest.raises(UserError, match=r"reward is the class Longest: give an object of it, Longest\(...\)"):
+        resolve({}, reward=[Longest])
 
 
 def test_a_name_of_a_model_is_a_reward_model_as_in_trl(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def batches(found: Translation, fields: Fields, refused: list[str], *, samples: 
     if "max_steps" in fields and steps > 0:
         found.options["train.max_steps"] = found.batches(steps)
         fields.read.add("num_train_epochs")
+    elif "num_train_epochs" in fields and fields.get("num_train_epochs") == 0:
+        refused.append("num_train_epochs 0: nothing would be trained; set it, or max_steps")
     elif "num_train_epochs" in fields:
         found.epochs["train.max_steps"] = fields.get("num_train_epochs")
 
