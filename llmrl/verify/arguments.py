@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrl.types import Message, Rollout, Task
@@ -61,18 +61,25 @@ def trl_completion_ids(rollout: Rollout) -> list[int]:
     return last.prompt_ids[len(rollout.turns[0].prompt_ids) :] + last.completion_ids
 
 
-def ambiguous(parameters: Mapping[str, inspect.Parameter], row: Mapping[str, Any]) -> str | None:
+def ambiguous(
+    parameters: Mapping[str, inspect.Parameter], row: Mapping[str, Any], prompt: Sequence[Message]
+) -> str | None:
     """Return a text about a parameter that could mean a column as well as an object of ours, or None.
 
     A column `task` and a parameter `task` look as if one filled the other, but the parameter gets the Task. An
     annotation with our type says that this is meant. `completion` always means the policy's, and `messages` too, where
     the column is a prompt: only a column that ends with an assistant's message is a conversation of its own.
+
+    Args:
+        parameters: those of the reward that are not fixed.
+        row: the columns.
+        prompt: the task's messages.
     """
     for name in parameters.keys() & {"task", "rollout", "prefilled", "messages"} & row.keys():
         kind = _TYPES.get(name)
         if kind is not None and re.search(rf"\b{kind}\b", _text(parameters[name].annotation)):
             continue
-        if name == "messages" and not _is_conversation(row[name]):
+        if name == "messages" and (not _is_conversation(row[name]) or row[name] == prompt):
             continue
         annotated = f"list[{kind}]" if name == "messages" else kind
         ours = f" For llmrl's own, write `{name}: {annotated}` (from llmrl.types)." if kind is not None else ""

@@ -70,4 +70,6 @@ def _headline(error: str) -> str:
 def _kind(headline: str) -> str:
     """Return what errors of one kind share: class and place. The text between often holds a value of the row."""
     place = re.search(r" \(.*, line \d+, in .*\)$", headline)
-    return headline if place is None else headline.partition(":")[0] + place.group()
+    if place is None:
+        return re.sub(r"\d+(?:\.\d+)? s\b", "seconds", headline)  # how long a worker took before it died
+    return headline.partition(":")[0] + place.group()

@@ -117,7 +117,7 @@ class Reward:
             return self.missing(TRL_KEYWORDS.union(columns(task)))
         if text := self.missing(frozenset(row_arguments(task)).union(ROLLOUT_ARGUMENTS)):
             return text
-        text = ambiguous({n: p for n, p in self.parameters.items() if n not in self.args}, task.meta)
+        text = ambiguous({n: p for n, p in self.parameters.items() if n not in self.args}, task.meta, task.messages)
         return f"reward {self.name}: {text}" if text else None
 
     def findings(self, task: Task) -> list[str]:

@@ -58,6 +58,16 @@ def test_errors_of_rewards_and_environments_add_up_and_equal_ones_are_shown_once
     ]
 
 
+def test_workers_that_died_after_different_times_are_one_kind() -> None:
+    def died(seconds: float) -> Rollout:
+        error = f"worker died {seconds} s into mine.py:f (signal SIGKILL)"
+        return Rollout(task=Task(id="t", messages=[]), index=0, score=Score(reward=None, error=error))
+
+    with pytest.raises(RunFailed) as caught:
+        check([died(0.1), died(3.25), died(20)], 0.0, None)
+    assert str(caught.value).splitlines()[1:] == ["3 times: worker died 0.1 s into mine.py:f (signal SIGKILL)"]
+
+
 def test_errors_of_one_kind_at_one_place_are_counted_together() -> None:
     def failing(text: str, line: int) -> Rollout:
         error = f"ValueError: bad {text} (mine.py, line {line}, in f)\nTraceback\n  {text}"

@@ -226,6 +226,8 @@ def test_a_hundred_thousand_gsm8k_rows_parse_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("llmrl.verify.checks.math._parse", lambda answer: pytest.fail(f"parsed {answer}"))
     rubric = Rubric(["math_answer"])
     for answer in (
+        r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}",
+        r"15\mbox{ cm}^2",
         "steps\n#### 1,200",
         "72",
         "-3.5",
@@ -276,6 +278,7 @@ def test_completion_and_messages_mean_the_policys() -> None:
     answered = [*question, {"role": "assistant", "content": "a"}]
     assert findings(plain, task(completion="reference", messages=question)) == []
     assert len(findings(plain, task(messages=answered))) == 1
+    assert findings(plain, Task(id="t", messages=answered, meta={"messages": answered})) == [], "the prompt itself"
     assert findings(annotated, task(messages=answered)) == []
 
 

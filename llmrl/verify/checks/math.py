@@ -183,9 +183,10 @@ def _shown(value: Any) -> str:
 
 
 _PLAIN = re.compile(
-    r"(?:[\w\s+\-*/=<>.,:;!|'%()\[\]{}^&]|\\[{}|\\]"
+    r"(?:[\w\s+\-*/=<>.,:;!|'%()\[\]{}^&]|\\[{}|\\ ]"
     r"|\\(?:frac|sqrt|pi|cdot|times|infty|cup|cap|le|leq|ge|geq|neq|pm|circ|theta|alpha|beta|gamma|lambda|omega|angle"
     r"|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|binom|overline|begin|end|in|mathbb|text|mathbf"
+    r"|mbox|mathrm|textbf|textit|vec|dots|ldots|cdots|emptyset|varnothing|phi|mu|sigma|epsilon|delta|Delta|triangle"
     r")(?![a-zA-Z]))+"
 )
 """LaTeX of the kind that references are made of."""
