@@ -55,7 +55,7 @@ def check_evaluation(c: EvalRun) -> None:
     samples = c.rollout.num_generations
     rules = [
         (c.model.path == MISSING, "--model is not given: a hub id or a local folder"),
-        (c.data.path == MISSING, "--data is not given: a hub id or a local file"),
+        (c.data.path == MISSING and not c.data.sources, "--data is not given: a hub id or a local file"),
         (not c.rewards, "--reward is not given: such as rewards/math_answer.py:math_answer"),
         (
             c.rollout.temperature == 0 and samples > 1,
