@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
 from llmrl.data.report import BadRow
+from llmrl.errors import UserError
 from llmrl.types import Message
 
 ROLES = {
@@ -26,6 +28,8 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 LOST_COLUMNS = (*MEDIA_COLUMNS, "history")
 """Columns that shape a prompt in other tools and are not shown here."""
+SHAPING_COLUMNS = (*SYSTEM_COLUMNS, "tools", "chat_template_kwargs", "input", *LOST_COLUMNS)
+"""All columns that `ignore_columns` can switch off."""
 
 
 def conversation(prompt: list[Any], place: str) -> list[Message]:
@@ -40,6 +44,25 @@ def conversation(prompt: list[Any], place: str) -> list[Message]:
     if not prompt:
         raise BadRow(place, "the list of messages is empty")
     return [_message(message, i, place) for i, message in enumerate(prompt)]
+
+
+def as_messages(value: Any) -> Any:
+    """Return a list of messages where a value is one in another form: a single message, or JSON text of a list.
+
+    Tables that cannot nest hold conversations as text. Other values are returned as they are.
+    """
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return [value]
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_messages = all(
+        isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in found
+    )
+    return found if are_messages else value
 
 
 def _message(message: Any, i: int, place: str) -> Message:
@@ -95,6 +118,15 @@ def joined(content: Any) -> str:
 def without_parts(messages: list[Message]) -> list[Message]:
     """Return messages whose contents are text."""
     return [message | {"content": joined(message.get("content"))} for message in messages]  # pyright: ignore
+
+
+def check_ignored(ignored: list[str], place: str, row: dict[str, Any]) -> None:
+    """Raise UserError if `ignore_columns` names a column that shapes nothing and that the first row does not have."""
+    for column in ignored:
+        if column not in row and column not in SHAPING_COLUMNS:
+            near = difflib.get_close_matches(column, [*SHAPING_COLUMNS, *map(str, row)], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{place}: data.ignore_columns names {column!r}, but there is no such column{hint}")
 
 
 def lost_columns(row: dict[str, Any], ignored: list[str]) -> str | None:

@@ -15,8 +15,9 @@ class RowsConfig:
 
     path: Place = MISSING
     """A hub id, with the dataset's configuration after a colon where it has several (`openai/gsm8k:main`); or a local
-    .json / .jsonl / .csv / .parquet file, a folder of such files, one written by `datasets.save_to_disk`, or a .py file
-    with a function `rows(split)` that returns rows."""
+    .json / .jsonl / .csv / .tsv / .parquet file (also with .gz), several by a pattern (`rows/*.jsonl`), a folder of
+    such files, one written by `datasets.save_to_disk`, or a .py file with a function `rows(split)` that returns rows.
+    """
     split: str = "train"
     """Split of a hub dataset or a folder; a folder's split is its file of that name."""
     stream: bool = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrl.data.columns import ABSENT, check_column, names, pick
-from llmrl.data.messages import SYSTEM_COLUMNS, conversation, joined
+from llmrl.data.messages import SYSTEM_COLUMNS, as_messages, check_ignored, conversation, joined
 from llmrl.data.report import BadRow
 from llmrl.errors import UserError
 from llmrl.types import Message
@@ -44,6 +44,7 @@ class Form:
                 f"or prompt, completion, label; the columns are {names(first)}. Name others with data.prompt_column, "
                 ".chosen_column, .rejected_column, .completion_column, .label_column"
             )
+        check_ignored(config.ignore_columns, place, first)
         if config.prompt_column is not None:
             check_column("data.prompt_column", config.prompt_column, place, first)
         taken = {config.chosen_column, config.rejected_column, config.completion_column, config.label_column}
@@ -98,11 +99,9 @@ class Form:
         return prompt
 
     def _text(self, row: Row, column: str, place: str) -> Text:
-        value = pick(row, column)
+        value = as_messages(pick(row, column))
         if isinstance(value, str):
             return value
-        if isinstance(value, dict):  # a single message
-            value = [value]
         if isinstance(value, list):
             return conversation(value, f"{place}, column {column}")
         found = "nothing" if value is ABSENT else type(value).__name__
@@ -166,6 +165,8 @@ def _with_system(prompt: Text, row: Row, config: PreferenceRows, place: str) -> 
 
 
 def _label(value: Any, column: str, place: str) -> float:
+    if isinstance(value, str):  # of a CSV file, whose columns are text
+        value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower(), value)
     if isinstance(value, bool | int | float) and value in (0, 1):
         return float(value)
     raise BadRow(place, f"{column}: must be true or false, found {value!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import glob
 import gzip
 import itertools
 import json
@@ -132,6 +133,12 @@ def _open(config: RowsConfig) -> tuple[Iterator[Located], str, bool]:
     if (program := find_program(config.path)) is not None:
         made = run_program(program, config.split)
         return _numbered(config.path, made), program.stem, not hasattr(made, "__len__")
+    if not path.exists() and glob.has_magic(config.path):
+        files = sorted(map(Path, glob.glob(config.path, recursive=True)))
+        if not files:
+            raise UserError(f"data.path {config.path}: no file matches")
+        every = (_open_file(file, config) for file in files)
+        return itertools.chain.from_iterable(every), Path(config.path.partition("*")[0]).name or "rows", False
     if path.is_file():
         return _open_file(path, config), path.name.removesuffix(".gz").rpartition(".")[0], False
     if not path.exists() and _looks_local(config.path):

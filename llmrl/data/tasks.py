@@ -11,7 +11,16 @@ from typing import Any
 
 from llmrl.data.columns import ABSENT, choose, names, pick
 from llmrl.data.ids import new_id
-from llmrl.data.messages import SYSTEM_COLUMNS, conversation, joined, lost_columns, template_options_of, tools_of
+from llmrl.data.messages import (
+    SYSTEM_COLUMNS,
+    as_messages,
+    check_ignored,
+    conversation,
+    joined,
+    lost_columns,
+    template_options_of,
+    tools_of,
+)
 from llmrl.data.options import DataConfig, SourceConfig, TaskRows
 from llmrl.data.report import BadRow, RowReport
 from llmrl.data.rows import OpenRows, Row, open_rows, rows_in_memory
@@ -126,6 +135,7 @@ class _Reader:
         self.prompt_column = choose("data.prompt_column", config.prompt_column, PROMPT_COLUMNS, place, first)
         self.answer_column = self._answer_column(place, first)
         self.pattern = _pattern(config.answer_pattern, self.answer_column)
+        check_ignored(config.ignore_columns, place, first)
         if config.prompt_template is not None:
             _check_template(config.prompt_template, self.answer_column, place, first)
 
@@ -166,7 +176,7 @@ class _Reader:
 
     def _prompt(self, row: Row, place: str) -> str | list[Message]:
         column = self.prompt_column
-        prompt = pick(row, column)
+        prompt = as_messages(pick(row, column))
         if isinstance(prompt, str):
             more = row.get("input") if column == "instruction" else None  # Alpaca
             if isinstance(more, str) and more.strip() and "input" not in self.config.ignore_columns:

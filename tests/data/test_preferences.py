@@ -171,7 +171,10 @@ def test_groups() -> None:
         ([{"prompt": [{"content": "a"}], "chosen": [assistant("b")], "rejected": [assistant("c")]}], "needs `role`"),
         ([*PLAIN, {"prompt": "a", "completion": "b", "label": True}], "column chosen: must be text or a list"),
         ([*PLAIN, *MESSAGES], "text and messages cannot be mixed"),
-        ([{"conversations": [{"from": "x", "value": "y"}], "chosen": {}, "rejected": {}}], "a message needs `role`"),
+        (
+            [{"conversations": [{"from": "x", "value": "y"}], "chosen": {}, "rejected": {}}],
+            "column chosen: must be text or a list",
+        ),
     ],
 )
 def test_what_is_refused(rows: list, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,9 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], Any, Any]] = {
         [user("Rain in Basel?")],
         '[{"name": "weather", "arguments": {"city": "Basel"}}]',
     ),
+    "conversations_as_text": ({"messages": json.dumps([user("Hi")]), "answer": "x"}, {}, [user("Hi")], "x"),
+    "a_single_message": ({"prompt": user("Hi"), "answer": "x"}, {}, [user("Hi")], "x"),
+    "text_in_brackets": ({"prompt": '[{"a": 1}] is JSON?', "answer": "x"}, {}, [user('[{"a": 1}] is JSON?')], "x"),
     "alpaca": (
         {"instruction": "Translate.", "input": "Baum", "output": "tree"},
         {"answer_column": "output"},
@@ -239,6 +243,14 @@ def test_columns_that_are_to_be_ignored_shape_nothing(tmp_path: Path) -> None:
     assert (task.messages, task.tools, task.meta) == ([user("Who?")], None, row)
 
 
+def test_a_misspelt_column_to_ignore_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "1"}\n')
+    with pytest.raises(UserError, match=r"data.ignore_columns names 'tols', but .*did you mean 'tools'\?"):
+        load_tasks(DataConfig(path=str(file), ignore_columns=["tols"]))
+    assert load_tasks(DataConfig(path=str(file), ignore_columns=["images"]))
+
+
 def test_an_answer_pattern_that_finds_nothing_is_a_bad_row(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "two"}\n')
@@ -304,6 +316,31 @@ def test_content_parts_are_joined_for_templates_of_text() -> None:
         "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}<|eos|>{% endfor %}"
     )
     assert Chat(tokenizer).tokenizer.decode(Chat(tokenizer).render(parts)) == "Sky today?<|eos|>"
+
+
+def test_labels_of_a_table_of_text(tmp_path: Path) -> None:
+    file = tmp_path / "kto.csv"
+    file.write_text("prompt,completion,label\na,b,True\na,c,0\n")
+    assert [row.rewards for row in load_preferences(PreferenceData(path=str(file)))] == [[1.0], [0.0]]
+    file.write_text("prompt,completion,label\na,b,good\n")
+    with pytest.raises(UserError, match="column label: must be true or false, found 'good'"):
+        load_preferences(PreferenceData(path=str(file)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.tsv", "rows.csv.gz"])
+def test_compressed_and_tabbed_files(name: str, tmp_path: Path) -> None:
+    text = '{"question": "a, b", "answer": "1"}\n' if "jsonl" in name else "question\tanswer\na, b\t1\n"
+    text = 'question,answer\n"a, b",1\n' if name == "rows.csv.gz" else text
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    for path in (tmp_path / name, tmp_path / "r*"):
+        (task,) = load_tasks(DataConfig(path=str(path)))
+        assert (task.messages, task.answer, task.id[:5]) == (
+            [user("a, b")],
+            "1",
+            "rows-" if path.name == name else "r-" + task.id[2:5],
+        )
+    with pytest.raises(UserError, match=r"x\*: no file matches"):
+        load_tasks(DataConfig(path=str(tmp_path / "x*")))
 
 
 def test_preference_tools_need_messages_and_a_template() -> None:
