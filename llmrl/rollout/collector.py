@@ -7,6 +7,7 @@ import hashlib
 import time
 import traceback
 from collections.abc import Coroutine, Iterable
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrl.errors import LlmrlError, RunFailed
@@ -77,10 +78,15 @@ class Collector(Source):
         state = self.rubric.trainer_state
         state.global_step, state.max_steps, state.epoch = step, max_steps, epoch
 
-    def check(self, groups: list[RolloutGroup]) -> None:
-        """Raise RunFailed if too many rollouts of a step have no score."""
+    def check(self, groups: list[RolloutGroup], *, what: str = "rollouts of this step") -> None:
+        """Raise RunFailed if too many rollouts have no score."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        check_scores(rollouts, self.verify, what="rollouts of this step")
+        check_scores(rollouts, self.verify, what=what)
+
+    def take_reported(self) -> dict[str, float]:
+        """Return the means of what rewards reported."""
+        reported, self.rubric.metrics = self.rubric.metrics, {}
+        return {name: fmean(values) for name, values in reported.items()}
 
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
         """Return rewards, pass rates, lengths, and the age of the rollouts."""

@@ -67,8 +67,12 @@ class Source:
     def begin_step(self, step: int, *, max_steps: int, epoch: float) -> None:
         """Record where the run is, for rewards that depend on it."""
 
-    def check(self, groups: list[RolloutGroup]) -> None:
-        """Raise RunFailed if too many rollouts of a step have no score."""
+    def check(self, groups: list[RolloutGroup], *, what: str = "rollouts of this step") -> None:
+        """Raise RunFailed if too many rollouts have no score; `what` is what the message calls them."""
+
+    def take_reported(self) -> dict[str, float]:
+        """Return what rewards reported (TRL's `log_metric`) since the last call, or since the last `metrics`."""
+        return {}
 
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
         """Return metrics of a step's groups, for policy `version`. Rewards that a dataset gives were not measured."""

@@ -212,7 +212,7 @@ class Trainer:
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """Return the policy's pass rates on held-out tasks, and the rollouts behind them. Every process calls it."""
         groups = await self.collect(tasks, num_generations=num_generations, temperature=temperature, salt=salt)
-        self.source.check(groups)
+        self.source.check(groups, what="rollouts of held-out tasks")
         return pass_rates(groups, accuracy=self.source.accuracy, ks=pass_at(num_generations)), groups
 
     async def collect(self, tasks: Sequence[Task], **options: Any) -> list[RolloutGroup]:
@@ -306,6 +306,8 @@ class Trainer:
         """Evaluate, and record the step with what was found; `saved` tells whether it has a checkpoint."""
         try:
             found = await self.method.evaluate(self)
+            if not self.source.max_staleness:  # else rollouts of training report at the same time
+                found |= {f"eval/{name}": value for name, value in self.source.take_reported().items()}
         except Exception as error:
             hint = self._keep_step(metrics, saved=saved)
             if isinstance(error, LlmrlError):

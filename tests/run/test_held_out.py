@@ -114,7 +114,9 @@ def test_too_many_failures_on_held_out_tasks_stop_the_run(tmp_path: Path) -> Non
             raise KeyError("no such column")
         return letters(completion)
 
-    with pytest.raises(RunFailed, match=r"(?s)8 of 8 rollouts .*no such column.*evaluation after step 2") as caught:
+    with pytest.raises(
+        RunFailed, match=r"(?s)8 of 8 rollouts of held-out tasks .*no such column.*evaluation after step 2"
+    ) as caught:
         trainer(tmp_path / "run", only_training).train()
     assert "no such column" in str(caught.value).replace("\n", " ")
 
@@ -212,3 +214,14 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     again = trainer(tmp_path / "run", eval__at_start=True, train__max_steps=2, train__resume_from_checkpoint="last")
     again.train()
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_what_rewards_report_of_held_out_tasks_stays_apart(tmp_path: Path) -> None:
+    def reports(completions: list[Any], prompts: list[Any], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("held_out", float(prompts[0][0]["content"].startswith("Name")))
+        return [0.5] * len(completions)
+
+    trainer(tmp_path / "run", reports).train()
+    rows = numbers(tmp_path / "run")
+    assert [row["held_out"] for row in rows] == [0.0] * 4
+    assert [row.get("eval/held_out") for row in rows] == [None, 1.0, None, 1.0]
