@@ -121,6 +121,13 @@ def _not_shown(message: Message, i: int, text: str) -> str | None:
 
     A template may escape, strip or shorten (thoughts of earlier turns), so letters and digits of the end are compared.
     """
+    for call in message.get("tool_calls") or []:
+        name = call.get("function", call).get("name")
+        if name and str(name) not in text:
+            return (
+                f"message {i}: the chat template does not show its call of the tool {name!r}: set another "
+                "data.chat_template"
+            )
     content = joined(message.get("content")).rpartition("</think>")[2].strip()
     if not content or content[-END_LENGTH:] in text:
         return None

@@ -104,7 +104,7 @@ class RowReport:
             return f"{self.found[0]}{rest}"
         lines = [f"{len(self.found)} of {self.num_rows} {self.what} cannot be used{rest}:"]
         for group in kinds:
-            examples = ", ".join(finding.place for finding in group[:NUM_EXAMPLES])
+            examples = _together([finding.place for finding in group[:NUM_EXAMPLES]])
             more = f" and {len(group) - NUM_EXAMPLES} more" if len(group) > NUM_EXAMPLES else ""
             count = f"{len(group)} rows: " if len(group) > 1 else ""
             lines.append(f"  - {count}{group[0].reason}\n    ({examples}{more})")
@@ -117,6 +117,12 @@ def by_reason(found: Iterable[Finding]) -> list[list[Finding]]:
     for finding in found:
         groups.setdefault(_kind(finding.reason), []).append(finding)
     return sorted(groups.values(), key=len, reverse=True)
+
+
+def _together(places: list[str]) -> str:
+    """Return places as text, with the name of a file once: `train.jsonl, line 3, line 7`."""
+    file = places[0].partition(", ")[0]
+    return ", ".join([places[0], *(place.removeprefix(f"{file}, ") for place in places[1:])])
 
 
 def _kind(reason: str) -> str:

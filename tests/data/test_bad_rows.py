@@ -70,17 +70,20 @@ def test_findings_of_every_kind_come_together(tmp_path: Path, monkeypatch: pytes
     del data[3]["tests"], data[5]["tests"]
     data[4]["question"] = [{"role": "critic", "content": "Well?"}]
     data[6]["question"] = [{"role": "user", "content": "Hi"}, {"role": "judge", "content": "The rule is this."}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+    data[8]["question"] = [call, {"role": "user", "content": "Rain?"}]
     data[7]["question"] = "y" * 300
     text = refusal(tmp_path, monkeypatch, data, model=small, reward=[right, wants_tests])
     head, *lines = text.splitlines()
-    assert head == "7 of 9 rows cannot be used; or leave such rows out with data.on_bad_row drop:"
+    assert head == "8 of 9 rows cannot be used; or leave such rows out with data.on_bad_row drop:"
     assert lines[0].startswith("  - 2 rows: reward wants_tests: its parameter 'tests' cannot be filled")
-    assert lines[1] == "    (dataset, row 3 (counting from 0), dataset, row 5 (counting from 0))"
+    assert lines[1] == "    (dataset, row 3 (counting from 0), row 5 (counting from 0))"
     for part in (
         "column question: the prompt is empty",
         "column answer: the row has no answer (found None)",
         "the chat template fails on messages with the roles critic: no critic",
         "message 1: the chat template does not show it (role 'judge')",
+        "message 0: the chat template does not show its call of the tool 'weather'",
         "with rollout.max_completion_length 4 it does not fit the 128 positions of the model",
     ):
         assert part in text, part
