@@ -15,7 +15,7 @@ from llmrl.rollout.env import Env, EnvFactory, SingleTurnEnv
 from llmrl.rollout.options import RolloutConfig
 from llmrl.rollout.source import Source
 from llmrl.rollout.staleness import staleness_metrics
-from llmrl.track.metrics import rollout_metrics
+from llmrl.track.metrics import rollout_metrics, source_metrics
 from llmrl.types import Completion, Rollout, RolloutGroup, Sampling, Status, Task, Turn
 from llmrl.verify.budget import check_scores
 from llmrl.verify.failure import describe
@@ -91,6 +91,7 @@ class Collector(Source):
     def metrics(self, groups: list[RolloutGroup], version: int) -> dict[str, float]:
         """Return rewards, pass rates, lengths, and the age of the rollouts."""
         found = rollout_metrics(groups, accuracy=self.accuracy)
+        found |= source_metrics(groups)
         return found | self.rubric.take_metrics() | staleness_metrics(groups, version)
 
     async def rest(self) -> None:

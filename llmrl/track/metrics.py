@@ -10,6 +10,8 @@ from typing import Any
 
 from llmrl.types import Message, RolloutGroup, Score
 
+MAX_SOURCES = 20
+"""A batch with more sources has no metrics of single ones: a column `source` may hold the address of each row."""
 EVALUATOR = "/evaluator"
 """Suffix of the name of a part that predicts the reward it belongs to."""
 
@@ -46,6 +48,17 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, accuracy: str) -> dict[st
         if part.endswith(EVALUATOR):
             metrics[f"reward/{part}/correlation"] = _correlation(scores, part, part.removesuffix(EVALUATOR))
     return metrics | pass_rates(groups, accuracy=accuracy)
+
+
+def source_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Return the mean reward of each source of a batch that has several; a source without a score is left out."""
+    by_source: dict[str, list[float]] = {}
+    for group in groups:
+        scores = [r.score.reward for r in group.rollouts if r.score is not None and r.score.reward is not None]
+        by_source.setdefault(group.task.source, []).extend(scores)
+    if len(by_source) < 2 or len(by_source) > MAX_SOURCES:
+        return {}
+    return {f"source/{name}/reward": fmean(found) for name, found in by_source.items() if found}
 
 
 def _correlation(scores: Sequence[Score], first: str, second: str) -> float:

@@ -67,6 +67,7 @@ _add("reward/pass@{k}", "share", "Chance that at least one of k rollouts of a ta
 _add("reward/maj@{k}", "share", "Chance that the most frequent answer among k rollouts is correct.", "up")
 CORRELATION = "/evaluator/correlation"
 _add("reward/{part}" + CORRELATION, "1", "Pearson correlation of an evaluator with the metric it predicts.", "up")
+_add("source/{source}/reward", "reward", "Mean reward of the tasks of one source, where a batch has several.", "up")
 _add("reward/{part}/mean", "reward", "Mean of one reward, or of one part of it, before weights and scales.", "up")
 _add("judge/questions", "count", "Questions put to the judge since the start, cached ones included.")
 _add("judge/cache_hits", "count", "Questions answered from the cache.")

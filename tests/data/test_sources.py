@@ -131,6 +131,8 @@ def test_a_run_on_two_sources(mixture: DataConfig, tmp_path: Path) -> None:
     rewards = [Part(fn=short, sources=["sums"]), Part(fn=ascii_only, sources=["qa"])]
     metrics = Trainer(options, model="tiny:qwen2", reward=rewards).train()
     assert metrics["reward/short/mean"] < 0 <= metrics["reward/ascii_only/mean"]
+    assert metrics["source/qa/reward"] == metrics["reward/ascii_only/mean"]
+    assert metrics["source/sums/reward"] == metrics["reward/short/mean"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert {frozenset(row["parts"]) for row in rows} == {frozenset({"short"}), frozenset({"ascii_only"})}
 
