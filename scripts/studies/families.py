@@ -26,8 +26,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 64,
     },
-    "lfm2": {},
+    "lfm2": {"block_dim": 256, "block_ff_dim": 512, "block_auto_adjust_ff_dim": False, "conv_dim": 256},
 }
+HYBRIDS = ("qwen3_next", "lfm2")
+"""With layers that remember, for which vLLM caches prefixes only if it computes prompts in parts: not on a CPU."""
 LARGEST_LOGIT = 30.0
 """What SmolLM2 and Qwen2.5 give for their likeliest tokens."""
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
@@ -70,6 +72,8 @@ def run(model: Path, output: Path, engine: str, dtype: str, trained: str) -> dic
         "train.learning_rate": 1e-6 if trained == "whole" else 2e-5,
         "train.output_dir": str(output),
     }
+    if engine == "vllm" and model.name in HYBRIDS:
+        settings["rollout.vllm.enable_prefix_caching"] = False
     if trained == "LoRA":
         settings |= {"model.lora.r": 32, "model.lora.lora_alpha": 64}
     questions = [{"question": f"What is {i} and {i}?", "answer": str(2 * i)} for i in range(16)]

@@ -119,7 +119,14 @@ async def start(arguments: dict[str, Any], config: PretrainedConfig, device: tor
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"vLLM did not start: {error}") from error
+            raise UserError(f"vLLM did not start: {error}{_hint(error)}") from error
+
+
+def _hint(error: Exception) -> str:
+    """Return what to do about an error whose message does not say so."""
+    if "Chunked prefill is required for mamba" in str(error):  # which the CPU's engine goes without, see above
+        return "\nFor a model with layers that remember, on a CPU: rollout.vllm.enable_prefix_caching false"
+    return ""
 
 
 def not_installed(error: ImportError) -> UserError:

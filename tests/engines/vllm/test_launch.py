@@ -18,6 +18,7 @@ import torch
 
 from llmrl import tiny
 from llmrl.engines.options import EngineConfig
+from llmrl.engines.vllm import start
 from llmrl.engines.vllm.launch import (
     Launch,
     ServerProcesses,
@@ -230,3 +231,9 @@ def test_a_model_that_vllm_cannot_serve_here_is_refused_before_a_server_starts(t
     assert not (tmp_path / "logs").exists(), "nothing was started"
     with pytest.raises(UserError, match=r"'no/such': no configuration can be loaded"):
         check_model(ModelConfig(path="no/such"))
+
+
+def test_an_error_that_does_not_say_what_to_do_gets_a_fix() -> None:
+    found = start._hint(ValueError("Assertion failed, Chunked prefill is required for mamba cache mode 'align'."))
+    assert "rollout.vllm.enable_prefix_caching false" in found
+    assert start._hint(ValueError("no such model")) == ""
