@@ -116,7 +116,7 @@ def test_stopping_early_saves_the_model_and_says_so(tmp_path: Path, capsys: pyte
     assert without[0] == without[1]
 
 
-@pytest.mark.parametrize("hook", ["on_log", "on_save", "on_evaluate"])
+@pytest.mark.parametrize("hook", ["on_log", "on_save", pytest.param("on_evaluate", marks=pytest.mark.slow)])
 def test_a_stop_after_the_step_is_kept_too(hook: str, tmp_path: Path) -> None:
     def stop(args: Any, state: Any, control: Any, **more: Any) -> None:
         control.should_training_stop = state.global_step == 2
@@ -176,6 +176,7 @@ def scripted(run: Trainer, values: list[float], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(run, "method", type("Method", (), {"evaluate": staticmethod(evaluate)}))
 
 
+@pytest.mark.slow
 def test_early_stopping_of_transformers_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, more = [0.3, 0.5, 0.4, 0.5, 0.9, 0.9], {"eval__keep_best": "eval/reward", "eval__steps": 1}
     whole, parts = list[int](), list[int]()

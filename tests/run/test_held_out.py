@@ -67,7 +67,7 @@ def strip(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key.replace("letters", "R").replace("Broken", "R"): value for key, value in row.items()} for row in rows]
 
 
-@pytest.mark.parametrize("save_steps", [2, 100])
+@pytest.mark.parametrize("save_steps", [pytest.param(2, marks=pytest.mark.slow), 100])
 def test_an_evaluation_that_fails_loses_no_step(save_steps: int, tmp_path: Path) -> None:
     folder, more = tmp_path / "run", {"train__save_steps": save_steps}
     with pytest.raises(RunFailed) as caught:
@@ -86,6 +86,7 @@ def test_an_evaluation_that_fails_loses_no_step(save_steps: int, tmp_path: Path)
     assert all(whole[name].equal(parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_going_on_without_the_evaluation_that_failed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(RunFailed):
@@ -121,7 +122,7 @@ def test_too_many_failures_on_held_out_tasks_stop_the_run(tmp_path: Path) -> Non
     assert "no such column" in str(caught.value).replace("\n", " ")
 
 
-@pytest.mark.parametrize("killed_after_the_row", [True, False])
+@pytest.mark.parametrize("killed_after_the_row", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_that_was_killed_in_an_evaluation_is_resumed_exactly(killed_after_the_row: bool, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more: dict[str, Any] = {"eval__keep_best": "eval/reward"}
@@ -136,6 +137,7 @@ def test_a_run_that_was_killed_in_an_evaluation_is_resumed_exactly(killed_after_
     assert json.loads((whole / "best/best.json").read_text()) == json.loads((parts / "best/best.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_checkpoint_before_its_evaluation(tmp_path: Path) -> None:
     trainer(tmp_path / "run").train()
     source = tmp_path / "run" / "checkpoints" / "step-00000002"
