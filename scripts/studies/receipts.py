@@ -76,7 +76,7 @@ def resumed(
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print rows as Markdown."""
-    names = [name for name in rows[0] if isinstance(rows[0][name], str)]
+    names = [name for name in rows[0] if isinstance(rows[0][name], str) and name != "refused"]
     columns = {"gap": "largest gap", "limit": "limit", "change": "largest change", "step_s": "s per step"}
     body = [
         [row[name] for name in names] + ([f"{row[key]:.2g}" for key in columns] if "gap" in row else [row["refused"]])
