@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,13 @@ PREFIX = "llmrl_plugin_"
 
 
 def load_file(file: Path) -> ModuleType:
-    """Import a file under a private name, once.
+    """Import a file under a private name: once, and again when it or a file that it imported beside it has changed.
 
     Raises:
         UserError: importing it failed; the message has the file and the line.
     """
     file = file.resolve()
+    _forget_changed(PREFIX + _hash(file.parent))
     package = _package_of(file.parent)
     name = f"{package.__name__}.{_module_name(file)}"
     if name in sys.modules:
@@ -70,6 +72,31 @@ def _hint(error: Exception, folder: Path) -> str:
     return ""
 
 
+def _forget_changed(package: str) -> None:
+    """Forget the modules of a package if a file of it has changed: in a notebook, the old function would stay."""
+    modules = {name: module for name, module in sys.modules.items() if name.startswith(f"{package}.")}
+    stamped = [module for module in modules.values() if _STAMP in vars(module)]  # not folders, not compiled modules
+    if any(vars(module)[_STAMP] != _stamp(module.__file__) for module in stamped):
+        for name in (*modules, package):
+            sys.modules.pop(name, None)
+
+
+def _stamp(file: str | None) -> tuple[int, int]:
+    """Return what changes with a file's contents."""
+    try:
+        status = os.stat(file or "")
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+_STAMP = "__llmrl_stamp__"
+
+
+def _hash(folder: Path) -> str:
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+
+
 def _module_name(file: Path) -> str:
     if file.stem.isidentifier():
         return file.stem
@@ -82,7 +109,7 @@ def _module_name(file: Path) -> str:
 
 def _package_of(folder: Path) -> ModuleType:
     """Return the private package of a folder, whose modules are the files and packages in it."""
-    name = PREFIX + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    name = PREFIX + _hash(folder)
     if name not in sys.modules:
         spec = ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
@@ -110,6 +137,7 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         package = module.__name__.partition(".")[0]
         find = _Import(package, Path(sys.modules[package].__path__[0]))
+        module.__dict__[_STAMP] = _stamp(module.__file__)
         module.__dict__["__builtins__"] = vars(builtins) | {"__import__": find}
         super().exec_module(module)
 

@@ -158,3 +158,16 @@ def test_errors_name_the_line_and_the_fix(tmp_path: Path, text: str, message: st
         load_file(file)
     assert message in str(caught.value)
     assert "llmrl_plugin" not in str(caught.value)
+
+
+def test_a_changed_file_or_neighbor_is_loaded_again(tmp_path: Path) -> None:
+    write(tmp_path / "helpers.py", "V = 1.0\n")
+    write(tmp_path / "spread" / "part.py", "TEN = 10.0\n")
+    file = write(tmp_path / "mine.py", "from helpers import V\nimport spread.part\ndef mine(completion): return V\n")
+    first = resolve(str(file))
+    assert resolve(str(file)) is first
+    write(tmp_path / "helpers.py", "V = 1.0 + 1\n")
+    second = resolve(str(file))
+    assert (first(completion=""), second(completion="")) == (1.0, 2.0)
+    write(file, "from helpers import V\ndef mine(completion): return V + 10\n")
+    assert resolve(str(file))(completion="") == 12.0
