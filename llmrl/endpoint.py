@@ -15,15 +15,19 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llmrl.errors import UserError
 
-try:
+if TYPE_CHECKING:
     import httpx
     import tenacity
-except ImportError:  # an extra: rewards that could ask a server, and do not, import this module too
-    httpx = tenacity = None  # type: ignore[assignment]
+else:
+    try:
+        import httpx
+        import tenacity
+    except ImportError:  # an extra: rewards that could ask a server, and do not, import this module too
+        httpx = tenacity = None
 
 MAX_WAIT_S = 60.0
 """Longest wait that a Retry-After header can ask for, in seconds."""

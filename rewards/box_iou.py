@@ -70,8 +70,8 @@ def check(row: dict[str, Any]) -> str | None:
         bx.gold_box(gold)
     else:
         bx.gold_detections(_without_tags(gold))
-    sizes = (row.get(column) for column in ("image_size", "input_size", "image_grid_thw"))
-    _sizes(row.get("coordinates", "original"), *sizes, row.get("patch_size", 14))
+    image, model_input, grid = (row.get(column) for column in ("image_size", "input_size", "image_grid_thw"))
+    _sizes(row.get("coordinates", "original"), image, model_input, grid, row.get("patch_size", 14))
     return None
 
 

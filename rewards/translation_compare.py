@@ -57,7 +57,8 @@ async def translation_compare(
 
 def check(row: dict[str, Any]) -> str | None:
     """Say that a text which the mode needs is missing or not a text, or that a language is unknown."""
-    texts = {name: row.get(name) for name in ("source", "source_language", "target_language", "exemplar", "reference")}
+    columns = ("source", "source_language", "target_language", "exemplar", "reference")
+    texts: dict[str, Any] = {name: row.get(name) for name in columns}
     for name, text in texts.items():
         if not isinstance(text, str) and not (text is None and name in ("exemplar", "reference")):
             return f"the column {name} is {text!r}; it must be a text"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmrl.config.hints import near
 from llmrl.errors import RunFailed, UserError
@@ -52,7 +52,7 @@ def check_callbacks(given: Any) -> list[Any]:
     Raises:
         UserError: something has no hook, or one that is never called.
     """
-    listed = [] if given is None else [*given] if isinstance(given, Sequence) else [given]
+    listed: list[Any] = [] if given is None else [*given] if isinstance(given, Sequence) else [given]
     found: list[Any] = []
     for callback in listed:
         if inspect.isclass(callback):
@@ -105,8 +105,8 @@ def _check_signature(name: str, hook: str, method: Any) -> None:
 
 def _own_methods(callback: Any) -> list[str]:
     """Return the public methods of a callback, without those that transformers' base class has already."""
-    cls = type(callback)
-    base = next(
+    cls = cast("type[Any]", type(callback))
+    base: Any = next(
         (each for each in cls.__mro__ if each.__name__ == "TrainerCallback" and "transformers" in each.__module__), None
     )
     names = [name for name in {*dir(cls), *getattr(callback, "__dict__", {})} if not name.startswith("_")]

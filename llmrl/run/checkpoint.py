@@ -198,7 +198,7 @@ def finished_row(folder: Path, state: dict[str, Any]) -> tuple[dict[str, Any], d
             lines.seek(files["metrics"])
             line = lines.readline()
         try:
-            row = json.loads(line)
+            row: dict[str, Any] = json.loads(line)
         except ValueError:  # nothing, or half a line
             row = {}
         if row.pop("step", None) == state["step"] and any(key.startswith("eval/") for key in row):
@@ -223,15 +223,15 @@ def branch(folder: Path, output_dir: Path, files: dict[str, int] | None = None) 
         RunFailed: the disk is full or not writable. What was copied is removed.
     """
     state = json.loads((folder / STATE).read_text())
-    files = state["files"] if files is None else files
-    lengths, kept = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
+    wanted: dict[str, int] = state["files"] if files is None else files
+    lengths, kept = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     copy = output_dir / FOLDER / folder.name
     unfinished = copy.with_name(UNFINISHED + copy.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(folder, unfinished)
         for name in ("metrics", "ledger"):
-            source, length = folder.parent.parent / f"{name}.jsonl", files.get(name, 0)
+            source, length = folder.parent.parent / f"{name}.jsonl", wanted.get(name, 0)
             if source.is_file() and source.stat().st_size >= length:
                 with source.open("rb") as file:
                     (output_dir / source.name).write_bytes(file.read(length))

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmrl.config import (
     PRESETS,
@@ -123,7 +123,7 @@ def resolve_config(args: Any, given: Given) -> Resolved:
 
 def _configuration(args: Any, given: Given) -> tuple[RunConfig, Translation | None]:
     """Return what `args` says, and the translation if it says that in TRL's words."""
-    algorithm = given.algorithm
+    algorithm: Any = given.algorithm  # anything may be given
     if algorithm is not None and not isinstance(algorithm, str):
         raise UserError(
             f"algorithm is {algorithm!r}: give the name of a preset, one of {', '.join(PRESETS)}; its options are "
@@ -141,7 +141,8 @@ def _configuration(args: Any, given: Given) -> tuple[RunConfig, Translation | No
         return from_dotted(dict.fromkeys(translated.epochs, 1) | translated.options), translated
     if args is not None and not isinstance(args, Mapping):
         raise UserError(_what_args_is(args))
-    return from_dotted(dict(args or {}) | ({"algo.name": algorithm} if algorithm else {})), None
+    given_options = dict(cast("Mapping[str, Any]", args or {}))
+    return from_dotted(given_options | ({"algo.name": algorithm} if algorithm else {})), None
 
 
 def _what_args_is(args: Any) -> str:
@@ -186,7 +187,7 @@ def _reward_sections(config: Config, reward: Any) -> dict[str, Any]:
     from llmrl.verify.rubric import Rubric
 
     if not isinstance(reward, Rubric):
-        rewards = [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
+        rewards: list[Any] = [*reward] if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
         return {"rewards": [_as_part(each) for each in rewards]}
     if type(reward) is not Rubric:
         raise UserError(

@@ -38,14 +38,15 @@ def check_of(name: str, function: Any, module: ModuleType | None) -> RowCheck | 
     while isinstance(inner, functools.partial):
         inner = inner.func
     for owner in (inner, getattr(inner, "__self__", None)):
-        if not isinstance(owner, ModuleType) and _is_check(found := getattr(owner, "check", None)):
-            return _guarded(found)
+        own: Any = getattr(owner, "check", None)
+        if not isinstance(owner, ModuleType) and _is_check(own):
+            return _guarded(own)
     checks = getattr(module, "CHECKS", None)
     if isinstance(checks, Mapping):
         _validate(checks, module, name)
         known = [key for key in (name, getattr(inner, "__name__", None)) if key in checks]
         return _guarded(checks[known[0]]) if known else None
-    found = getattr(module, "check", None)
+    found: Any = getattr(module, "check", None)
     return _guarded(found) if found is not inner and _is_check(found) else None
 
 

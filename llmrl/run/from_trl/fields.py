@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from llmrl.run.from_trl.tables import USUAL
 
@@ -34,8 +34,10 @@ class Translation:
 
     def at_epochs(self, num_rows: int, num_prompts: int) -> dict[str, int]:
         """Return the options that were given in epochs, for a dataset of this many rows."""
-        per_epoch = self.updates_per_epoch or (lambda rows: max(1, rows // num_prompts))
-        updates = {option: math.ceil(epochs * per_epoch(num_rows)) for option, epochs in self.epochs.items()}
+        per_epoch = max(1, num_rows // num_prompts)
+        if self.updates_per_epoch is not None:
+            per_epoch = self.updates_per_epoch(num_rows)
+        updates = {option: math.ceil(epochs * per_epoch) for option, epochs in self.epochs.items()}
         return {option: value if option == WARMUP else self.batches(value) for option, value in updates.items()}
 
     def batches(self, updates: float) -> int:
@@ -98,7 +100,8 @@ class Fields:
                 found.append(f"{name} is {value!r}: must be a number" + (f", at least {least}" if least >= 0 else ""))
         for name in ("reward_weights", "loss_weights"):
             value = self.values.get(name)
-            if value is not None and not (isinstance(value, (list, tuple)) and all(map(_is_number, value))):
+            numbers = cast("list[Any]", value if isinstance(value, (list, tuple)) else [None])
+            if value is not None and not all(map(_is_number, numbers)):
                 found.append(f"{name} is {value!r}: must be a list of numbers")
         value = self.values.get("model_init_kwargs")
         if value is not None and not isinstance(value, Mapping):

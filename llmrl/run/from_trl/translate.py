@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from llmrl.algo.policy_gradient.options import PolicyGradient
 from llmrl.algo.preference.options import DPO, KTO
@@ -37,7 +37,7 @@ def family(args: Any) -> str | None:
     A dictionary is one if it holds a name of TRL's.
     """
     if isinstance(args, Mapping):
-        return "args" if any(name in KNOWN for name in args) else None
+        return "args" if KNOWN & set(cast("Mapping[Any, Any]", args)) else None
     names = [cls.__name__ for cls in type(args).__mro__]
     if "TrainingArguments" not in names or not dataclasses.is_dataclass(args):
         return None
@@ -59,8 +59,9 @@ def translate(args: Any, *, algorithm: str | None = None, evaluates: bool = Fals
     assert source is not None
     dotted: dict[str, Any] = {}
     if isinstance(args, Mapping):
-        dotted = {name: value for name, value in args.items() if name not in KNOWN}
-        args = {name: value for name, value in args.items() if name in KNOWN}
+        given = cast("Mapping[str, Any]", args)
+        dotted = {name: value for name, value in given.items() if name not in KNOWN}
+        args = {name: value for name, value in given.items() if name in KNOWN}
     found = Translation(source=source)
     options = _algorithm(found, source, algorithm or dotted.get("algo.name"))
     fields = Fields(args)
@@ -140,7 +141,7 @@ def _common(found: Translation, fields: Fields) -> None:
 
 def _trackers(found: Translation, fields: Fields) -> None:
     """Set the trackers, and whether they get tables of completions."""
-    named = fields.get("report_to") or []
+    named: Any = fields.get("report_to") or []
     trackers = [each for each in ([named] if isinstance(named, str) else named) if each != "none"]
     found.options["track.report_to"] = trackers
     if trackers and "log_completions" in fields:
@@ -150,7 +151,8 @@ def _trackers(found: Translation, fields: Fields) -> None:
 
 def _model(found: Translation, fields: Fields, refused: list[str]) -> None:
     """Set what `model_init_kwargs` says about loading the model."""
-    for name, value in (fields.get("model_init_kwargs") or {}).items():
+    loading: dict[str, Any] = fields.get("model_init_kwargs") or {}
+    for name, value in loading.items():
         if name in MODEL:
             found.options[MODEL[name]] = value
         elif name in ("dtype", "torch_dtype"):
