@@ -21,8 +21,7 @@ class RowsConfig:
     split: str = "train"
     """Split of a hub dataset or a folder; a folder's split is its file of that name."""
     stream: bool = False
-    """Read a hub dataset or a folder of data files row by row, no further than the run needs, instead of downloading
-    all of it."""
+    """Read row by row, no further than the run needs; of a hub dataset no more is downloaded."""
     limit: Count | None = None
     """Use only the first `limit` rows."""
     prompt_column: str | None = None

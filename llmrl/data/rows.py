@@ -104,7 +104,7 @@ def _columns_or_split(data: Mapping[str, Any], config: RowsConfig) -> Any:
                 f"the dataset has the splits {splits}: give one of them, such as datasets[{next(iter(data))!r}]"
             )
         return data[config.split]
-    lengths = {name: len(values) for name, values in data.items() if isinstance(values, list | tuple)}
+    lengths = {name: len(v) for name, v in data.items() if hasattr(v, "__len__") and not isinstance(v, str | Mapping)}
     if len(lengths) < len(data) or len(set(lengths.values())) > 1:
         raise UserError(f"a mapping of columns needs lists of one length, found {lengths or ', '.join(map(str, data))}")
     return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
@@ -138,14 +138,14 @@ def _open(config: RowsConfig) -> tuple[Iterator[Located], str, bool]:
         if not files:
             raise UserError(f"data.path {config.path}: no file matches")
         every = (_open_file(file, config) for file in files)
-        return itertools.chain.from_iterable(every), Path(config.path.partition("*")[0]).name or "rows", False
+        return itertools.chain.from_iterable(every), Path(config.path.partition("*")[0]).name or "rows", config.stream
     if path.is_file():
-        return _open_file(path, config), path.name.removesuffix(".gz").rpartition(".")[0], False
+        return _open_file(path, config), path.name.removesuffix(".gz").rpartition(".")[0], config.stream
     if not path.exists() and _looks_local(config.path):
         raise UserError(f"data.path {config.path}: no such file or folder{_near(path)}")
     name = path.resolve().name if path.exists() else config.path.rsplit("/", 1)[-1].partition(":")[0]
     if file := _split_file(path, config.split):
-        return READERS[file.suffix](file), name, False
+        return READERS[file.suffix](file), name, config.stream
     dataset = _open_saved(path, config) if _is_saved(path) else _open_through_datasets(path, config)
     return _numbered(config.path, dataset), name, config.stream
 

@@ -167,6 +167,9 @@ def test_a_generator_in_a_file_streams_too(tmp_path: Path) -> None:
     assert len(load_tasks(DataConfig(path=str(file)), report, needed=11)) == 11
     assert report.streams
     assert len(load_tasks(DataConfig(path=str(file), limit=5), report)) == 5
+    plain = write(tmp_path / "rows.jsonl", ROWS)
+    assert len(load_tasks(DataConfig(path=plain, stream=True), needed=3)) == 3
+    assert len(load_tasks(DataConfig(path=plain), needed=3)) == 7
 
 
 def test_rows_without_an_end_that_all_are_needed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +209,7 @@ def test_a_longer_run_continues_a_stream_exactly() -> None:
         DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])),
         IterableDataset.from_generator(lambda: iter(ROWS)),
         pandas.DataFrame(ROWS),
-        {"question": [row["question"] for row in ROWS], "answer": [row["answer"] for row in ROWS]},
+        {"question": [row["question"] for row in ROWS], "answer": numpy.array([row["answer"] for row in ROWS])},
         (row for row in ROWS),
         [{"question": (user(f"q{i}"),), "answer": f"a{i}"} for i in range(7)],
         [{"question": numpy.array([user(f"q{i}")], dtype=object), "answer": numpy.str_(f"a{i}")} for i in range(7)],
