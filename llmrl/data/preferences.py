@@ -211,6 +211,8 @@ def _set_ids(row: PreferenceRow, check: PromptCheck, max_length: int | None) -> 
     row.cut = start < len(prompt_ids)
     row.prompt_ids = prompt_ids[:start]
     row.completion_ids = [ids[start:max_length] for ids in whole]
+    if not all(row.completion_ids):
+        return None  # no room behind the prompt: it will be left out, and counted
     longest = max(start + len(ids) for ids in row.completion_ids)
     if limits.context is not None and longest > limits.context:
         return (

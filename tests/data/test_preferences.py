@@ -15,6 +15,7 @@ from llmrl.data.preferences import PreferenceRow, encode_preferences, load_prefe
 from llmrl.errors import UserError
 from llmrl.rollout.preferences import PreferenceSource
 from llmrl.tiny import byte_tokenizer
+from llmrl.types import ModelLimits
 
 
 def user(text: str) -> dict[str, str]:
@@ -190,6 +191,15 @@ def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(PLAIN[0]) + "\n" + json.dumps({"prompt": "a", "chosen": 1, "rejected": "c"}) + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2, column chosen: must be text"):
         load_preferences(PreferenceRows(path=str(file)))
+
+
+def test_a_row_without_room_is_left_out_however_long_it_is() -> None:
+    rows = preferences_from_rows([PLAIN[0], PLAIN[0] | {"prompt": "x" * 500}], PreferenceRows(), "mine")
+    chat, limits = Chat(byte_tokenizer(), prompt_format="text"), ModelLimits(context=100)
+    kept, (note,) = encode_preferences(rows, chat, max_length=90, limits=limits)
+    assert kept == rows[:1] and note.startswith("1 of 2 rows left out: no room")
+    with pytest.raises(UserError, match="the row has 5.. tokens, and the model 100 positions"):
+        encode_preferences(rows, chat, max_length=None, limits=limits)
 
 
 def of_prompts(prompts: list[int], *, completions: int = 1) -> list[PreferenceRow]:
