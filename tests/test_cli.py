@@ -135,6 +135,7 @@ def test_resolved_configuration_is_read_back(rows: Path, tmp_path: Path) -> None
     assert config.train.learning_rate == 3e-6
 
 
+@pytest.mark.slow
 def test_processes_exit_with_2_and_no_traceback(rows: Path, tmp_path: Path) -> None:
     argv = arguments(rows, tmp_path, "--train.max_step", "3")
     for command in (

@@ -116,6 +116,7 @@ def test_files_too_short_to_be_cut(model: Any, chat: Chat) -> None:
         label_files(model, chat, TASKS, options(), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["random", "policy"])
 def test_it_learns_and_is_an_ordinary_classifier(start: str, model: Any, tmp_path: Path) -> None:
     """What is to be learned: the share of the letter b (1) among the tokens so far, where the sequence ends."""

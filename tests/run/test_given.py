@@ -54,6 +54,7 @@ def resolve(args: Any = None, **given: Any) -> Config:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt_format", "as_messages"), [("text", False), ("chat", True)])
 def test_a_trl_function_gets_the_same_by_name_and_as_an_object(
     prompt_format: str, as_messages: bool, tmp_path: Path

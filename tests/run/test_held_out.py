@@ -21,6 +21,8 @@ from llmrl.run.ledger import audit
 from llmrl.track.files import read_jsonl
 from tests.run.test_trainer import ROWS, letters, numbers, settings
 
+pytestmark = pytest.mark.slow
+
 HELD_OUT = [{"prompt": f"Name {i}", "answer": str(i)} for i in range(4)]
 
 

@@ -68,6 +68,7 @@ def test_a_function_a_list_and_a_loaded_model_are_enough(tmp_path: Path) -> None
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_loaded_models_own_type_decides(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
 
@@ -98,7 +99,7 @@ def test_it_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
     assert asyncio.run(notebook())["reward/mean"] > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_resumed_equals_undisturbed(lora: dict[str, int] | None, dtype: str, tmp_path: Path) -> None:
     more = {"model__lora": lora, "model__dtype": dtype, "algo__kl__beta": 0.1, "algo__num_mini_batches": 2}

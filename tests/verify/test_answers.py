@@ -320,6 +320,7 @@ def test_long_texts_take_linear_time(pattern: str) -> None:
     assert_linear(lambda text: qa.exact_match(text, ["x"]), pattern)
 
 
+@pytest.mark.slow
 def test_ten_megabytes_are_scored() -> None:
     answer = repeated("a \ud800 \0 the \u4e2d " + "long" * 20 + " ", HUGE) + " x"
     text = f"<answer>{answer}</answer>"

@@ -292,6 +292,7 @@ def read(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_gsm8k_golds_equal_themselves_and_not_their_successors(shared_data: Path) -> None:
     rows = read(shared_data / "gsm8k" / "test.jsonl")
     assert len(rows) == 1319
@@ -325,6 +326,7 @@ def test_math500_golds_differ_from_their_neighbors(shared_data: Path) -> None:
         assert ours == bool(verify(parsed(gold), parsed(other), timeout_seconds=None)), (gold, other)
 
 
+@pytest.mark.slow
 def test_math_verify_agrees_with_every_no_given_without_it(shared_data: Path) -> None:
     """Math-verify also refuses every pair that is refused because its values differ."""
     from math_verify import verify

@@ -290,6 +290,7 @@ def test_double_star_gets_the_column_and_not_the_object() -> None:
     assert load_reward(rest).function(**load_reward(rest).arguments(rollout)) == 1.0
 
 
+@pytest.mark.slow
 def test_judges_without_their_packages_name_the_extra(tmp_path: Path) -> None:
     """And whatever asks no server works without them."""
     program = (
