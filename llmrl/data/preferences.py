@@ -112,8 +112,7 @@ def _build(opened: OpenRows, config: PreferenceRows, report: RowReport) -> list[
             if found:
                 _check_same_form(new, found[0])
         except BadRow as error:
-            reason = str(error).removeprefix(place).lstrip(":, ")
-            report.add(place, reason, None if isinstance(row, BadRow) else row)
+            report.refuse(place, error, row)
         else:
             report.places[new.task.id] = place
             found.append(new)

@@ -71,6 +71,11 @@ class RowReport:
         """Note that a row cannot be used."""
         self.found.append(Finding(place=place, reason=reason, row=row))
 
+    def refuse(self, place: str, error: BadRow, row: Any) -> None:
+        """Note the row that could not be read, or that is wrong; `row` may itself say that it could not be read."""
+        reason = str(error).removeprefix(place).lstrip(":, ")
+        self.add(place, reason, None if isinstance(row, BadRow) else row)
+
     def place_of(self, task_id: str) -> str:
         """Return where the row of a task comes from; of a task made in Python, its id."""
         return self.places.get(task_id, f"task {task_id}")
@@ -90,14 +95,13 @@ class RowReport:
         kinds = by_reason(self.found)
         reasons = "; ".join(f"{len(group)} x {group[0].reason}" for group in kinds[:NUM_EXAMPLES])
         more = f"; and {len(kinds) - NUM_EXAMPLES} more reasons" if len(kinds) > NUM_EXAMPLES else ""
-        return [f"{len(self.found)} of {self.num_rows} {self.what} left out (in {DROPPED}): {reasons}{more}"]
+        return [f"{len(self.found)} of {self.num_rows} {self.what} left out: {reasons}{more}"]
 
     def text(self) -> str:
         """Return all findings as text: one line for a single one, else one per kind, with counts and examples."""
         kinds = by_reason(self.found)
-        if (
-            len(kinds) == 1 and len(self.found) == self.num_rows > 1
-        ):  # not the rows are wrong, but what is asked of them
+        if len(kinds) == 1 and len(self.found) == self.num_rows > 1:
+            # Not the rows are wrong, but what is asked of them.
             return f"{self.found[0]} (so it is with all {self.num_rows} {self.what})"
         rest = "" if len(self.found) == self.num_rows else "; or leave such rows out with data.on_bad_row drop"
         if len(self.found) == 1:

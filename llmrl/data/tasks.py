@@ -113,8 +113,7 @@ def _build(opened: OpenRows, config: TaskRows, report: RowReport, ids: dict[str,
             reader = reader or _Reader(config, opened.name, ids, place, row)
             task = reader.task(row, place)
         except BadRow as error:
-            reason = str(error).removeprefix(place).lstrip(":, ")
-            report.add(place, reason, None if isinstance(row, BadRow) else row)
+            report.refuse(place, error, row)
         else:
             report.places[task.id] = place
             tasks.append(task)

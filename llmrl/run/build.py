@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmrl.algo.preference.options import PreferenceOptions, mixes_adapters
 from llmrl.config import Config, RunConfig, to_dict
 from llmrl.config.describe import describe
-from llmrl.data.report import write_dropped
+from llmrl.data.report import DROPPED, write_dropped
 from llmrl.errors import UserError
 from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.run.data import encode, quieten_libraries
@@ -89,6 +89,7 @@ def build(args: Any, given: Given) -> Parts:
     check_output_dir(config, parallel)
     if parallel.is_main and (dropped := feed.dropped()):
         write_dropped(Path(config.train.output_dir), dropped)
+        notes.append(f"rows that were left out are in {Path(config.train.output_dir) / DROPPED}")
 
     console = Console(config.track.console, enabled=parallel.is_main)
     for note in resolved.notes + notes + describe(config):

@@ -102,9 +102,9 @@ def test_they_are_left_out_and_written_down(tmp_path: Path, capsys: pytest.Captu
         ("dataset, row 4 (counting from 0)", data[4]),
     ]
     assert "the prompt is empty" in kept[0]["reason"]
-    assert f"2 of 6 rows left out (in {DROPPED}): 1 x column question: the prompt is empty; 1 x column answer" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "2 of 6 rows left out: 1 x column question: the prompt is empty; 1 x column answer" in said
+    assert f"rows that were left out are in {tmp_path / 'run' / DROPPED}" in said
     for row in data:
         row["question"] = ""
     with pytest.raises(UserError, match="drop leaves out every row"):
