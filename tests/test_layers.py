@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("run",),
     ("cli", "doctor", "recipes", "llmrl"),
+    ("__main__",),
 )
 """The lowest first. A name is a folder or a file of llmrl/, or a folder beside it; `llmrl` is llmrl/__init__.py."""
 

@@ -84,6 +84,7 @@ def one_run(side: str, task: str, model_folder: str, seed: str, out: str) -> Non
         if step in steps:
             weights[step] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         meter.mark()
+        print(f"{NAMES[side]}: step {step} of {steps[-1]}", file=sys.stderr, flush=True)
         if step == steps[-1]:
             found.update(meter.report(skip=SKIPPED_STEPS))
 
