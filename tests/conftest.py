@@ -1,4 +1,4 @@
-"""What every test shares: one seed from the environment, no network, single-threaded arithmetic."""
+"""What every test shares: one seed from the environment, no network, no GPU, single-threaded arithmetic."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the same tests on a machine with a GPU; it has scripts/gpu_check
 
 import pytest
 from hypothesis import settings

@@ -37,6 +37,9 @@ CAUSAL_HEAD = "llmrl_sdpa"
 BLOCK = 128
 """Positions of a block, which FlexAttention computes or skips as a whole."""
 
+FORMS = 64
+"""Forms of its inputs that FlexAttention may be compiled for."""
+
 
 class Kernel(StrEnum):
     """What an attention kernel takes; see the module's table."""
@@ -186,6 +189,15 @@ def block_mask(segment_ids: Int[Tensor, "B T"], branch_ids: Int[Tensor, "B T"]) 
 
     blocks = (*_listed(some & ~whole), *_listed(whole))
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length))
+
+
+def compile_for_all_forms() -> None:
+    """Let torch compile FlexAttention for every form of rows that a run has.
+
+    They differ in whether there is one row, one block, one position, a gradient, a second type: more forms than the 8
+    after which torch gives up and computes every score of every pair, unfused, with one warning.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
 
 
 def _block_extent(ids: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B N"]]:

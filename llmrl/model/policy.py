@@ -19,6 +19,7 @@ from llmrl.errors import RunFailed, UserError
 from llmrl.model import adapters
 from llmrl.model.attention import (
     Kernel,
+    compile_for_all_forms,
     kernel_of,
     shortest_window,
     understands_causal_head,
@@ -97,6 +98,8 @@ class Policy:
         kernels = {kernel_of(trunk.config) for trunk in trunks}
         # Of two, the one that takes less.
         self.kernel = next(kind for kind in (Kernel.VARLEN, Kernel.MASKED, Kernel.BLOCKS) if kind in kernels)
+        if self.kernel is Kernel.BLOCKS:
+            compile_for_all_forms()
         causal_heads = all(understands_causal_head(trunk.config) for trunk in trunks)
         self.own_masks = self.kernel is Kernel.BLOCKS or causal_heads
         self.longest = min((n for trunk in trunks if (n := longest_exact(trunk.config))), default=None)

@@ -103,7 +103,9 @@ def _member(module: ModuleType, name: str, spec: str) -> tuple[Any, ModuleType]:
     for part in name.split("."):
         if not hasattr(target, part):
             public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise _unknown(spec, f"{module.__file__ or module.__name__} has no {name!r}", public, typed=name)
+            raise _unknown(
+                spec, f"{getattr(module, '__file__', None) or module.__name__} has no {name!r}", public, typed=name
+            )
         target = getattr(target, part)
     return target, module
 

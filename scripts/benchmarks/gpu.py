@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.gpu_speed import measure_generation, measure_trl, measure_update
 from benchmarks.gpu_work import SHAPES, SMALL, TINY, NotMeasured, matmul_rate
 from llmrl.model.parallel import Parallel
 
+ATTENTIONS = ("sdpa", "flash_attention_2", "flex_attention")
 TIME_LIMIT_S = 450.0
 """Nothing new begins after this."""
 
@@ -88,7 +90,7 @@ def main(argv: list[str], description: str | None) -> int:
     small = TINY if tiny else SMALL
     parallel = Parallel(Accelerator(cpu=report.device.type == "cpu"))
     report.run("output head in bfloat16", lambda: check_head(report.device, tiny))
-    for attention in ("sdpa", "flash_attention_2", "flex_attention"):
+    for attention in ATTENTIONS:
         report.run(f"layouts, {attention}", lambda attention=attention: check_layouts(small, attention, report.device))
     report.run("weight sync and its proof", lambda: asyncio.run(check_sync(small, parallel)))
     for shape in [TINY] if tiny else SHAPES:
@@ -98,6 +100,10 @@ def main(argv: list[str], description: str | None) -> int:
                 name, lambda shape=shape, lora=lora: measure_update(shape, parallel, rate, lora=lora), seconds=60
             )
         report.run(f"update {shape.name}, TRL", lambda shape=shape: measure_trl(shape, report.device, rate), seconds=60)
+    first = TINY if tiny else SHAPES[0]
+    for attention in ATTENTIONS[1:]:
+        work = partial(measure_update, first, parallel, rate, attention=attention)
+        report.run(f"update {first.name}, {attention}", work, seconds=60)
     first = TINY if tiny else replace(SHAPES[0], prompt_length=256, completion_length=128)
     report.run(f"generation {first.name}, hf engine", lambda: asyncio.run(measure_generation(first, parallel)))
     print(

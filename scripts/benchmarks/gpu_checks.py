@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from benchmarks.gpu_work import NotMeasured, Shape
+from benchmarks.gpu_work import Shape, needs
 from llmrl.config import ModelConfig, RolloutConfig, TrainConfig
 from llmrl.errors import RunFailed
 from llmrl.model.logprob_head import Head, token_logprobs
@@ -47,14 +46,7 @@ def check_head(device: torch.device, tiny: bool) -> dict[str, Any]:
 
 def check_layouts(shape: Shape, attention: str, device: torch.device) -> dict[str, Any]:
     """Compare packed rows and shared prompts with one sequence at a time; float32 on the same tokens is the measure."""
-    if attention != "sdpa" and device.type != "cuda":
-        raise NotMeasured("needs a GPU")
-    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise NotMeasured("flash-attn is not installed")
-    try:
-        ModelConfig(attn_implementation=attention)  # pyright: ignore[reportArgumentType]
-    except ValueError:
-        raise NotMeasured(f"model.attn_implementation does not take {attention}") from None
+    needs(attention, device)
     policy, layout = prepare(shape, attention, device)
     plain = shape.model(dtype=torch.float32, device=device)
     with torch.no_grad():

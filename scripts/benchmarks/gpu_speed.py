@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_work import NotMeasured, Shape, peak_memory, seconds
+from benchmarks.gpu_work import NotMeasured, Shape, needs, peak_memory, seconds
 from llmrl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainConfig, preset
 from llmrl.model.load import add_lora
 from llmrl.model.parallel import Parallel
@@ -29,9 +29,12 @@ from llmrl.types import Sampling, TrainBatch
 REPETITIONS = 3
 
 
-def measure_update(shape: Shape, parallel: Parallel, matmul_per_s: float, *, lora: bool) -> dict[str, Any]:
+def measure_update(
+    shape: Shape, parallel: Parallel, matmul_per_s: float, *, lora: bool = False, attention: str = "sdpa"
+) -> dict[str, Any]:
     """Measure one optimizer step of GRPO, from samples to new weights."""
-    model = shape.model(dtype=torch.bfloat16, device=parallel.device)
+    needs(attention, parallel.device)
+    model = shape.model(dtype=torch.bfloat16, device=parallel.device, attention=attention)
     if lora:
         model = add_lora(model, LoraConfig(r=16), seed=0)
     policy = Policy(model, temperature=1.0, keep_reference=False, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,14 @@ TINY = Shape(
 
 class NotMeasured(Exception):
     """Something that this machine lacks; it is no failure."""
+
+
+def needs(attention: str, device: torch.device) -> None:
+    """Raise NotMeasured where an attention kernel cannot run here."""
+    if attention != "sdpa" and device.type != "cuda":
+        raise NotMeasured("needs a GPU")
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise NotMeasured("flash-attn is not installed")
 
 
 def matmul_rate(device: torch.device, size: int) -> float:

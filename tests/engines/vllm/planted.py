@@ -9,10 +9,6 @@ import torch
 
 from llmrl.engines.vllm import receiver
 
-EXTENSION = "tests.engines.vllm.planted.Planted"
-WHOLE = ("dropped", "one version old", "one module stale", "head stale", "one module permuted", "two rows swapped")
-ADAPTER = ("dropped", "one version old", "not used", "counted twice", "one module permuted")
-
 
 class Planted(receiver.WeightReceiver):
     """The worker extension that vLLM is started with. `plant` says what goes wrong from now on."""
@@ -21,7 +17,7 @@ class Planted(receiver.WeightReceiver):
         """Plant a fault; "" ends it.
 
         Args:
-            fault: one of `WHOLE` or `ADAPTER`.
+            fault: one of those that the tests name.
             module: name of the projection that is concerned.
         """
         worker: Any = self
