@@ -14,6 +14,7 @@ from llmrl.types import Message, Score
 from llmrl.verify.checks.answers import completion_text
 from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
 from llmrl.verify.code.rows import AssertTests, Row, broken_source, extract_program, read_row
+from llmrl.verify.code.suite import SuiteTests, unsupported
 
 POOL = True
 """Some programs take seconds to judge, so this runs in the pool's worker processes, each with a sandbox of its own."""
@@ -25,6 +26,7 @@ def unit_tests(
     prompt: Any = None,
     test: str | None = None,
     entry_point: str | None = None,
+    code_prompt: str | None = None,
     test_list: list[str] | None = None,
     test_setup_code: str | None = None,
     test_imports: list[str] | None = None,
@@ -49,8 +51,9 @@ def unit_tests(
     Args:
         completion: text or messages; the program is taken from its code blocks.
         prompt: HumanEval; a completion that is only a function body continues it.
-        test: HumanEval: defines check(candidate).
-        entry_point: HumanEval: name of the function.
+        test: HumanEval: defines check(candidate). KodCode, BigCodeBench: a test file for pytest or unittest.
+        entry_point: HumanEval, BigCodeBench: name of the function.
+        code_prompt: BigCodeBench: its imports and constants, which the tests use too.
         test_list: MBPP: assertions.
         test_setup_code: MBPP: runs before them.
         test_imports: MBPP: import statements for them.
@@ -79,6 +82,7 @@ def unit_tests(
     if outcome not in _OUTCOMES:
         raise UserError(f"unit_tests: outcome {outcome!r} is unknown: use {', '.join(_OUTCOMES)}")
     human_eval = {"prompt": prompt if isinstance(prompt, str) else None, "test": test, "entry_point": entry_point}
+    human_eval["code_prompt"] = code_prompt
     mbpp = {"test_list": test_list, "test_setup_code": test_setup_code, "test_imports": test_imports, "code": code}
     mbpp["challenge_test_list"] = challenge_test_list
     live_code_bench = {"public_test_cases": public_test_cases, "private_test_cases": private_test_cases}
@@ -102,11 +106,22 @@ def check(row: dict[str, Any]) -> str | None:
     tests = read_row(columns | {"prompt": prompt if isinstance(prompt, str) else None}).tests
     if tests is None:
         return "the row has no tests"
+    if isinstance(tests, SuiteTests):
+        return unsupported(tests.source)
     return broken_source(tests) if isinstance(tests, AssertTests) else None
 
 
 _TEST_COLUMNS = (
-    *("test", "entry_point", "test_list", "test_setup_code", "test_imports", "challenge_test_list", "code"),
+    *(
+        "test",
+        "entry_point",
+        "code_prompt",
+        "test_list",
+        "test_setup_code",
+        "test_imports",
+        "challenge_test_list",
+        "code",
+    ),
     *("input_output", "public_test_cases", "private_test_cases", "starter_code", "metadata"),
 )
 _LARGE_ARCHIVE = 100_000
@@ -140,6 +155,8 @@ def _shown(program: str, results: list[TestResult]) -> dict[str, Any]:
 
 
 _ADD = {"test_list": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
+_PYTEST = {"test": "from solution import add\n\ndef test_add():\n    assert add(1, 2) == 3\n"}
+_PATCHED = {"test": _PYTEST["test"] + "\ndef test_it(monkeypatch):\n    monkeypatch.setattr('solution.x', 1)\n"}
 _ECHO = {"input_output": {"inputs": ["3\n", "4\n"], "outputs": ["9\n", "16\n"]}}
 EXAMPLES: list[dict[str, Any]] = [
     {"completion": "```python\ndef add(a, b):\n    return a + b\n```", **_ADD, "reward": 1.0},
@@ -160,6 +177,9 @@ EXAMPLES: list[dict[str, Any]] = [
         "entry_point": "up",
         "reward": 1.0,
     },
+    {"completion": "def add(a, b):\n    return a + b", **_PYTEST, "reward": 1.0},
+    {"completion": "import pytest\ndef add(a, b):\n    pytest.exit('passed', 0)", **_PYTEST, "reward": 0.0},
+    {"completion": "def add(a, b):\n    return a + b", **_PATCHED, "reward": None},
     {"completion": "def add(a, b):\n    return a + b", "test_list": [], "reward": None},
     # Hostile: exits before it can be judged, claims success, returns an object that equals everything.
     {"completion": "import os\nos._exit(0)", **_ADD, "reward": 0.0},

@@ -71,6 +71,17 @@ class LocalSandbox:
         self._slots = threading.BoundedSemaphore(self.max_servers)
         self._lock = threading.Lock()
         self.closed = False
+        self._twin: LocalSandbox | None = None
+
+    def twin(self) -> LocalSandbox:
+        """Return a second pool of the same boxes, for the other one of two programs that run at the same time.
+
+        Who holds a box of this pool may wait for one of the twin's. Two boxes of one pool could wait for each other.
+        """
+        with self._lock:
+            if self._twin is None or self._twin.closed:
+                self._twin = LocalSandbox(self.kind, packages=self.packages, max_servers=self.max_servers)
+            return self._twin
 
     def _probe(self) -> None:
         try:
@@ -145,10 +156,13 @@ class LocalSandbox:
         """Kill all boxes. Safe to call twice."""
         with self._lock:
             self.closed = True
+            twin = self._twin
             servers = [server for group in self._idle.values() for server in group]
             self._idle.clear()
         for server in servers:
             server.close()
+        if twin is not None:
+            twin.close()
 
     def _forget(self) -> None:
         for group in self._idle.values():

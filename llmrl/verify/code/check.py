@@ -22,7 +22,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session
-from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests
+from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests, Tests
+from llmrl.verify.code.suite import BrokenSuite, SuiteTests, run_suite
 
 Outcome = Literal["all", "fraction", "bcoder"]
 Verdict = Literal["passed", "wrong", "error", "timeout", "compile_error", "not_run"]
@@ -69,7 +70,7 @@ def run_tests(
     tests = row.tests
     if tests is None:
         raise UnusableRow("the row has no tests")
-    total = len(tests.checks) if isinstance(tests, AssertTests) else len(tests.inputs)
+    total = _number_of(tests)
     if not program.strip():
         return [TestResult(verdict="compile_error", detail="no code in the answer")] * total
     if len(program) > MAX_SOURCE_CHARACTERS:
@@ -77,12 +78,28 @@ def run_tests(
     clock = _Clock(limits, time.monotonic() + total_seconds)
     for _ in range(2):  # the first death of a box may have another cause than the program
         with contextlib.suppress(BoxDied):
+            if isinstance(tests, SuiteTests):
+                return _run_suite(program, tests, box, clock, stop_early)
             if isinstance(tests, StdinTests):
                 results = _run_stdin(program, tests, box, clock, stop_early)
             else:
                 results = _run_calls(program, tests, total, box, clock, stop_early)
             return results + [TestResult(verdict="not_run")] * (total - len(results))
     return [TestResult(verdict="error", detail="the program brought its box down twice")] * total
+
+
+def _number_of(tests: Tests) -> int:
+    if isinstance(tests, SuiteTests):
+        return 1  # how many a test file holds is known once it has run
+    return len(tests.checks) if isinstance(tests, AssertTests) else len(tests.inputs)
+
+
+def _run_suite(program: str, tests: SuiteTests, box: Sandbox, clock: _Clock, stop_early: bool) -> list[TestResult]:
+    try:
+        results = run_suite(program, tests, box, clock.next_limits, stop_early=stop_early)
+    except BrokenSuite as error:
+        raise UnusableRow(str(error)) from None
+    return [TestResult(verdict=result.verdict, detail=result.detail) for result in results]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import UserError
+from llmrl.verify.code.suite import SuiteTests, read_suite
 from llmrl.verify.thinking import without_thinking
 
 
@@ -56,7 +57,7 @@ class StdinTests:
     outputs: list[str]
 
 
-Tests = AssertTests | CallTests | StdinTests
+Tests = AssertTests | CallTests | StdinTests | SuiteTests
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,9 @@ def read_row(row: Mapping[str, Any]) -> Row:
         UserError: the row has none of these data sets' columns, or one that is not in its format.
     """
     present = {name: value for name, value in row.items() if value is not None}
+    suite = read_suite(present)
+    if suite is not None:
+        return Row(tests=suite[0], names=suite[1])
     if "test" in present and "entry_point" in present:
         return _humaneval(present)
     if "test_list" in present:

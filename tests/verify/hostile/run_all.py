@@ -22,6 +22,9 @@ from llmrl.sandbox.server import Server
 HERE = Path(__file__).parent
 CHECKS = ["solve([3, 1, 2]) == 39", "solve([10, 20]) == 9002", "solve([]) == 'none'", "solve([5, -5]) == 2"]
 FUNCTIONS = read_row({"test_list": [f"assert {check}" for check in CHECKS]})
+SUITE = read_row({"test": "from solution import solve\n" + "".join(
+    f"def test_{index}():\n    assert {check}\n" for index, check in enumerate(CHECKS)
+)})  # fmt: skip
 STDIN = read_row({"input_output": {"inputs": ["3 1 2\n", "10 20\n"], "outputs": ["39\n", "9002\n"]}})
 LIMITS = Limits(cpu_seconds=1, wall_seconds=2.0, memory_mb=256, output_mb=2)
 HONEST_LIMITS = Limits(cpu_seconds=60, wall_seconds=300.0, memory_mb=256, output_mb=2)
@@ -42,11 +45,11 @@ def main() -> None:
             source = source.replace(f"@{name}@", value)
         verdicts = {
             name: [result.verdict for result in run_tests(source, row, box, LIMITS, stop_early=True)]
-            for name, row in (("functions", FUNCTIONS), ("stdin", STDIN))
+            for name, row in (("functions", FUNCTIONS), ("stdin", STDIN), ("suite", SUITE))
         }
         verdicts["honest"] = [
             result.verdict
-            for row in (FUNCTIONS, STDIN)
+            for row in (FUNCTIONS, STDIN, SUITE)
             for result in run_tests(honest, row, box, HONEST_LIMITS, stop_early=False)
         ]
         return {"program": path.stem, **verdicts}
