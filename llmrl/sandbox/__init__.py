@@ -12,12 +12,13 @@ import threading
 from typing import Protocol
 
 from llmrl.errors import UserError
-from llmrl.sandbox.limits import BoxDied, Limits, RunResult, SandboxUnavailable
+from llmrl.sandbox.limits import BoxDied, Conventions, Limits, RunResult, SandboxUnavailable
 from llmrl.sandbox.session import CannotTravel, Handle, ProgramEnded, Raised, Session
 
 __all__ = [
     "BoxDied",
     "CannotTravel",
+    "Conventions",
     "Handle",
     "Limits",
     "ProgramEnded",
@@ -40,7 +41,7 @@ class Sandbox(Protocol):
         """Return one line that names the box in use and what it consists of."""
         ...
 
-    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+    def run(self, source: str, stdin: str, limits: Limits, conventions: Conventions = "python") -> RunResult:
         """Run a program from standard input to standard output.
 
         Raises:

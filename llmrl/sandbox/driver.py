@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from llmrl.sandbox import wire
+from llmrl.sandbox import conventions, wire
 
 MAX_ITEMS = 200_000
 _EXCEPTIONS = {item for item in vars(builtins).values() if isinstance(item, type) and issubclass(item, BaseException)}
@@ -27,29 +27,28 @@ class Program:
 
     def __init__(self, module_name: str) -> None:
         self.module = types.ModuleType(module_name)
+        self.module.__file__ = "program.py"
         sys.modules[module_name] = self.module
         self.handles: dict[int, Any] = {}
-        self.solution: Any = None
 
-    def run(self, source: str, report: Callable[[dict[str, Any]], None]) -> bool:
-        """Compile and execute. Report a compile error and return False; other exceptions are raised."""
+    def run(self, request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> bool:
+        """Compile and execute `source`. Report a compile error and return False; other exceptions are raised."""
         try:
-            code = compile(source, "<program>", "exec", dont_inherit=True)
+            code = conventions.compiled(request["source"], request["conventions"])
         except BaseException as error:
             report({"compile_error": describe(error)})
             return False
+        conventions.use(request["conventions"])
         exec(code, self.module.__dict__)
         return True
 
     def lookup(self, name: str) -> Any:
-        """Return the value of a top-level name, or else a method of the class `Solution`."""
+        """Return the value of a top-level name, or else a method of a new object of the class `Solution`."""
         namespace = self.module.__dict__
         if name in namespace:
             return namespace[name]
         if "Solution" in namespace and hasattr(namespace["Solution"], name):
-            if self.solution is None:
-                self.solution = namespace["Solution"]()
-            return getattr(self.solution, name)
+            return getattr(namespace["Solution"](), name)
         raise LookupError(f"the program does not define {name!r}")
 
     def tree_of_object(self, value: Any) -> Any:
@@ -133,6 +132,7 @@ def serve(channel: int) -> None:
 def replay() -> None:
     """Answer a list of requests from standard input, the first of which holds the program; print the last answer."""
     requests = json.load(sys.stdin)
+    conventions.complete_python()
     out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
@@ -149,7 +149,7 @@ def replay() -> None:
 def _load(program: Program, request: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"id": request["id"], "ok": None}
     try:
-        program.run(request["source"], answer.update)
+        program.run(request, answer.update)
     except BaseException as error:
         answer = {"id": request["id"], "error": describe(error)}
     return answer
@@ -168,11 +168,11 @@ def _reply(program: Program, request: dict[str, Any]) -> dict[str, Any]:
         return {"id": request["id"], "error": describe(error)}
 
 
-def run_script(source: str, report: Callable[[dict[str, Any]], None]) -> int:
+def run_script(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> int:
     """Run a program from standard input to standard output, as `python program.py` would; return its exit code."""
     program = Program("__main__")
     try:
-        code = 0 if program.run(source, report) else 1
+        code = 0 if program.run(request, report) else 1
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:

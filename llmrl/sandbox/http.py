@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.sandbox import wire
-from llmrl.sandbox.limits import Limits, RunResult, SandboxUnavailable, Status
+from llmrl.sandbox.limits import Conventions, Limits, RunResult, SandboxUnavailable, Status
 from llmrl.sandbox.session import ProgramEnded, Session
 
 _HERE = Path(__file__).parent
@@ -27,7 +27,16 @@ for name, source in {modules!r}:
     parent, _, child = name.rpartition(".")
     parent and setattr(sys.modules[parent], child, module)
     exec(compile(source, name, "exec"), module.__dict__)
-module.replay()
+"""
+_COMPILE_ERROR = "compile error: "
+_SCRIPT = """
+def report(message):
+    kind, _, text = message.get("compile_error") or message["error"]
+    print(({compile_error!r} if "compile_error" in message else "") + f"{{kind}}: {{text}}", file=sys.stderr)
+module.conventions.complete_python()
+code = module.run_script({request!r}, report)
+sys.stderr.flush()
+module.os._exit(code)
 """
 
 
@@ -45,7 +54,9 @@ class HttpSandbox:
         base = address.rstrip("/")
         self.url = base if base.endswith("/run_code") else f"{base}/run_code"
         modules = [(name, "") for name in ("llmrl", _PACKAGE)]
-        modules += [(f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in ("wire", "driver")]
+        modules += [
+            (f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in ("wire", "conventions", "driver")
+        ]
         self._glue = _GLUE.format(modules=modules)
         if self.run("print(6 * 7)", "", Limits()).stdout != "42\n":
             raise SandboxUnavailable(f"{self.url} does not run programs: print(6 * 7) did not give 42")
@@ -54,13 +65,21 @@ class HttpSandbox:
         """Return one line that names the box in use and what it consists of."""
         return f"sandbox http: programs run on {self.url}, under the limits of that server"
 
-    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+    def run(self, source: str, stdin: str, limits: Limits, conventions: Conventions = "python") -> RunResult:
         """Run a program from standard input to standard output.
 
         Raises:
             SandboxUnavailable: the server cannot be reached or reports a failure of its own.
         """
-        result = self._post(source, stdin, limits)
+        script = _SCRIPT.format(request={"source": source, "conventions": conventions}, compile_error=_COMPILE_ERROR)
+        return self._run(self._glue + script, stdin, limits)
+
+    def replay(self, requests: str, limits: Limits) -> RunResult:
+        """Answer the requests of a session, the first of which holds the program."""
+        return self._run(f"{self._glue}module.replay()\n", requests, limits)
+
+    def _run(self, script: str, stdin: str, limits: Limits) -> RunResult:
+        result = self._post(script, stdin, limits)
         stderr = str(result.get("stderr") or "")
         code = result.get("return_code")
         return RunResult(
@@ -68,7 +87,7 @@ class HttpSandbox:
             exit_code=code if isinstance(code, int) else 1,
             stdout=str(result.get("stdout") or "")[: limits.output_mb << 20],
             stderr=stderr[-4000:],
-            detail=stderr.strip().rpartition("\n")[2][:500],
+            detail=_last_line(stderr).removeprefix(_COMPILE_ERROR)[:500],
             cpu_seconds=float(result.get("execution_time") or 0.0),
         )
 
@@ -109,10 +128,13 @@ def _status(result: dict[str, Any], stderr: str) -> Status:
         return "timeout"
     if result.get("status") == "Finished" and result.get("return_code") == 0:
         return "ok"
-    compile_error = "Traceback" not in stderr and any(
-        f"{kind}Error:" in stderr for kind in ("Syntax", "Indentation", "Tab")
-    )
-    return "compile_error" if compile_error else "error"
+    return "compile_error" if _last_line(stderr).startswith(_COMPILE_ERROR) else "error"
+
+
+def _last_line(text: str) -> str:
+    """Return what a program's error output ends with, without the exit code that `serve` adds."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("exit code ")]
+    return lines[-1] if lines else ""
 
 
 class _Replay:
@@ -124,7 +146,7 @@ class _Replay:
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         self.requests.append(request)
-        end = self.box.run(self.box._glue, json.dumps(self.requests), self.limits)
+        end = self.box.replay(json.dumps(self.requests), self.limits)
         if end.status == "timeout":
             raise ProgramEnded("timeout", "time limit")
         try:

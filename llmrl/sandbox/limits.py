@@ -33,6 +33,10 @@ class Limits:
     """Largest file, standard output and returned value, in MB."""
 
 
+Conventions = Literal["python", "judge"]
+"""What a program may rely on: Python alone, or also what LeetCode and the grader of LiveCodeBench give it (the names of
+common modules without an import, a recursion limit of 50,000, `return` at the top level)."""
+
 Status = Literal["ok", "compile_error", "error", "timeout", "output_limit"]
 
 

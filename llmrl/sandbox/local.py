@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 from llmrl.sandbox import bwrap, lite, wire
-from llmrl.sandbox.limits import BoxDied, Limits, RunResult, SandboxUnavailable, Status
+from llmrl.sandbox.limits import BoxDied, Conventions, Limits, RunResult, SandboxUnavailable, Status
 from llmrl.sandbox.server import BoxPlan, Server
 from llmrl.sandbox.session import ProgramEnded, Raised, Session, SocketExchange, exception_text
 
@@ -186,7 +186,7 @@ class LocalSandbox:
         exchange = SocketExchange(running.channel, limits, running.how_it_ended)
         return Session(exchange, running.close)
 
-    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+    def run(self, source: str, stdin: str, limits: Limits, conventions: Conventions = "python") -> RunResult:
         """Run a program from standard input to standard output.
 
         Raises:
@@ -198,7 +198,7 @@ class LocalSandbox:
             _fill(stdio[0], stdin)
             running = self._start(source, "script", limits, stdio)
             try:
-                report, timed_out, message = running.finish(source)
+                report, timed_out, message = running.finish(source, conventions)
             finally:
                 running.close()
             return _result(report, timed_out, message, stdio, limits)
@@ -217,7 +217,7 @@ class _Running:
         self.report: dict[str, Any] | None = None
         self.closed = False
 
-    def finish(self, source: str) -> tuple[dict[str, Any], bool, dict[str, Any]]:
+    def finish(self, source: str, conventions: Conventions) -> tuple[dict[str, Any], bool, dict[str, Any]]:
         """Send the source and wait for the end.
 
         Returns:
@@ -226,7 +226,7 @@ class _Running:
         self.channel.settimeout(self.limits.wall_seconds)
         deadline = time.monotonic() + self.limits.wall_seconds
         with contextlib.suppress(OSError):  # if it ended before reading, the report tells how
-            self.channel.sendall(wire.dump({"source": source}))
+            self.channel.sendall(wire.dump({"source": source, "conventions": conventions}))
         self.report = self.server.wait(deadline - time.monotonic())
         timed_out = self.report is None
         if self.report is None:

@@ -26,7 +26,7 @@ from llmrl.sandbox.limits import BoxDied, Limits, SandboxUnavailable
 
 _HERE = Path(__file__).parent
 _PACKAGE = __name__.rpartition(".")[0]
-_GUEST = ("wire", "driver", "seccomp", "landlock", "zygote")
+_GUEST = ("wire", "conventions", "driver", "seccomp", "landlock", "zygote")
 _START_SECONDS = 30.0
 _KILL_SECONDS = 10.0
 _BOOT = """

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from llmrl.sandbox import wire
-from llmrl.sandbox.limits import Limits
+from llmrl.sandbox.limits import Conventions, Limits
 
 
 class ProgramEnded(BaseException):
@@ -64,14 +64,14 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._on_close()
 
-    def load(self, source: str) -> None:
+    def load(self, source: str, conventions: Conventions = "python") -> None:
         """Compile and execute the program.
 
         Raises:
             ProgramEnded: the program does not compile, raised an exception, exceeded a limit or ended.
         """
         self._count += 1
-        answer = self._ask({"id": self._count, "source": source})
+        answer = self._ask({"id": self._count, "source": source, "conventions": conventions})
         if "compile_error" in answer:
             raise self._end("compile_error", exception_text(answer["compile_error"]))
         if "error" in answer:

@@ -21,7 +21,7 @@ import struct
 import sys
 from typing import Any
 
-from llmrl.sandbox import driver, landlock, seccomp, wire
+from llmrl.sandbox import conventions, driver, landlock, seccomp, wire
 
 NOBODY = 65534
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
@@ -50,6 +50,8 @@ def _lock_in(config: dict[str, Any]) -> dict[str, Any]:
     sys.path += config["package_paths"]
     for name in config["preload"]:
         _preload(name)
+    conventions.complete_python()
+    conventions.judge_names()  # so that the children find them ready
     with open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
     if os.getuid() == 0:
@@ -177,12 +179,12 @@ class _Server:
         self.installer.install_program_filter()
         if command["mode"] == "serve":
             driver.serve(channel)
-        source = _receive_source(channel)
+        request = _receive_request(channel)
 
         def report(message: dict[str, Any]) -> None:
             os.write(channel, wire.dump(message))
 
-        os._exit(driver.run_script(source, report))
+        os._exit(driver.run_script(request, report))
 
     def set_limits(self, limits: dict[str, int]) -> None:
         cpu = limits["cpu_seconds"]
@@ -194,14 +196,14 @@ class _Server:
             (resource.RLIMIT_NPROC, *[limits["max_user_processes"]] * 2),
             (resource.RLIMIT_CORE, 0, 0),
             (resource.RLIMIT_MEMLOCK, 0, 0),
-            (resource.RLIMIT_STACK, 64 << 20, 1 << 40),
+            (resource.RLIMIT_STACK, 120 << 20, resource.RLIM_INFINITY),
         ):
             inherited = resource.getrlimit(kind)[1]  # which cannot be raised
-            most = hard if inherited == resource.RLIM_INFINITY else min(hard, inherited)
-            resource.setrlimit(kind, (min(soft, most), most))
+            most = min((limit for limit in (hard, inherited) if limit != resource.RLIM_INFINITY), default=-1)
+            resource.setrlimit(kind, (soft if most == resource.RLIM_INFINITY else min(soft, most), most))
 
 
-def _receive_source(channel: int) -> str:
+def _receive_request(channel: int) -> dict[str, Any]:
     def read(count: int) -> bytes:
         data = b""
         while len(data) < count:
@@ -211,4 +213,4 @@ def _receive_source(channel: int) -> str:
             data += chunk
         return data
 
-    return str(wire.load(read(wire.HEADER.unpack(read(wire.HEADER.size))[0]))["source"])
+    return wire.load(read(wire.HEADER.unpack(read(wire.HEADER.size))[0]))

@@ -482,3 +482,45 @@ box.close()
 """
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["(50,", "50)"], done.stderr
+
+
+# --- what a program finds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        ("print(9)\nexit()\nprint(8)", "9\n"),
+        ("print(9)\nquit(0)", "9\n"),
+        ("print(len(str(10**5000)))", "5001\n"),
+        ("print(int('7' * 5000) % 10)", "7\n"),
+        ("print(__file__)", "program.py\n"),
+        ("import resource as r\nr.setrlimit(r.RLIMIT_STACK, (r.getrlimit(r.RLIMIT_STACK)[1],) * 2)\nprint(1)", "1\n"),
+    ],
+)
+def test_a_program_finds_what_python_gives_it(box: Sandbox, source: str, printed: str) -> None:
+    end = box.run(source, "", LIMITS)
+    assert (end.status, end.stdout) == ("ok", printed), end
+
+
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        (
+            "print(Counter('aab').most_common(1), inf, pow(2, 10, 1000), List[int])",
+            "[('a', 2)] inf 24 typing.List[int]\n",
+        ),
+        ("print(math.gcd(4, 6), bisect.bisect_left([1, 2], 2), datetime.date(2020, 1, 1))", "2 1 2020-01-01\n"),
+        (
+            "def gcd(a): return 'mine'\nprint(gcd(1), 'gcd' in globals(), 'lcm' in globals(), lcm(2, 3))",
+            "mine True False 6\n",
+        ),
+        ("def f(n): return n and 1 + f(n - 1)\nprint(f(49000))", "49000\n"),
+        ("@cache\ndef f(n): return n and 1 + f(n - 1)\nprint(f(24000))", "24000\n"),
+        ("def f(): return 3\nprint(f())\nif f():\n    return\nprint(4)", "3\n"),
+    ],
+)
+def test_a_program_for_a_judge_finds_what_judges_give_it(box: Sandbox, source: str, printed: str) -> None:
+    end = box.run(source, "", Limits(cpu_seconds=60, wall_seconds=300.0), "judge")
+    assert (end.status, end.stdout) == ("ok", printed), end
+    assert box.run(source, "", LIMITS).status in ("error", "compile_error")  # and not from Python itself

@@ -568,3 +568,25 @@ def test_a_program_in_the_form_of_the_apps_grader_is_called(box: Sandbox) -> Non
         assert reward.unit_tests(program, **row, outcome="bcoder", **PATIENT, sandbox=box).reward == verdict
     uncalled = "def code():\n    print(int(input()) ** 2)\n"
     assert reward.unit_tests(uncalled, **row, outcome="bcoder", **PATIENT, sandbox=box).reward == -0.3
+
+
+# --- the conventions of judges ----------------------------------------------------------------------------------------
+
+
+def test_a_judges_names_are_not_the_programs(box: Sandbox) -> None:
+    # Otherwise an empty answer would pass every row whose function has the name of one in the standard library.
+    row = {"input_output": {"fn_name": "gcd", "inputs": [[4, 6]], "outputs": [2]}}
+    assert verdicts("pass", box, **row) == ["error"]
+    assert verdicts("class Solution:\n    def gcd(self, a, b): return math.gcd(a, b)", box, **row) == ["passed"]
+
+
+def test_each_call_has_a_new_solution(box: Sandbox) -> None:
+    row = {"input_output": {"fn_name": "f", "inputs": [[1], [1]], "outputs": [[1], [1]]}}
+    program = """
+class Solution:
+    def __init__(self): self.n = 0
+    def f(self, x):
+        self.n += 1
+        return [self.n]
+"""
+    assert verdicts(program, box, **row) == ["passed", "passed"]

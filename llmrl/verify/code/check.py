@@ -81,9 +81,9 @@ def run_tests(
             if isinstance(tests, SuiteTests):
                 return _run_suite(program, tests, box, clock, stop_early)
             if isinstance(tests, StdinTests):
-                results = _run_stdin(program, tests, box, clock, stop_early)
+                results = _run_stdin(program, row, tests, box, clock, stop_early)
             else:
-                results = _run_calls(program, tests, total, box, clock, stop_early)
+                results = _run_calls(program, row, tests, total, box, clock, stop_early)
             return results + [TestResult(verdict="not_run")] * (total - len(results))
     return [TestResult(verdict="error", detail="the program brought its box down twice")] * total
 
@@ -121,13 +121,15 @@ _OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit for all runs tog
 # --- programs that read standard input --------------------------------------------------------------------------------
 
 
-def _run_stdin(program: str, tests: StdinTests, box: Sandbox, clock: _Clock, stop_early: bool) -> list[TestResult]:
+def _run_stdin(
+    program: str, row: Row, tests: StdinTests, box: Sandbox, clock: _Clock, stop_early: bool
+) -> list[TestResult]:
     results: list[TestResult] = []
     for given, expected in zip(tests.inputs, tests.outputs, strict=True):
         limits = clock.next_limits()
         if limits is None:
             return [*results, _OUT_OF_TIME]
-        end = box.run(program, given, limits)
+        end = box.run(program, given, limits, row.conventions)
         if end.status == "ok":
             verdict: Verdict = "passed" if same_output(end.stdout, expected) else "wrong"
         else:
@@ -174,7 +176,13 @@ def _same_token(given: str, wanted: str) -> bool:
 
 
 def _run_calls(
-    program: str, tests: AssertTests | CallTests, total: int, box: Sandbox, clock: _Clock, stop_early: bool
+    program: str,
+    row: Row,
+    tests: AssertTests | CallTests,
+    total: int,
+    box: Sandbox,
+    clock: _Clock,
+    stop_early: bool,
 ) -> list[TestResult]:
     results: list[TestResult] = []
     for _ in range(_MAX_RESTARTS):
@@ -183,7 +191,7 @@ def _run_calls(
             return [*results, _OUT_OF_TIME]
         with box.open(program, limits) as session:
             try:
-                session.load(program)
+                session.load(program, row.conventions)
                 check = _assert_check(session, tests) if isinstance(tests, AssertTests) else _call_check(session, tests)
             except ProgramEnded as ended:
                 results += [TestResult(verdict=_verdict(ended), detail=ended.detail)] * (total - len(results))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import UserError
+from llmrl.sandbox import Conventions
 from llmrl.verify.code.suite import SuiteTests, read_suite
 from llmrl.verify.thinking import without_thinking
 
@@ -70,6 +71,8 @@ class Row:
     """Code that an answer may continue with a bare function body (HumanEval)."""
     names: list[str] = field(default_factory=list)
     """Names that the tests call; the program defines at least one of them."""
+    conventions: Conventions = "python"
+    """What programs may rely on where the row comes from."""
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def _apps(row: Mapping[str, Any]) -> Row:
         return Row(tests=StdinTests(inputs=[_lines(i) for i in inputs], outputs=[_lines(o) for o in outputs]))
     calls = [_json_lines(i) if isinstance(i, str) else list(i) for i in inputs]
     tests = CallTests(function=name, inputs=calls, outputs=list(outputs), maybe_wrapped=True)
-    return Row(tests=tests, names=[name])
+    return Row(tests=tests, names=[name, "Solution"], conventions="judge")
 
 
 def _livecodebench(row: Mapping[str, Any]) -> Row:
@@ -146,7 +149,7 @@ def _livecodebench(row: Mapping[str, Any]) -> Row:
     kinds = {str(case.get("testtype", "stdin")) for case in cases}
     if kinds == {"stdin"}:
         inputs, outputs = [str(case["input"]) for case in cases], [str(case["output"]) for case in cases]
-        return Row(tests=StdinTests(inputs=inputs, outputs=outputs))
+        return Row(tests=StdinTests(inputs=inputs, outputs=outputs), conventions="judge")
     if kinds != {"functional"}:
         raise UserError(f"public_test_cases: testtype must be stdin or functional throughout, found {sorted(kinds)}")
     metadata = row.get("metadata") or {}
@@ -156,7 +159,8 @@ def _livecodebench(row: Mapping[str, Any]) -> Row:
         raise UserError("metadata: a functional LiveCodeBench row needs func_name (or a method in starter_code)")
     calls = [_json_lines(str(case["input"])) for case in cases]
     outputs = [_json(str(case["output"]), "public_test_cases") for case in cases]
-    return Row(tests=CallTests(function=name, inputs=calls, outputs=outputs), names=[name, "Solution"])
+    tests = CallTests(function=name, inputs=calls, outputs=outputs)
+    return Row(tests=tests, names=[name, "Solution"], conventions="judge")
 
 
 def broken_source(tests: AssertTests) -> str | None:
