@@ -13,7 +13,8 @@ from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
 from llmrl.types import Message, Score
 from llmrl.verify.checks.answers import completion_text
 from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
-from llmrl.verify.code.rows import AssertTests, Row, broken_source, extract_program, read_row
+from llmrl.verify.code.extract import extract_program
+from llmrl.verify.code.rows import AssertTests, Row, broken_source, read_row
 from llmrl.verify.code.suite import SuiteTests, unsupported
 
 POOL = True

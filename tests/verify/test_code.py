@@ -22,7 +22,8 @@ from llmrl.types import Score
 from llmrl.verify.code import check
 from llmrl.verify.code.check import TestResult as Result
 from llmrl.verify.code.check import reward_of, run_tests, same_output, same_value
-from llmrl.verify.code.rows import AssertTests, CallTests, StdinTests, extract_program, read_row
+from llmrl.verify.code.extract import extract_program
+from llmrl.verify.code.rows import AssertTests, CallTests, StdinTests, read_row
 
 pytestmark = pytest.mark.slow
 
@@ -94,10 +95,63 @@ UP = read_row(
         ("<think>never ends ```python\ndef add(a, b): 1\n```", ""),
         ("", ""),
         ("```python\n```", ""),
+        # What stands beside the fences on their lines.
+        ("<answer>\n```python\nA\n```</answer>", "A\n"),
+        ("<answer>```python\nA\n```\n</answer>", "A\n"),
+        ("Code: ```python\nA\n```", "A\n"),
+        ("- ```python\nA\n```", "A\n"),
+        ("- ```python\n  if 1:\n      A\n  ```", "if 1:\n    A\n"),
+        ("1. Code:\n\n   ```python\n   if 1:\n\n       A\n   ```", "if 1:\n\n    A\n"),
+        ("```python\nA```", "A\n"),
+        ("```python\nA\n``` This is it.\nIt uses ``` and `x`.", "A\n"),
+        ("```python\nA\n```<|im_end|>", "A\n"),
+        ("```python\ncut off here<|im_end|>", "cut off here\n"),
+        ("A<|im_end|>", "A"),
+        ("<answer>\nA\n</answer>", "A"),
+        ("```python\r\nA\r\nB\r\n```\r\n", "A\nB\n"),
+        ("\ufeffA", "A"),
+        # The prompt opened the first block.
+        ("print(1)\n```", "print(1)\n"),
+        ("print(1)```", "print(1)"),
+        ("print(1)\n```\nThis prints.", "print(1)\n"),
+        ("print(1)\n``` This prints.", "print(1)\n"),
+        ("print(1)\n```\nBetter:\n```python\nprint(2)\n```", "print(2)\n"),
+        ("Solution\n```\nA\n```\nDone", "A\n"),
+        ("x is 1.\n```\nA\n", "A\n"),
+        # Labels.
+        ("```python3.11\nA\n```\n```\n9\n```", "A\n"),
+        ("```{python}\nA\n```\n```text\n9\n```", "A\n"),
+        ('```python title="a.py"\nA\n```', "A\n"),
+        ("```\nA\n```\n```json\n{}\n```", "A\n"),
+        ("```cpp\nA\n```", "A\n"),
+        ("```python\nA\n```\n```python\n>>> main()\n9\n```", "A\n"),
+        # Fences in strings of the program; a string that a broken draft leaves open does not reach the next block.
+        ("```python\nprint('```')\n```", "print('```')\n"),
+        ('```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```', None),
+        ('```python\nx = """\n```\nFixed:\n```python\nx = """y"""\n```', 'x = """y"""\n'),
     ],
 )
-def test_the_program_is_found_in_an_answer(answer: str, program: str) -> None:
+def test_the_program_is_found_in_an_answer(answer: str, program: str | None) -> None:
+    if program is None:  # all that is between the outermost fences
+        program = answer.removeprefix("```python\n").removesuffix("```")
     assert extract_program(answer, ADD) == program
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("```python\nn = input()\n```\nWith n = 3:\n```python\nprint(3 ** 2)\n```", "n = input()\n"),
+        ("```\nn = int(open(0).read())\n```\nOutput:\n```\n9\n```", "n = int(open(0).read())\n"),
+        (
+            "```python\nn = input()\n```\nFaster:\n```python\nimport sys\nn = sys.stdin\n```",
+            "import sys\nn = sys.stdin\n",
+        ),
+        ("```python\nA\n```\n```python\nB\n```", "B\n"),
+        ("```python\n    A\n    B\n```", "A\nB\n"),
+    ],
+)
+def test_the_program_for_a_row_with_input_is_the_one_that_reads_it(answer: str, program: str) -> None:
+    assert extract_program(answer, read_row({"input_output": {"inputs": ["3"], "outputs": ["9"]}})) == program
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import given
 from llmrl.verify.checks.answers import deepresearcher_reward, search_r1_reward
 from llmrl.verify.checks.math import extract_answer
 from llmrl.verify.citations.pages import final_response, judged_text
-from llmrl.verify.code.rows import extract_program, read_row
+from llmrl.verify.code.extract import extract_program
+from llmrl.verify.code.rows import read_row
 from llmrl.verify.judge.judge import OfflineJudge
 from llmrl.verify.thinking import without_thinking
 from llmrl.verify.translation.compare import parse_output

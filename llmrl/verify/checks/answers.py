@@ -156,7 +156,10 @@ def completion_text(completion: str | list[Message]) -> str:
     if isinstance(completion, str):
         return completion
     replies = [message for message in completion if message.get("role") == "assistant"]
-    return str(replies[-1].get("content") or "") if replies else ""
+    content: Any = (replies[-1].get("content") or "") if replies else ""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content)
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:

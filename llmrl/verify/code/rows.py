@@ -1,7 +1,7 @@
-"""Reading code data sets and answers: a row becomes tests, a model's answer becomes the program to test.
+"""Reading code data sets: a row becomes tests. `extract.py` finds the program in a model's answer.
 
 Rows are recognized by their own column names: HumanEval (test, entry_point), MBPP (test_list), APPS (input_output),
-LiveCodeBench (public_test_cases, private_test_cases). Tests and references are trusted; the answer is only text here.
+LiveCodeBench (public_test_cases, private_test_cases). Tests and references are trusted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 from llmrl.errors import UserError
 from llmrl.sandbox import Conventions
 from llmrl.verify.code.suite import SuiteTests, read_suite
-from llmrl.verify.thinking import without_thinking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +102,15 @@ def read_row(row: Mapping[str, Any]) -> Row:
     )
 
 
+_MARKDOWN = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
 def _humaneval(row: Mapping[str, Any]) -> Row:
     entry = str(row["entry_point"])
     prompt = str(row.get("prompt") or "")
     if "```" in prompt:
-        prompt = next((block for block in _fenced(prompt) if _defines(block, entry)), "")
-    prompt = prompt if _defines(prompt, entry) else ""
+        prompt = next((block for block in _MARKDOWN.findall(prompt) if defines(block, entry)), "")
+    prompt = prompt if defines(prompt, entry) else ""
     tests = AssertTests(checks=[f"{row['test']}\ncheck(candidate)\n"], helpers=prompt, entry_point=entry)
     return Row(tests=tests, prompt=prompt, names=[entry])
 
@@ -239,82 +241,13 @@ def _called_names(source: str) -> set[str]:
 
 _BUILTINS = frozenset(dir(__import__("builtins")))
 
-# --- answers ----------------------------------------------------------------------------------------------------------
 
-_FENCE = re.compile(
-    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
-)
-_PYTHON = {"python", "py", "python3", "python2"}
-
-
-def extract_program(answer: str, row: Row) -> str:
-    """Extract the program from a chat answer or a bare completion.
-
-    Thinking is dropped. Of several fenced blocks, the program is the last one that defines what the tests call, else
-    the last Python block, else the last block. Blocks are never joined, because answers repeat themselves and end with
-    examples of use. Without a fence the whole text is the program. If the row has a code prompt, its imports and
-    helpers go in front of a function definition, and a bare body continues the prompt.
-
-    Args:
-        answer: text of the completion.
-        row: from `read_row`.
-
-    Returns:
-        Source code; "" if there is none.
-    """
-    text = without_thinking(answer)
-    code = _choose(_FENCE.findall(text + "\n"), row.names) if "```" in text or "~~~" in text else text
-    if not code.strip():
-        return ""
-    if not row.prompt:
-        return with_apps_call(code) if isinstance(row.tests, StdinTests) else code
-    entry = row.names[0]
-    if not _defines(code, entry):
-        return row.prompt.rstrip("\n") + "\n" + _as_body(code)
-    prelude = row.prompt[: re.search(_definition(entry), row.prompt, re.MULTILINE).start()]  # type: ignore[union-attr]
-    return code if "from __future__" in code else prelude + code
-
-
-_APPS_HARNESS = "\nstdin = sys.stdin\nstdout = sys.stdout\ndef code():\n"
-"""How a program that reads standard input begins in the form that APPS's grader gives it, before it calls `code()`."""
-
-
-def with_apps_call(program: str) -> str:
-    """Add the call of `code()` to a program in the form that APPS's grader gives it; return others unchanged.
-
-    The grader puts imports in front of a program and moves its lines into a function `code`. CodeRL's data store some
-    programs in this form (`baseline_solutions`). Without the call they would define a function and end.
-    """
-    return f"{program.rstrip()}\n\ncode()\n" if _APPS_HARNESS in program else program
-
-
-def _fenced(text: str) -> list[str]:
-    return [content for _, _, content in _FENCE.findall(text + "\n")]
-
-
-def _choose(blocks: list[tuple[str, str, str]], names: list[str]) -> str:
-    contents = [content for _, _, content in blocks]
-    python = [content for _, language, content in blocks if language.lower() in _PYTHON]
-    defining = [content for content in contents if any(_defines(content, name) for name in names)]
-    best = defining or python or contents
-    return best[-1] if best else ""
-
-
-def _definition(name: str) -> str:
+def definition(name: str) -> str:
+    """Return a pattern for the line on which a program defines a name."""
     escaped = re.escape(name)
     return rf"^(?:async[ ]+def|def|class)[ ]+{escaped}\b|^{escaped}[ ]*(?::[^=\n]*)?=[^=]"
 
 
-def _defines(code: str, name: str) -> bool:
-    return re.search(_definition(name), code, re.MULTILINE) is not None
-
-
-def _as_body(code: str) -> str:
-    """Return a function body at one level of indentation; chat models omit that of the first line, or all of it."""
-    lines = code.strip("\n").split("\n")
-    rest = [line for line in lines[1:] if line.strip()]
-    if lines[0][:1] in (" ", "\t"):
-        return code
-    if rest and all(line[:1] in (" ", "\t") for line in rest) and not lines[0].rstrip().endswith(":"):
-        return "\n".join([" " * 4 + lines[0], *lines[1:]])
-    return "\n".join(" " * 4 + line for line in lines)
+def defines(code: str, name: str) -> bool:
+    """Return whether a program defines a name at its top level."""
+    return re.search(definition(name), code, re.MULTILINE) is not None
