@@ -19,6 +19,7 @@ from llmrl.track.files import replacing
 from llmrl.types import Rollout, RolloutGroup, Score
 from llmrl.verify.contract import ExampleResult, run_examples
 from llmrl.verify.pool import available_cores
+from llmrl.verify.reward_args import ARGS_HELP, AddArgs, AddReward, parts_of, with_dotted
 from llmrl.verify.rows import is_conversational, read_rows, result_line, row_key, row_to_rollout
 from llmrl.verify.rubric import RowError, Rubric
 
@@ -33,7 +34,11 @@ DESCRIPTION = (
 
 
 def run(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 the run or an example failed, 2 arguments or input wrong."""
+    """Run the command and return its exit code.
+
+    Returns:
+        0: done. 1: a reward raised, nothing was scored, or an example failed. 2: the arguments or the input are wrong.
+    """
     try:
         arguments = _parse(argv)
         if arguments.self_test:
@@ -49,7 +54,9 @@ def run(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="llmrl verify", description=DESCRIPTION)
-    parser.add_argument("--reward", action="append", required=True, metavar="SPEC", help="repeat it to add several up")
+    parser.add_argument("--reward", action=AddReward, required=True, metavar="SPEC", help="repeat it to add several up")
+    parser.add_argument("--args", action=AddArgs, metavar="MAPPING", help=ARGS_HELP)
+    parser.add_argument("--time_limit_s", type=float, help="limit of one call of a reward, in seconds")
     parser.add_argument("--input", type=Path, metavar="ROWS.jsonl")
     parser.add_argument("--output", type=Path, metavar="SCORES.jsonl")
     parser.add_argument("--num_workers", type=int, default=available_cores(), help="default: all cores")
@@ -57,7 +64,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--self_test", "--self-test", action="store_true", help="score the EXAMPLES of each reward's file instead"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_dotted(argv))
+    if arguments.time_limit_s is not None and not arguments.time_limit_s > 0:
+        raise UserError(f"--time_limit_s {arguments.time_limit_s}: must be above 0")
     if arguments.num_workers < 1:
         raise UserError(f"--num_workers {arguments.num_workers}: must be at least 1")
     if not arguments.self_test and (arguments.input is None or arguments.output is None):
@@ -114,7 +123,8 @@ class _Group:
 
 
 async def _verify(arguments: argparse.Namespace) -> int:
-    rubric = Rubric(arguments.reward, num_workers=arguments.num_workers, strict=True)
+    parts = parts_of(arguments.reward, arguments.time_limit_s)
+    rubric = Rubric(parts, num_workers=arguments.num_workers, strict=True)
     tally = _Tally()
     started = time.perf_counter()
     try:
@@ -129,6 +139,8 @@ async def _verify(arguments: argparse.Namespace) -> int:
     if not tally.scored:
         failed = f"; the first of {tally.errors} errors:\n{tally.first_error}" if tally.errors else ""
         raise RunFailed(f"no row could be scored{failed or ': the rewards abstained from all of them'}")
+    if tally.errors:
+        raise RunFailed(f"the rewards failed for {tally.errors} of {tally.rows} rows; the first:\n{tally.first_error}")
     return 0
 
 
@@ -214,10 +226,10 @@ def _progress(tally: _Tally) -> Iterator[Any]:
 # --- self-test --------------------------------------------------------------------------------------------------------
 
 
-async def _self_test(specs: list[str], num_workers: int) -> int:
+async def _self_test(rewards: list[tuple[str, dict[str, Any]]], num_workers: int) -> int:
     failed = 0
-    for spec in specs:
-        results = await run_examples(spec, num_workers=num_workers)
+    for spec, args in rewards:
+        results = await run_examples(spec, args, num_workers=num_workers)
         _print_table(spec, results)
         failed += sum(not result.passed for result in results)
     return 1 if failed else 0

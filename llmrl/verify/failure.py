@@ -14,7 +14,7 @@ from llmrl.verify import plugin
 from llmrl.verify.plugin import PREFIX
 
 _CALLERS = (
-    *(str(Path(__file__).with_name(name)) for name in ("rubric.py", "worker.py", "reward.py")),
+    *(str(Path(__file__).with_name(name)) for name in ("rubric.py", "worker.py", "reward.py", "limits.py")),
     str(Path(asyncio.__file__).parent),
 )
 """What calls rewards: frames there say nothing about the error."""

@@ -35,8 +35,10 @@ class RewardConfig:
     sources: list[str] = field(default_factory=list)
     """Score only tasks of these sources: names of `data.sources`, or what a row's column data_source (dataset, source)
     says. Default: all tasks."""
-    time_limit_s: Positive = 20.0
-    """Time limit of one call in seconds, for rewards that run in the pool of worker processes."""
+    time_limit_s: Positive | None = None
+    """Time limit of one call in seconds. A call that exceeds it is given up and is an error of its rollout, or of its
+    group, for rewards that see groups. Default: 20 in the pool of worker processes, 1,200 elsewhere, where a reward may
+    wait for a judge that is being restarted."""
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,12 +18,17 @@ from llmrl.errors import LlmrlError, UserError
 from llmrl.types import ENVIRONMENT, Rollout, RolloutGroup, Score, Task
 from llmrl.verify.arguments import columns, trl_completion, trl_completion_ids, trl_prompt
 from llmrl.verify.failure import describe
+from llmrl.verify.limits import LimitReached, call
 from llmrl.verify.options import RewardConfig, VerifyConfig
-from llmrl.verify.pool import CallRefused, Pool, PoolError, available_cores
+from llmrl.verify.pool import CallRefused, CallTimedOut, Pool, PoolError, available_cores
 from llmrl.verify.reward import Reward, RewardTypeError, as_score, load_reward
 
 T = TypeVar("T")
-
+_logger = logging.getLogger(__name__)
+POOL_LIMIT_S = 20.0
+"""Default time limit of a call in the pool, in seconds."""
+LIMIT_S = 1200.0
+"""Default time limit of a call in this process: longer than a judge's `outage_budget_s`."""
 
 Part = RewardConfig
 """A rubric written in Python calls its rewards parts; they take the same options as in a recipe."""
@@ -229,35 +234,33 @@ class Rubric:
 
     # --- calling ---
 
+    def time_limit(self, reward: Reward) -> float:
+        """Return the time limit of one call of a reward, in seconds."""
+        given = self.parts[reward.name].time_limit_s
+        return given if given is not None else LIMIT_S if reward.spec is None else POOL_LIMIT_S
+
     async def _call_one(self, reward: Reward, rollout: Rollout) -> _Result:
         try:
             arguments = reward.arguments(rollout)
             if reward.spec is not None:
-                value = await self.pool.call(reward.spec, arguments, self.parts[reward.name].time_limit_s)
+                value = await self.pool.call(reward.spec, arguments, self.time_limit(reward))
             else:
-                value = await _maybe_await(reward.function(**arguments))
+                value = await call(lambda: reward.function(**arguments), self.time_limit(reward))
             return _Result(score=as_score(value, reward.name))
-        except Exception as error:
-            return self._failed(reward, error, rollout)
+        except BaseException as error:
+            return self._failed(reward, error, [rollout])[0]
 
     async def _call_group(self, reward: Reward, rollouts: list[Rollout]) -> list[_Result]:
         extra: dict[str, list[Any]] = {}
         try:
-            if reward.kind == "group":
-                values = await _maybe_await(reward.function(rollouts, **reward.arguments(rollouts[0])))
-            else:
-                keywords = self._trl_keywords(rollouts, extra)
-                if text := reward.missing(frozenset(keywords)):
-                    raise UserError(text)
-                taken = {k: v for k, v in keywords.items() if reward.takes_rest or k in reward.parameters}
-                values = await _maybe_await(reward.function(**taken | reward.args))
+            values = await call(self._group_call(reward, rollouts, extra), self.time_limit(reward))
             values = _as_list(values, len(rollouts), reward.name)
             extra = {
                 name: _as_list(entry, len(rollouts), f"{reward.name}, log_extra({name!r})")
                 for name, entry in extra.items()
             }
-        except Exception as error:
-            return [self._failed(reward, error, rollout) for rollout in rollouts]
+        except BaseException as error:
+            return self._failed(reward, error, rollouts)
         results = []
         for i, value in enumerate(values):
             try:
@@ -265,18 +268,41 @@ class Rubric:
                 score.info = score.info | {name: entry[i] for name, entry in extra.items()}
                 results.append(_Result(score=score))
             except (RewardTypeError, ValueError) as error:
-                results.append(self._failed(reward, error, rollouts[i]))
+                results += self._failed(reward, error, [rollouts[i]])
         return results
 
-    def _failed(self, reward: Reward, error: Exception, rollout: Rollout) -> _Result:
+    def _group_call(self, reward: Reward, rollouts: list[Rollout], extra: dict[str, list[Any]]) -> Callable[[], Any]:
+        """Return the call of a group or TRL reward; `log_extra` writes to `extra`."""
+        if reward.kind == "group":
+            arguments = reward.arguments(rollouts[0])
+            return lambda: reward.function(rollouts, **arguments)
+        keywords = self._trl_keywords(rollouts, extra)
+        if text := reward.missing(frozenset(keywords)):
+            raise UserError(text)
+        taken = {k: v for k, v in keywords.items() if reward.takes_rest or k in reward.parameters}
+        return lambda: reward.function(**taken | reward.args)
+
+    def _failed(self, reward: Reward, error: BaseException, rollouts: list[Rollout]) -> list[_Result]:
+        """Return the error as the result of the rollouts of a call; raise what must not become one."""
+        if _ends_the_process(error):
+            raise error
         if self.strict and isinstance(error, RewardTypeError):
-            raise RowError(f"field reward: {error}", rollout.index) from None
+            raise RowError(f"field reward: {error}", rollouts[0].index) from None
         if self.strict and isinstance(error, (UserError, CallRefused)):
-            raise RowError(str(error), rollout.index) from None
+            raise RowError(str(error), rollouts[0].index) from None
         if isinstance(error, LlmrlError):  # it must stop the run: an exhausted budget, a judge that fails its canaries
             raise error
-        text = str(error) if isinstance(error, PoolError) else describe(error, reward.function)
-        return _Result(score=Score(reward=None, error=text))
+        if isinstance(error, (LimitReached, CallTimedOut)):
+            limit = self.time_limit(reward)
+            text = f"reward {reward.name}: timed out after {limit:g} s (time_limit_s) and was given up"
+            _logger.warning("%s: task %s", text, rollouts[0].task.id)
+            if error.__traceback__ is not None and not isinstance(error, PoolError):  # says where it was waiting
+                text += f"\n{describe(error, reward.function)}"
+        elif isinstance(error, SystemExit):
+            text = f"reward {reward.name}: it ended with sys.exit({error.code!r})\n{describe(error, reward.function)}"
+        else:
+            text = str(error) if isinstance(error, PoolError) else describe(error, reward.function)
+        return [_Result(score=Score(reward=None, error=text)) for _ in rollouts]
 
     def _trl_keywords(self, rollouts: list[Rollout], extra: dict[str, list[Any]]) -> dict[str, Any]:
         """Return TRL's keyword arguments for one group; `log_extra` writes to `extra`."""
@@ -390,8 +416,12 @@ async def _all_of(coroutines: list[Coroutine[Any, Any, T]]) -> list[T]:
     return list(await asyncio.gather(*coroutines))
 
 
-async def _maybe_await(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
+def _ends_the_process(error: BaseException) -> bool:
+    """Return whether an exception means this process or this task, and not the reward that it was raised in."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is None or task.cancelling() > 0  # otherwise the reward was cancelled by what it waited for
+    return isinstance(error, KeyboardInterrupt | GeneratorExit)
 
 
 def _as_list(values: Any, length: int, name: str) -> list[Any]:

@@ -241,6 +241,12 @@ def test_server_refuses_an_incomplete_payload(server: str, missing: str) -> None
     assert reply.status_code == 400 and missing in reply.json()["detail"]
 
 
+@pytest.mark.parametrize("label", [["Basel", "Bâle"], {"text": "Basel"}, None, True])
+def test_server_refuses_a_label_that_is_no_single_answer(server: str, label: Any) -> None:
+    reply = httpx.post(f"{server}/evaluate", json=payload(GOOD) | {"label": label}, timeout=30)
+    assert reply.status_code == 400 and "label must be one answer" in reply.json()["detail"]
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 100_000, b'{"history": NaN}'])
 def test_server_refuses_an_invalid_payload(server: str, body: bytes) -> None:
     assert httpx.post(f"{server}/evaluate", content=body, timeout=30).status_code == 400

@@ -42,6 +42,9 @@ def write(file: Path, rows: list[Any]) -> Path:
     return file
 
 
+OK = {"completion": "abc"}
+
+
 def verify(
     folder: Path, rows: list[Any], *rewards: str, extra: tuple[str, ...] = ()
 ) -> tuple[int, list[dict[str, Any]]]:
@@ -80,11 +83,73 @@ def test_several_rewards_add_up_and_errors_stay_with_their_row(
 ) -> None:
     rows = [{"completion": text, "bonus": 1.0} for text in ("ab", "fail", "abstain", "abcd")]
     code, scores = verify(folder, rows, "mine.py", "mine.py:fails")
-    assert code == 0
+    assert code == 1
     assert [row["reward"] for row in scores] == [3.5, None, 8.0, 5.5]
     assert "the reason" in scores[1]["error"]
     assert scores[1]["parts"] == {"mine": 5.0, "fails": None}
-    assert "1 errors" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 errors" in printed.out
+    assert "the rewards failed for 1 of 4 rows; the first:\n[fails] RuntimeError: the reason (" in printed.err
+    assert "if completion == 'fail': raise RuntimeError('the reason')" in printed.err
+
+
+def test_a_reward_gets_its_arguments(folder: Path) -> None:
+    (folder / "takes.py").write_text("def takes(completion, judge, bonus=0):\n    return judge['grade'] + bonus\n")
+    (folder / "args.yaml").write_text("judge: {grade: 3, model: m}\nbonus: 1\n")
+    rows = [{"completion": "a"}]
+
+    def reward(*words: str) -> float:
+        code, scores = verify(folder, rows, "takes.py", extra=words)
+        assert code == 0
+        return scores[0]["reward"]
+
+    assert reward("--args", "{judge: {grade: 2}, bonus: 5}") == 7
+    assert reward("--args", '{"judge": {"grade": 2}}') == 2
+    assert reward("--args.judge.grade", "4", "--args.bonus=0.5") == 4.5
+    assert reward("--args", "args.yaml", "--args.judge.grade", "10") == 11
+
+
+def test_each_reward_gets_its_own_arguments(folder: Path) -> None:
+    write(folder / "rows.jsonl", [{"completion": "abc"}])
+    words = ["--reward", "mine.py", "--args.bonus", "1", "--reward", "mine.py", "--args", "{bonus: 10}"]
+    assert run([*words, "--input", "rows.jsonl", "--output", "scores.jsonl"]) == 0
+    assert json.loads((folder / "scores.jsonl").read_text())["parts"] == {"mine": 4.0, "mine_2": 13.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--args", "{bonus: 1}", "--reward", "mine.py"], "it must come after the --reward"),
+        (["--reward", "mine.py", "--args", "{bonus: [}"], "not valid YAML or JSON"),
+        (["--reward", "mine.py", "--args", "bonus"], "must be a mapping"),
+        (["--reward", "mine.py", "--args", "none.yaml"], "No such file"),
+        (["--reward", "mine.py", "--args.bonus"], "give it as --args.KEY VALUE"),
+        (["--reward", "mine.py", "--args.bonsu", "1"], "`args` has 'bonsu'"),
+        (["--reward", "mine.py", "--time_limit_s", "0"], "--time_limit_s 0.0: must be above 0"),
+    ],
+)
+def test_wrong_arguments_of_rewards_are_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    write(folder / "rows.jsonl", [OK])
+    assert run([*words, "--input", "rows.jsonl", "--output", "scores.jsonl"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reward_that_hangs_or_exits_costs_its_rows_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.py").write_text(
+        "import asyncio, sys\n"
+        "async def bad(completion):\n"
+        "    if completion == 'hang': await asyncio.Event().wait()\n"
+        "    if completion == 'exit': sys.exit(3)\n"
+        "    return 1\n"
+    )
+    rows = [{"completion": text} for text in ("fine", "hang", "exit", "fine")]
+    code, scores = verify(folder, rows, "bad.py", extra=("--time_limit_s", "0.3"))
+    assert (code, [row["reward"] for row in scores]) == (1, [1.0, None, None, 1.0])
+    assert scores[1]["error"].startswith("reward bad: timed out after 0.3 s (time_limit_s)")
+    assert scores[2]["error"].startswith("reward bad: it ended with sys.exit(3)")
+    assert "the rewards failed for 2 of 4 rows; the first:\nreward bad: timed out" in capsys.readouterr().err
 
 
 def test_rows_that_differ_in_their_completion_alone_are_a_group(folder: Path) -> None:
@@ -123,9 +188,6 @@ def test_any_text_is_read_and_written(folder: Path, text: str) -> None:
     )
     assert code == 0
     assert [row["completion"] for row in scores] == [text, text + "5"]
-
-
-OK = {"completion": "abc"}
 
 
 @pytest.mark.parametrize(
