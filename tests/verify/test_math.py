@@ -17,16 +17,9 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from llmrl.types import Score
-from llmrl.verify.checks.math import (
-    _parse,
-    _surely_differ,
-    equals_gold,
-    extract_answer,
-    gold_answers,
-    is_tame,
-    last_box,
-    normalize,
-)
+from llmrl.verify.checks.math import equals_gold, extract_answer, gold_answers, last_box
+from llmrl.verify.checks.math_spelling import normalize
+from llmrl.verify.checks.math_symbols import is_tame, parse, surely_differ
 from llmrl.verify.spec import resolve
 from llmrl.verify.thinking import without_thinking
 
@@ -338,8 +331,8 @@ def test_math_verify_agrees_with_every_no_given_without_it(shared_data: Path) ->
     for _ in range(300):
         gold = chosen.choice(golds)
         changed = re.sub(r"\d", lambda digit: chosen.choice([digit.group(), str(chosen.randrange(1, 10))]), gold)
-        parsed = [_parse(gold), _parse(chosen.choice([changed, f"-{gold}", f"{gold} + 0", chosen.choice(golds)]))]
-        if all(parsed) and _surely_differ(parsed[0][0], parsed[1][0]):
+        parsed = [parse(gold), parse(chosen.choice([changed, f"-{gold}", f"{gold} + 0", chosen.choice(golds)]))]
+        if all(parsed) and surely_differ(parsed[0][0], parsed[1][0]):
             num_refused += 1
             assert not verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None), parsed
     assert num_refused > 30
@@ -357,7 +350,7 @@ def test_math_verify_agrees_with_every_no_given_without_it(shared_data: Path) ->
     ],
 )
 def test_special_rules_of_math_verify_are_left_to_it(gold: str, prediction: str) -> None:
-    assert not _surely_differ(_parse(gold)[0], _parse(prediction)[0])
+    assert not surely_differ(parse(gold)[0], parse(prediction)[0])
 
 
 # --- any text ---------------------------------------------------------------------------------------------------------

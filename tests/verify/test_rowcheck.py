@@ -223,7 +223,7 @@ def test_bad_rows_of_shipped_rewards(
 
 
 def test_a_hundred_thousand_gsm8k_rows_parse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrl.verify.checks.math._parse", lambda answer: pytest.fail(f"parsed {answer}"))
+    monkeypatch.setattr("llmrl.verify.checks.math.parse", lambda answer: pytest.fail(f"parsed {answer}"))
     rubric = Rubric(["math_answer"])
     for answer in (
         r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}",
