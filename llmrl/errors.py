@@ -1,9 +1,12 @@
-"""The two ways in which a command fails, and the exit code of each."""
+"""The ways in which a command fails or is ended, and the exit code of each."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class LlmrlError(Exception):
@@ -29,6 +32,17 @@ class RunFailed(LlmrlError):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A command was asked to end by SIGTERM or Ctrl-C and has done so in good order. Exit code 143 or 130.
+
+    The message says what was kept and how to go on.
+    """
+
+    def __init__(self, text: str = "", *, exit_code: int = 130) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text for a message of one line, or its class where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -37,13 +51,22 @@ def first_line(error: BaseException) -> str:
 def run_main(main: Callable[[], object]) -> None:
     """Run the `main` of a recipe or command; print an `LlmrlError` without a traceback and exit with its code.
 
-    An interruption (Ctrl-C) is one line too, and exits with the code of a run that failed.
+    SIGTERM and Ctrl-C end it with one line and the code that shells give them, 143 and 130.
     """
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
     except LlmrlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted; continue with --train.resume_from_checkpoint last", file=sys.stderr, flush=True)
-        sys.exit(RunFailed.exit_code)
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("SIGTERM: ended", exit_code=128 + number)

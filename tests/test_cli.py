@@ -155,9 +155,9 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
     with pytest.raises(SystemExit) as caught:
         run_main(main)
-    assert caught.value.code == 1
+    assert caught.value.code == 130
     error = capsys.readouterr().err
-    assert error.startswith("error: interrupted")
+    assert error.startswith("interrupted")
     assert error.count("\n") == 1
 
 

@@ -538,6 +538,7 @@ FILES = {
     "save_steps": "checkpoints: tests/run/test_checkpoint.py",
     "save_total_limit": "checkpoints: tests/run/test_checkpoint.py",
     "resume_from_checkpoint": "checkpoints: tests/run/test_trainer.py",
+    "grace_s": "how a run ends: tests/run/test_interruption.py",
 }
 
 

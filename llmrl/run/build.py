@@ -15,6 +15,7 @@ from llmrl.model.parallel import Parallel, make_parallel
 from llmrl.run.data import encode, quieten_libraries
 from llmrl.run.engines import start_engine
 from llmrl.run.given import Given, resolve_config
+from llmrl.run.lock import lock, unlock
 from llmrl.run.methods import METHODS, Method, make_algorithm
 from llmrl.track.trackers import check_installed
 from llmrl.types import Task
@@ -127,24 +128,30 @@ def build(args: Any, given: Given) -> Parts:
 
 
 def check_output_dir(config: RunConfig, parallel: Parallel) -> None:
-    """Make the run's folder; refuse to overwrite another run."""
+    """Make the run's folder and lock it; refuse to overwrite another run."""
     folder, wanted = Path(config.train.output_dir), config.train.resume_from_checkpoint
     if wanted:
         from llmrl.run.checkpoint import belongs_to, find_checkpoint
 
         found = find_checkpoint(folder, wanted)
         if found is None or belongs_to(found, folder):
+            if parallel.is_main:
+                lock(folder)
             return
+    if not parallel.is_main:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+    except OSError as error:
+        raise UserError(f"train.output_dir {folder} cannot be created: {error}") from error
     metrics = folder / "metrics.jsonl"
-    if parallel.is_main and metrics.is_file() and metrics.stat().st_size:
+    if metrics.is_file() and metrics.stat().st_size:
+        unlock(folder)
         raise UserError(
             f"train.output_dir {folder} already holds a run: choose another folder, or continue it with "
             "--train.resume_from_checkpoint last"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"train.output_dir {folder} cannot be created: {error}") from error
 
 
 def build_policy(

@@ -6,13 +6,16 @@ checkpoints/step-00000010/
     reference.safetensors the reference, where it has moved
     rng-RANK.pt           random states of each process
     state.json            step, sampler, policy version, lengths of the run's JSON-lines files
+    SHA256SUMS            what each of these files held; `sha256sum --check SHA256SUMS` checks it, and so does resuming
+
+No file holds code: nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
+import random as python_random
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from llmrl.errors import RunFailed, UserError
+from llmrl.run import sums
 
 if TYPE_CHECKING:
     from llmrl.model.parallel import Parallel
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
     from llmrl.train.learner import Learner
 
 FOLDER, PREFIX, STATE = "checkpoints", "step-", "state.json"
-UNFINISHED = ".writing-"
+UNFINISHED, DELETED = ".writing-", ".deleting-"
+FORMAT = 1
+"""Of what a checkpoint holds. Another number is refused, since it may mean anything."""
 
 
 def save_checkpoint(
@@ -43,8 +49,19 @@ def save_checkpoint(
     state: dict[str, Any],
     parallel: Parallel,
     keep: int,
+    random: dict[str, Any] | None = None,
 ) -> Path:
     """Write checkpoint `step` and delete all but the newest `keep` (0 keeps all).
+
+    Args:
+        output_dir: the run's folder.
+        step: its number.
+        policy: its trained parameters, and the reference where it moved.
+        learner: its optimizer and schedule.
+        state: whatever else the next step depends on, as JSON.
+        parallel: the processes.
+        keep: how many checkpoints.
+        random: an earlier `random_states`; those of this moment by default.
 
     Raises:
         RunFailed: the disk is full or not writable. What was written so far is removed; older checkpoints stay.
@@ -52,12 +69,12 @@ def save_checkpoint(
     folder = output_dir / FOLDER / f"{PREFIX}{step:08d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
     if parallel.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_leftovers(output_dir)
         unfinished.mkdir(parents=True)
     parallel.barrier()
     try:
         written = [unfinished / f"rng-{parallel.rank}.pt"]
-        torch.save(_random_states(), written[0])
+        torch.save(random_states() if random is None else random, written[0])
         if parallel.is_main:
             written = [unfinished / name for name in ("weights.safetensors", "learner.pt", STATE)] + written
             save_file(policy.trained_parameters(), unfinished / "weights.safetensors")
@@ -65,19 +82,22 @@ def save_checkpoint(
                 written.append(unfinished / "reference.safetensors")
                 save_file(reference, written[-1])
             torch.save(learner.state_dict(), unfinished / "learner.pt")
-            state = state | {"step": step, "num_processes": parallel.world}
+            state = state | {"format": FORMAT, "step": step, "num_processes": parallel.world}
             (unfinished / STATE).write_text(json.dumps(state))
         for file in written:
             _to_disk(file)  # a full disk may raise only here
+        parallel.barrier()  # every process has written its file
+        if parallel.is_main:
+            _to_disk(sums.write(unfinished))
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunFailed(
             f"checkpoint {folder} could not be written ({error}); free space or choose another train.output_dir, then "
             "resume from the last checkpoint"
         ) from error
-    parallel.barrier()
     if parallel.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _remove(folder)
         unfinished.rename(folder)
         _to_disk(folder.parent)
         _delete_older(output_dir, keep)
@@ -91,22 +111,26 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
     Raises:
         UserError: the checkpoint is damaged, or was taken with another model or number of processes.
     """
+    own = f"rng-{parallel.rank}.pt"
     try:
+        sums.check(folder, [STATE])
         state = json.loads((folder / STATE).read_text())
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {folder} has format {state.get('format')}, this version of llmrl reads {FORMAT}: resume "
+                "with the version that wrote it"
+            )
+        same_world = state["num_processes"] == parallel.world
+        # The main process reads all files once more for the others.
+        sums.check(folder, None if parallel.is_main else [own] if same_world else [])
         weights = load_file(folder / "weights.safetensors")
         moved = folder / "reference.safetensors"
         reference = load_file(moved) if moved.is_file() else {}
         learner_state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
-        if state["num_processes"] == parallel.world:
-            states = torch.load(folder / f"rng-{parallel.rank}.pt", weights_only=False)
-        else:
-            states = None  # another number of processes: sampling is seeded per request, only dropout will differ
+        # Another number of processes: sampling is seeded per request, only dropout will differ.
+        states = torch.load(folder / own, weights_only=True) if same_world else None
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        older = [str(path) for path in sorted(folder.parent.glob(PREFIX + "*")) if path.name < folder.name]
-        raise UserError(
-            f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); delete it and resume from an older "
-            f"one: {', '.join(older) or 'there is none'}"
-        ) from error
+        raise _damaged(folder, error) from error
     trained = policy.trained_parameters()
     if trained.keys() != weights.keys() or any(trained[k].shape != weights[k].shape for k in trained):
         raise UserError(f"checkpoint {folder} holds the parameters of another model; was model.path or lora changed?")
@@ -118,13 +142,27 @@ def load_checkpoint(folder: Path, *, policy: Policy, learner: Learner, parallel:
     return state
 
 
+def _damaged(folder: Path, error: Exception) -> UserError:
+    older = [str(path) for path in sorted(folder.parent.glob(PREFIX + "*")) if path.name < folder.name]
+    what = str(error) if isinstance(error, sums.Damaged) else f"{type(error).__name__}: {error}"
+    return UserError(
+        f"checkpoint {folder} is damaged ({what}); delete it and resume from an older one: "
+        f"{', '.join(older) or 'there is none'}"
+    )
+
+
 def load_weights(folder: Path, policy: Policy) -> None:
     """Restore the policy's trained parameters alone. What the checkpoint holds beside them (a critic) is left out.
 
     Raises:
-        UserError: the checkpoint was taken with another model.
+        UserError: the checkpoint is damaged, or was taken with another model.
     """
-    weights, trained = load_file(folder / "weights.safetensors"), policy.trained_parameters()
+    try:
+        sums.check(folder, ["weights.safetensors"])
+        weights = load_file(folder / "weights.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+    trained = policy.trained_parameters()
     if any(name not in weights or weights[name].shape != trained[name].shape for name in trained):
         raise UserError(f"checkpoint {folder} holds the parameters of another model than the run's configuration names")
     policy.load_trained_parameters(weights)
@@ -142,7 +180,20 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def _delete_older(output_dir: Path, keep: int) -> None:
     for folder in list_checkpoints(output_dir)[:-keep] if keep else []:
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, which is none from the first moment on: a kill leaves no half of it."""
+    folder.rename(gone := folder.with_name(DELETED + folder.name))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Delete what a kill left of checkpoints that were being written or deleted."""
+    for prefix in (UNFINISHED, DELETED):
+        for left in (output_dir / FOLDER).glob(f"{prefix}{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -237,6 +288,7 @@ def branch(folder: Path, output_dir: Path, files: dict[str, int] | None = None) 
                     (output_dir / source.name).write_bytes(file.read(length))
                 lengths[name], kept[name] = length, state["files"].get(name, 0)  # before a finished row
         (unfinished / STATE).write_text(json.dumps(state | {"files": kept}))
+        sums.write(unfinished)
         unfinished.rename(copy)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -249,10 +301,12 @@ def branch(folder: Path, output_dir: Path, files: dict[str, int] | None = None) 
     return lengths
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Return the state of every random number generator of this process."""
+    name, numbers, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "python": python_random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(numbers, np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -261,8 +315,9 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    python_random.setstate(states["python"])
+    name, numbers, *rest = states["numpy"]
+    np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -51,6 +51,7 @@ class Run(Protocol):
     console: Console
     output_dir: Path
     step: int
+    saved_step: int
     policy_version: int
     unfinished: dict[str, Any] | None
 
@@ -70,7 +71,8 @@ def resume(run: Run) -> None:
     state: dict[str, Any] = {}
     if folder is not None:
         state = checkpoint.load_checkpoint(folder, policy=run.policy, learner=run.learner, parallel=run.parallel)
-        run.step, run.policy_version, files = state["step"], state["policy_version"], state["files"]
+        run.step = run.saved_step = state["step"]
+        run.policy_version, files = state["policy_version"], state["files"]
         run.sampler.load_state_dict(state["sampler"])
         run.queue.load_state_dict(state["queue"], run.tasks)
         run.health.load_state_dict(state["health"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any, TypeVar
 from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
 from llmrl.config import RunConfig
 from llmrl.config.config import pass_at
-from llmrl.errors import LlmrlError, RunFailed, UserError
+from llmrl.errors import Interrupted, LlmrlError, RunFailed, UserError
 from llmrl.run import checkpoint
 from llmrl.run.best import Best
 from llmrl.run.build import build
 from llmrl.run.callbacks import Callbacks, check_callbacks
 from llmrl.run.clock import Clock, run_async
 from llmrl.run.given import Given, first_argument, refuse_keywords
+from llmrl.run.interruption import Interruption
+from llmrl.run.lock import unlock
 from llmrl.run.model_folder import save_model
 from llmrl.run.pipeline import RolloutQueue, on_device
 from llmrl.run.resume import resume
@@ -107,6 +110,9 @@ class Trainer:
         self.step = 0
         """Steps that are trained."""
         self.policy_version = 0
+        self.saved_step = 0
+        """The last step that has a checkpoint."""
+        self.interruption = Interruption(self.config.train.grace_s, self.parallel)
         self.best = Best(self.config.eval, self.output_dir)
         self.unfinished: dict[str, Any] | None = None
         """The row of metrics of a checkpoint that was taken before its evaluation; with the evaluation, if known."""
@@ -136,6 +142,7 @@ class Trainer:
 
         Raises:
             RunFailed: to continue would be to train on wrong data or to serve wrong weights.
+            Interrupted: SIGTERM or Ctrl-C ended it; what was trained is saved.
         """
         asked = "last" if resume_from_checkpoint is True else resume_from_checkpoint or None
         if asked not in (None, self.config.train.resume_from_checkpoint):
@@ -148,7 +155,8 @@ class Trainer:
             async with self:
                 return await self.fit()
 
-        return run_async(run())
+        with self.interruption.listening():
+            return run_async(run())
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or make one of a class, before the run starts."""
@@ -163,11 +171,17 @@ class Trainer:
         self.console.start("training", total=max_steps, done=self.step)
         self.callbacks.call("on_train_begin")
         metrics = await self._before_first_step()
+        self._note_state()
         while self.step < max_steps and not self.callbacks.stops:
+            if self.interruption.agreed():
+                raise self._interrupted()
             clock = Clock()
             self.source.begin_step(self.step, max_steps=max_steps, epoch=self.epoch)
             self.callbacks.begin_step()
-            groups, drawn = await self._draw(self.step + 1)  # 1 prompt, 2 rollout, 3 verify (overlapped)
+            try:
+                groups, drawn = await self.interruption.giving_up(self._draw(self.step + 1))  # 1 prompt, 2 rollout,
+            except Interrupted:  # 3 verify (overlapped)
+                raise self._interrupted() from None
             clock.lap("rollout")
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
             stats = await self._update(batch)  # 5 loss
@@ -180,6 +194,7 @@ class Trainer:
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             self.step += 1
             metrics = await self._finish_step(drawn, metrics)
+            self._note_state()
         self.console.stop()
         self._finish_run()
         return metrics
@@ -206,6 +221,7 @@ class Trainer:
         if self.record is not None and self.ledger is not None:
             self.record.close(failed=exception != (None, None, None))
             self.ledger.file.close()
+            unlock(self.output_dir)
 
     async def evaluate(
         self, tasks: Sequence[Task], *, num_generations: int = 1, temperature: float = 0.0, salt: str = "eval"
@@ -305,9 +321,13 @@ class Trainer:
     async def _evaluate(self, metrics: dict[str, float], *, saved: bool) -> dict[str, float]:
         """Evaluate, and record the step with what was found; `saved` tells whether it has a checkpoint."""
         try:
-            found = await self.method.evaluate(self)
+            found = await self.interruption.giving_up(self.method.evaluate(self))
             if not self.source.max_staleness:  # else rollouts of training report at the same time
                 found |= {f"eval/{name}": value for name, value in self.source.take_reported().items()}
+        except Interrupted:
+            if self.step:
+                self._keep_step(metrics, saved=saved)
+            raise self._interrupted() from None
         except Exception as error:
             hint = self._keep_step(metrics, saved=saved)
             if isinstance(error, LlmrlError):
@@ -372,12 +392,9 @@ class Trainer:
 
     # --- resuming, saving ---
 
-    def _save_checkpoint(self, unfinished: dict[str, float] | None = None) -> None:
-        """Save a checkpoint; `unfinished` are the metrics of a step that will be recorded when it is evaluated."""
-        files = {}
-        if self.record is not None and self.ledger is not None:
-            files = self.record.lengths() | {"ledger": self.ledger.file.sync()}
-        state = {
+    def _state(self, unfinished: dict[str, float] | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds beside weights, optimizer, random states and the lengths of files."""
+        return {
             "policy_version": self.policy_version,
             "sampler": self.sampler.state_dict(),
             "queue": self.queue.state_dict(),
@@ -386,18 +403,54 @@ class Trainer:
             "best": self.best.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "unfinished": unfinished,
-            "files": files,
         }
+
+    def _note_state(self) -> None:
+        """Note the state after a step, which drawing the next one changes: what an interruption goes back to."""
+        ledger = 0 if self.ledger is None else self.ledger.file.length()
+        self._noted = copy.deepcopy(self._state()), checkpoint.random_states(), ledger
+        self.interruption.advice = self._advice()
+
+    def _save_checkpoint(self, unfinished: dict[str, float] | None = None, *, noted: bool = False) -> None:
+        """Save a checkpoint.
+
+        Args:
+            unfinished: the metrics of a step that will be recorded when it is evaluated.
+            noted: save what `_note_state` noted instead of what is.
+        """
+        files = {}
+        if self.record is not None and self.ledger is not None:
+            files = self.record.lengths() | {"ledger": self.ledger.file.sync()}
+        state, random = self._state(unfinished), checkpoint.random_states()
+        if noted:
+            state, random, ledger = self._noted
+            files = files | {"ledger": ledger} if files else files
         checkpoint.save_checkpoint(
             self.output_dir,
             self.step,
             policy=self.policy,
             learner=self.learner,
-            state=state,
+            state=state | {"files": files},
+            random=random,
             parallel=self.parallel,
             keep=self.config.train.save_total_limit,
         )
+        self.saved_step = self.step
         self.callbacks.call("on_save")
+
+    def _interrupted(self) -> Interrupted:
+        """Save what was trained since the last checkpoint, and return the exception that ends the run."""
+        if self.saved_step < self.step:
+            self._save_checkpoint(noted=True)
+        return self.interruption.end(self._advice())
+
+    def _advice(self) -> str:
+        """Return what of the run is kept, and how to go on."""
+        if not self.step:
+            return "ended before the first step; nothing was trained"
+        kept = f"step {self.saved_step} is saved" if self.saved_step else "no step is saved"
+        lost = f", and {self.step - self.saved_step} after it will be repeated" if self.saved_step < self.step else ""
+        return f"ended after step {self.step}; {kept}{lost}. Continue with --train.resume_from_checkpoint last"
 
     def _finish_run(self) -> None:
         """Save the model, say how the run ended, and leave the other processes."""

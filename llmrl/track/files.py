@@ -58,6 +58,10 @@ class JsonlFile:
         except OSError as error:
             raise self._failed(error) from error
 
+    def length(self) -> int:
+        """Return the length in bytes of what was appended."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
     def sync(self) -> int:
         """Flush the file to disk and return its length in bytes, which a checkpoint keeps.
 

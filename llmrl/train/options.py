@@ -60,6 +60,9 @@ class TrainConfig:
     """Save a checkpoint every `save_steps` steps; 0 only at the end."""
     save_total_limit: Natural = 2
     """Older checkpoints are deleted; 0 keeps all."""
+    grace_s: NotNegative = 25.0
+    """SIGTERM (a scheduler, a preemption) gives the run this many seconds to finish its step and save it. Schedulers
+    kill what is left 30 seconds later or so."""
     resume_from_checkpoint: Annotated[Place | None, BeforeValidator(_last_if_true)] = None
     """`last` (or true), a checkpoint folder, or a run folder (its last checkpoint). Another run's begins a branch in a
     new `output_dir`. false: start anew."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from llmrl.algo.base import Algorithm
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.parallel import Parallel
-from llmrl.run import checkpoint
+from llmrl.run import checkpoint, sums
 from llmrl.run.checkpoint import branch, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from llmrl.train.learner import Learner
 from tests.invariance.cases import (
@@ -27,7 +29,7 @@ from tests.invariance.cases import (
     trained_parameters,
 )
 
-FILES = ["learner.pt", "rng-0.pt", "state.json", "weights.safetensors"]
+FILES = ["SHA256SUMS", "learner.pt", "rng-0.pt", "state.json", "weights.safetensors"]
 
 
 def build(lora: bool = False, seed: int = 0) -> tuple[Learner, Algorithm]:
@@ -67,7 +69,7 @@ def test_training_goes_on_with_the_same_bits(tmp_path: Path, lora: bool, seed: i
     with torch.no_grad():
         for parameter in resumed.parameters:
             parameter.add_(1.0)
-    assert load(folder, resumed) == state | {"step": 2, "num_processes": 1}
+    assert load(folder, resumed) == state | {"format": 1, "step": 2, "num_processes": 1}
     assert resumed.num_updates == 2
     metrics = [resumed.update(train_batch(samples), algorithm) for _ in range(2)]
     assert metrics == expected_metrics
@@ -99,7 +101,7 @@ def test_only_the_adapters_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage", "one bit"])
 def test_a_damaged_file_names_the_folder_and_the_older_ones(tmp_path: Path, file: str, damage: str) -> None:
     learner, _ = build()
     older, newer = save(tmp_path, 1, learner), save(tmp_path, 2, learner)
@@ -107,15 +109,61 @@ def test_a_damaged_file_names_the_folder_and_the_older_ones(tmp_path: Path, file
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
-        path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "garbage": b"\xffgarbage" * 50}[damage])
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        damaged = {"empty": b"", "half": content[: len(content) // 2], "garbage": b"\xffgarbage" * 50}
+        path.write_bytes((damaged | {"one bit": bytes(flipped)})[damage])
     before = trained_parameters(learner)
     with pytest.raises(UserError) as caught:
         load(newer, learner)
-    assert str(newer) in str(caught.value)
+    assert str(newer) in str(caught.value) and "is damaged" in str(caught.value)
+    assert file in str(caught.value), "the file is named"
     assert str(older) in str(caught.value).split("resume from")[1]
     for name, parameter in trained_parameters(learner).items():
         assert torch.equal(parameter, before[name]), "nothing may be put back from a damaged checkpoint"
     load(older, learner)
+
+
+def test_sha256sum_itself_finds_a_checkpoint_right(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, build()[0])
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    learner, _ = build()
+    folder = save(tmp_path, 1, learner)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": 7}))
+    sums.write(folder)
+    with pytest.raises(UserError, match="has format 7, this version of llmrl reads 1: resume with the version that"):
+        load(folder, learner)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    learner, _ = build()
+    for file in ("rng-0.pt", "learner.pt"):
+        folder = save(tmp_path, 1, learner)
+        torch.save({"torch": Evil()}, folder / file)
+        sums.write(folder)
+        with pytest.raises(UserError, match="is damaged"):
+            load(folder, learner)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_is_gone_before_its_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, _ = build()
+    first = save(tmp_path, 1, learner)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed before anything is deleted
+    second = save(tmp_path, 2, learner, keep=1)
+    assert list_checkpoints(tmp_path) == [second]
+    monkeypatch.undo()
+    save(tmp_path, 3, learner, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not first.exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
