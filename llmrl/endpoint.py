@@ -229,19 +229,20 @@ def _json_object(url: str, response: httpx.Response) -> dict[str, Any]:
     return reply
 
 
+def is_transient(error: BaseException, retried_status: Collection[int] = RETRIED_STATUS) -> bool:
+    """Return whether a failure says nothing about the request itself, so that it may succeed later."""
+    if not isinstance(error, EndpointError):
+        return False
+    return error.status is None or error.status in retried_status or error.status >= 500
+
+
 def _retry_policy(
     retries: int, retried_status: Collection[int], on_retry: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Return the arguments of tenacity's Retrying and AsyncRetrying."""
-
-    def is_transient(error: BaseException) -> bool:
-        if not isinstance(error, EndpointError):
-            return False
-        return error.status is None or error.status in retried_status or error.status >= 500
-
     return {
         "stop": tenacity.stop_after_attempt(retries + 1),
-        "retry": tenacity.retry_if_exception(is_transient),
+        "retry": tenacity.retry_if_exception(lambda error: is_transient(error, retried_status)),
         "wait": _wait,
         "before_sleep": lambda state: on_retry(),
         "reraise": True,

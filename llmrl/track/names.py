@@ -76,6 +76,7 @@ _add("judge/unreadable", "count", "Questions given up after unreadable answers: 
 _add("judge/canaries", "count", "Questions with a known answer, asked to check the judge.")
 _add("judge/canary_failures", "count", "Questions with a known answer that the judge got wrong.", "down")
 _add("judge/transport_retries", "count", "Requests repeated after a network or server error.", "down")
+_add("judge/given_up", "count", "Questions given up because the judge stayed away: abstentions.", "down")
 _add("judge/calls", "count", "Requests that the judge's endpoint answered.")
 _add("judge/input_tokens", "tokens", "Prompt tokens billed by the judge's endpoint.")
 _add("judge/output_tokens", "tokens", "Completion tokens billed by the judge's endpoint.")

@@ -19,6 +19,7 @@ from llmrl import endpoint as judge_http
 from llmrl.endpoint import Endpoint
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge import judge as judge_module
+from llmrl.verify.judge import outage
 from llmrl.verify.judge.cache import SpendLedger, Spent
 from llmrl.verify.judge.judge import (
     Canary,
@@ -132,7 +133,8 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(judge_http, "_backoff", lambda state: 0.01)
+    monkeypatch.setattr(outage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(outage, "LONGEST_WAIT_S", 0.02)
     fake = FakeServer()
     yield fake
     fake.server.shutdown()
@@ -257,21 +259,27 @@ def test_transport_faults_are_retried(server: FakeServer, fault: Any) -> None:
     assert server.times[2] - server.times[0] < FAULT_S
 
 
-@pytest.mark.parametrize(("status", "requests"), [(500, 3), (401, 1), (404, 1)])
-def test_a_judge_that_stays_broken_is_an_error_not_a_verdict(server: FakeServer, status: int, requests: int) -> None:
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_judge_that_refuses_is_an_error_not_a_verdict(server: FakeServer, status: int) -> None:
     server.script = lambda n, body: (status, {}, "no")
     with pytest.raises(EndpointError, match=f"HTTP {status}"):
         ask(make(server, retries=2))
-    assert len(server.bodies) == requests
+    assert len(server.bodies) == 1
 
 
-def test_no_server_is_an_error(monkeypatch: Any) -> None:
-    monkeypatch.setattr(judge_http, "_backoff", lambda state: 0.01)
+def test_a_judge_that_stays_broken_is_an_abstention(server: FakeServer) -> None:
+    server.script = lambda n, body: (500, {}, "no")
+    verdict = ask(make(server, outage_budget_s=0.1))
+    assert verdict.values is None and "HTTP 500 no" in verdict.problem
+
+
+def test_no_server_is_an_abstention_with_the_judges_name() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(EndpointError, match="Connect"):
-        ask(Judge(JudgeConfig(base_url=url, model="m", retries=1)))
+    verdict = ask(Judge(JudgeConfig(base_url=url, model="m", outage_budget_s=0.1)))
+    assert verdict.values is None and f"judge m at {url} has not answered" in verdict.problem
+    assert "Connect" in verdict.problem
 
 
 def test_retry_after_is_waited_for(server: FakeServer) -> None:
@@ -385,6 +393,41 @@ def test_a_budget_needs_usage(server: FakeServer) -> None:
     assert ask(make(server)).values
     with pytest.raises(RunFailed, match="reports no token usage"):
         ask(make(server, budget_tokens=1000))
+
+
+def test_calls_at_once_do_not_overshoot_the_budget(server: FakeServer) -> None:
+    judge = make(server, budget_tokens=2000, max_output_tokens=100)  # an answer costs 110
+
+    async def run() -> list[Any]:
+        asked = [judge.ask(QUESTION, {"response": str(i)}) for i in range(30)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await judge.close()
+        return found
+
+    found = asyncio.run(run())
+    answered = [verdict for verdict in found if not isinstance(verdict, BaseException)]
+    assert len(answered) == len(server.bodies) == 19  # the 19th begins below the budget and ends above it
+    assert all(isinstance(error, RunFailed) for error in found if isinstance(error, BaseException))
+    assert judge.metrics()["judge/input_tokens"] + judge.metrics()["judge/output_tokens"] == 2090
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "text", "text": GOOD[:9]}, {"type": "text", "text": GOOD[9:]}]},
+        {"content": [GOOD]},
+        {"content": None, "reasoning_content": f"It is 4. {GOOD}"},
+        {"content": "", "reasoning": GOOD},
+        {"content": GOOD, "reasoning_content": GOOD.replace("true", "false")},
+    ],
+    ids=["parts", "strings", "reasoning only", "other name", "both"],
+)
+def test_every_form_of_content_is_read(server: FakeServer, message: dict[str, Any]) -> None:
+    reply = json.loads(completion(GOOD))
+    reply["choices"][0]["message"] = {"role": "assistant", **message}
+    server.script = lambda n, body: (200, {}, json.dumps(reply))
+    assert ask(make(server)).values == {"reason": "same", "correct": True}
+    assert len(server.bodies) == 1
 
 
 # --- canaries ---------------------------------------------------------------------------------------------------------

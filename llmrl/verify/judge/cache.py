@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrl.endpoint import PerLoop
 from llmrl.errors import RunFailed
 from llmrl.verify.judge.verdict import canonical_json
 
@@ -53,7 +57,7 @@ class ReplyCache:
         return self.folder / key[:2] / f"{key}.json"
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Spent:
     """Tokens and money, in the currency of the configured prices."""
 
@@ -91,6 +95,9 @@ class SpendLedger:
         self.budget_cost = budget_cost
         self._spent = Spent()
         self._read_to = 0
+        self._reserved = Spent()
+        """What calls in progress may cost at most."""
+        self._freed: PerLoop[asyncio.Condition] = PerLoop(asyncio.Condition)
 
     def record(self, call: Spent) -> None:
         """Count one call."""
@@ -122,6 +129,37 @@ class SpendLedger:
                         f"{self.file}: {line[:80]!r} is not a valid ledger line; fix or remove it"
                     ) from None
         return self._spent
+
+    @contextlib.asynccontextmanager
+    async def reserved(self, call: Spent) -> AsyncIterator[None]:
+        """Hold back what a call may cost; near the end of a budget, wait for what others leave of it.
+
+        Raises:
+            RunFailed: a budget is used up.
+        """
+        if self.budget_tokens is None and self.budget_cost is None:
+            yield
+            return
+        freed = self._freed.get()
+        async with freed:
+            self.check()
+            while self._reserved.calls and not self._has_room(call):
+                await freed.wait()
+                self.check()
+            self._reserved.add(call)
+        try:
+            yield
+        finally:
+            self._reserved.add(Spent(-call.calls, -call.input_tokens, -call.output_tokens, -call.cost))
+            async with freed:
+                freed.notify_all()
+
+    def _has_room(self, call: Spent) -> bool:
+        spent = self.spent()
+        tokens = spent.tokens + self._reserved.tokens + call.tokens
+        cost = spent.cost + self._reserved.cost + call.cost
+        fits = self.budget_tokens is None or tokens <= self.budget_tokens
+        return fits and (self.budget_cost is None or cost <= self.budget_cost)
 
     def check(self) -> None:
         """Check the budgets before a call.

@@ -1,8 +1,9 @@
 """A language model as judge, over any OpenAI-compatible endpoint: Question and case in, a typed Verdict out.
 
-A judge that cannot be reached is an error of the sample (EndpointError); a judge whose answer cannot be read abstains
-(Verdict.values None). Neither counts as "wrong". The cost is recorded, and canaries (cases with a known verdict, mixed
-among the real ones) measure how far the judge can be trusted.
+A judge that refuses a request, or fails it while it answers others, is an error of the sample (EndpointError). A judge
+that stays away for longer than `outage_budget_s`, or whose answer cannot be read, abstains (Verdict.values None).
+Neither counts as "wrong". The cost is recorded, and canaries (cases with a known verdict, mixed among the real ones)
+measure how far the judge can be trusted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from llmrl.endpoint import Endpoint, EndpointError, PerLoop, require_client
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent, request_key
 from llmrl.verify.judge.options import JudgeConfig
+from llmrl.verify.judge.outage import JudgeAway, Outage
+from llmrl.verify.judge.replies import text_of
 from llmrl.verify.judge.verdict import (
     AnyJudge,
     Canary,
@@ -54,6 +57,7 @@ class _LoopState:
     """A judge's state per event loop, because connections belong to one loop."""
 
     endpoint: Endpoint
+    outage: Outage
     in_flight: dict[str, asyncio.Task[Verdict]] = field(default_factory=dict)
 
 
@@ -73,6 +77,7 @@ class Judge:
                 "unreadable",
                 "format_retries",
                 "transport_retries",
+                "given_up",
                 "canaries",
                 "canary_failures",
             ),
@@ -92,8 +97,11 @@ class Judge:
             question: the instructions, and the fields of the verdict.
             case: block name -> text.
 
+        Returns:
+            The verdict; its values are None where the judge did not answer, or not in a form that can be read.
+
         Raises:
-            EndpointError: the endpoint failed, after retries.
+            EndpointError: the endpoint refuses the request, or fails it while it answers others.
             RunFailed: the budget is used up, or too many canaries were judged wrongly.
         """
         self.counts["questions"] += 1
@@ -110,7 +118,11 @@ class Judge:
             in_flight[key] = task
             task.add_done_callback(lambda done: (in_flight.pop(key), done.cancelled() or done.exception()))
         # Shielded, because other callers may wait for the same answer when this one is canceled.
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except JudgeAway as error:
+            self.counts["given_up"] += 1
+            return Verdict(values=None, problem=str(error))
 
     def _remembered(self, key: str, question: Question) -> Verdict | None:
         cached = self._cache.get(key) if self._cache is not None else None
@@ -163,23 +175,32 @@ class Judge:
 
     async def _complete(self, messages: list[dict[str, str]], question: Question) -> tuple[str, str | None]:
         """Request one chat completion, record its tokens, and return (text, finish reason)."""
-        self.ledger.check()
-        endpoint = self._states.get().endpoint
         body = self._body(messages)
-        if self._structured:
-            schema = {"name": question.name, "strict": True, "schema": json_schema(question.fields)}
-            try:
-                reply = await endpoint.post({**body, "response_format": {"type": "json_schema", "json_schema": schema}})
-            except EndpointError as error:
-                if error.status not in (400, 415, 422, 501):
-                    raise
-                # The server may not know `response_format`. Only if it takes the request without is that the cause.
-                reply = await endpoint.post(body)
-                self._structured = False
-        else:
-            reply = await endpoint.post(body)
-        self._record(reply.get("usage"))
-        return _text_of(reply)
+        if not self._structured:
+            return text_of(await self._paid(body))
+        schema = {"name": question.name, "strict": True, "schema": json_schema(question.fields)}
+        try:
+            return text_of(
+                await self._paid({**body, "response_format": {"type": "json_schema", "json_schema": schema}})
+            )
+        except EndpointError as error:
+            if error.status not in (400, 415, 422, 501):
+                raise
+            # The server may not know `response_format`. Only if it takes the request without is that the cause.
+            reply = await self._paid(body)
+            self._structured = False
+            return text_of(reply)
+
+    async def _paid(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Post a request within the budget, wait out outages, and record what the reply cost."""
+        state = self._states.get()
+        # Characters and not tokens, as no tokenizer is at hand: too much rather than too little is held back.
+        input_tokens = len(str(body["messages"])) // 3
+        expected = self._spent(input_tokens, int(body.get("max_tokens") or self.config.max_output_tokens))
+        async with self.ledger.reserved(expected):
+            reply = await state.outage.send(lambda: state.endpoint.post(body))
+            self._record(reply.get("usage"))
+        return reply
 
     def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {
@@ -201,8 +222,11 @@ class Judge:
                     "Remove budget_tokens and budget_cost, or use a server that reports usage."
                 )
             counted = [0, 0]
-        cost = (counted[0] * self.config.input_price + counted[1] * self.config.output_price) / 1e6
-        self.ledger.record(Spent(calls=1, input_tokens=counted[0], output_tokens=counted[1], cost=cost))
+        self.ledger.record(self._spent(*counted))
+
+    def _spent(self, input_tokens: int, output_tokens: int) -> Spent:
+        cost = (input_tokens * self.config.input_price + output_tokens * self.config.output_price) / 1e6
+        return Spent(calls=1, input_tokens=input_tokens, output_tokens=output_tokens, cost=cost)
 
     async def _check_canary(self, question: Question) -> None:
         """Judge the question's next canary, bypassing the cache; stop or warn if too many were judged wrongly."""
@@ -251,11 +275,16 @@ class Judge:
             self.config.base_url.rstrip("/") + "/chat/completions",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout_s=self.config.timeout_s,
-            retries=self.config.retries,
+            retries=0,
             max_concurrency=self.config.max_concurrency,
+        )
+        outage = Outage(
+            f"{self.config.model} at {self.config.base_url}",
+            budget_s=self.config.outage_budget_s,
+            retries=self.config.retries,
             on_retry=self._count_retry,
         )
-        return _LoopState(endpoint=endpoint)
+        return _LoopState(endpoint=endpoint, outage=outage)
 
     def _count_retry(self) -> None:
         self.counts["transport_retries"] += 1
@@ -346,13 +375,3 @@ async def both_orders(
     if forward * backward > 0:
         return 0.0 if on_contradiction == "tie" else None
     return (forward - backward) / 2
-
-
-def _text_of(reply: dict[str, Any]) -> tuple[str, str | None]:
-    """Return (text, finish reason) of a chat completion; the text is '' if there is none."""
-    try:
-        choice = reply["choices"][0]
-        content = choice["message"].get("content")
-        return (content if isinstance(content, str) else ""), choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return "", None

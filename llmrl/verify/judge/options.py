@@ -27,7 +27,10 @@ class JudgeConfig:
     timeout_s: float = 120.0
     """Seconds per attempt."""
     retries: int = 5
-    """Further attempts after a transport failure: connection, timeout, 429, 5xx."""
+    """Further attempts of a request that fails (connection, timeout, 429, 5xx) while the judge answers others."""
+    outage_budget_s: float = 600.0
+    """Seconds for which the judge may answer nobody, as while it is restarted. Requests wait that long; then they are
+    abstentions."""
     format_retries: int = 2
     """Further attempts after an answer that cannot be read; each states what was wrong with the answer."""
     max_concurrency: int = 32
@@ -71,5 +74,7 @@ class JudgeConfig:
             found.append(f"canary_rate is {self.canary_rate}: must lie between 0 and 1")
         if self.max_concurrency < 1 or self.timeout_s <= 0 or self.retries < 0 or self.format_retries < 0:
             found.append("max_concurrency and timeout_s must be above 0, retries and format_retries at least 0")
+        if self.outage_budget_s < 0:
+            found.append(f"outage_budget_s is {self.outage_budget_s}: must be at least 0")
         if found:
             raise UserError("judge:\n" + "\n".join(f"  - {line}" for line in found))
