@@ -32,18 +32,38 @@ CORRECT = Question(
 )
 
 
+DECIDE_CORRECT = Question(
+    name="decide_correct",
+    instructions=CORRECT.instructions,
+    levels={"yes": 1.0, "no": 0.0},
+    canaries=tuple(
+        Canary(case=canary.case, expected={"level": "yes" if canary.expected["correct"] else "no"})
+        for canary in CORRECT.canaries
+    ),
+)
+
+
 async def judge_correct(
-    judge: AnyJudge, question: str, known_answers: Sequence[str], response: str
+    judge: AnyJudge, question: str, known_answers: Sequence[str], response: str, *, decision: bool = False
 ) -> tuple[float | None, dict[str, Any]]:
     """Ask whether the response commits to a known answer.
+
+    Args:
+        judge: whom to ask.
+        question: the question that the response answers.
+        known_answers: accepted answers.
+        response: the response.
+        decision: ask for one token; the first value is then the probability that the response is correct.
 
     Returns:
         (1.0 if it does, 0.0 if not, None if the judge abstained; the fields of the judge's verdict).
     """
     case = {"question": question, "known_answer": KNOWN_SEPARATOR.join(known_answers), "response": response}
-    verdict = await judge.ask(CORRECT, case)
+    verdict = await judge.ask(DECIDE_CORRECT if decision else CORRECT, case)
     if verdict.values is None:
         return None, {"problem": verdict.problem}
+    if decision:
+        return verdict.values["expected"], verdict.values
     # If the judge finds no final answer, the response cannot be correct, whatever the field `correct` says.
     answered = stated(verdict.values["final_answer"]) is not None or None in map(stated, known_answers)
     return float(verdict.values["correct"] and answered), verdict.values

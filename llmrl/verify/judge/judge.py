@@ -11,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llmrl.endpoint import Endpoint, EndpointError, PerLoop, require_client
 from llmrl.errors import RunFailed, UserError
 from llmrl.verify.judge.cache import ReplyCache, SpendLedger, Spent, request_key
+from llmrl.verify.judge.decision import decision_body, no_logprobs, read_decision
 from llmrl.verify.judge.options import JudgeConfig
+from llmrl.verify.judge.orders import both_orders
 from llmrl.verify.judge.outage import JudgeAway, Outage
 from llmrl.verify.judge.replies import text_of
 from llmrl.verify.judge.verdict import (
@@ -31,6 +34,7 @@ from llmrl.verify.judge.verdict import (
     Question,
     Verdict,
     canonical_json,
+    decided,
     json_schema,
     read_verdict,
     render,
@@ -106,7 +110,8 @@ class Judge:
         """
         self.counts["questions"] += 1
         messages = render(question, case, max_chars=self.config.max_chars)
-        key = request_key({"url": self.config.base_url, **self._body(messages), "fields": json_schema(question.fields)})
+        form = {"levels": dict(question.levels)} if question.levels else {"fields": json_schema(question.fields)}
+        key = request_key({"url": self.config.base_url, **self._body(messages), **form})
         remembered = self._remembered(key, question)
         if remembered is not None:
             self.counts["cache_hits"] += 1
@@ -129,6 +134,8 @@ class Judge:
         if cached is None:
             return None
         try:
+            if question.levels:
+                return replace(decided(question, _probabilities(cached, question), cached), cached=True)
             return Verdict(values=read_verdict(cached, question.fields), raw=cached, cached=True)
         except ValueError:
             return None  # a damaged file: ask again and overwrite it
@@ -151,6 +158,8 @@ class Judge:
 
     async def _dialogue(self, question: Question, messages: list[dict[str, str]]) -> Verdict:
         """Ask until the answer can be read; a retry states what was wrong with the first answer."""
+        if question.levels:
+            return await self._decide(question, messages)
         raw, problem = "", "no answer"
         for attempt in range(self.config.format_retries + 1):
             if attempt > 0:
@@ -190,6 +199,21 @@ class Judge:
             reply = await self._paid(body)
             self._structured = False
             return text_of(reply)
+
+    async def _decide(self, question: Question, messages: list[dict[str, str]]) -> Verdict:
+        """Ask for one token. The same request gives the same probabilities, so it is not repeated."""
+        try:
+            reply = await self._paid(decision_body(self._body(messages), self.config.top_logprobs))
+        except EndpointError as error:
+            if error.status is not None and error.status < 500 and "logprob" in str(error):
+                raise no_logprobs(self.config.base_url, str(error)) from None
+            raise
+        try:
+            probabilities = read_decision(reply, question.levels, self.config.base_url)
+        except ValueError as error:
+            self.counts["unreadable"] += 1
+            return Verdict(values=None, problem=str(error), raw=text_of(reply)[0])
+        return decided(question, probabilities, canonical_json(probabilities))
 
     async def _paid(self, body: dict[str, Any]) -> dict[str, Any]:
         """Post a request within the budget, wait out outages, and record what the reply cost."""
@@ -233,7 +257,7 @@ class Judge:
         canary = question.canaries[self._canaries_asked[question.name] % len(question.canaries)]
         self._canaries_asked[question.name] += 1
         if canary.fields is not None:
-            question = dataclasses.replace(question, fields=canary.fields)
+            question = replace(question, fields=canary.fields)
         messages = render(question, canary.case, max_chars=self.config.max_chars)
         try:
             verdict = await self._dialogue(question, messages)
@@ -296,6 +320,14 @@ class Judge:
             await state.endpoint.close()
 
 
+def _probabilities(cached: str, question: Question) -> dict[str, float]:
+    """Return the probabilities of a cached decision; ValueError if they are not those of the question's levels."""
+    found = json.loads(cached)
+    if not isinstance(found, dict) or set(found) != set(question.levels):
+        raise ValueError("not a decision between these levels")
+    return {level: float(value) for level, value in found.items()}
+
+
 JUDGE_FORMS = (
     "set args.judge to {base_url: http://HOST:PORT/v1, model: NAME}, to `package.module:factory` or `file.py:factory`, "
     "or to an object with `ask`"
@@ -348,30 +380,3 @@ def judge_metrics() -> dict[str, float]:
     for judge in _judges.values():
         total.update(judge.metrics())
     return dict(total)
-
-
-async def both_orders(
-    prefer: Callable[[str, str], Awaitable[float | None]],
-    first: str,
-    second: str,
-    *,
-    on_contradiction: Literal["tie", "abstain"] = "tie",
-) -> float | None:
-    """Return the preference for `first` over `second`, asked in both orders so that position bias cancels.
-
-    Args:
-        prefer: judges (a, b): above 0 if a is better, below 0 if b is, 0 for a tie, None for an abstention.
-        first: one text.
-        second: the other text.
-        on_contradiction: the result when the two orders prefer different texts.
-
-    Returns:
-        The mean of both preferences as seen from `first`; 0 or None on contradiction; None if either order abstained.
-    """
-    forward, backward = await asyncio.gather(prefer(first, second), prefer(second, first))
-    if forward is None or backward is None:
-        return None
-    # Equal signs contradict each other: both orders prefer the text at the same position.
-    if forward * backward > 0:
-        return 0.0 if on_contradiction == "tie" else None
-    return (forward - backward) / 2

@@ -24,6 +24,8 @@ class JudgeConfig:
     """Further request fields, such as {"chat_template_kwargs": {"enable_thinking": false}}; null removes a field."""
     structured: bool = True
     """Request decoding constrained to the answer's JSON schema. If the server refuses, later requests leave it out."""
+    top_logprobs: int = 20
+    """Alternatives whose log-probabilities a decision reads; servers have a limit (vLLM: --max-logprobs)."""
     timeout_s: float = 120.0
     """Seconds per attempt."""
     retries: int = 5
@@ -74,6 +76,8 @@ class JudgeConfig:
             found.append(f"canary_rate is {self.canary_rate}: must lie between 0 and 1")
         if self.max_concurrency < 1 or self.timeout_s <= 0 or self.retries < 0 or self.format_retries < 0:
             found.append("max_concurrency and timeout_s must be above 0, retries and format_retries at least 0")
+        if self.top_logprobs < 1:
+            found.append(f"top_logprobs is {self.top_logprobs}: must be at least 1")
         if self.outage_budget_s < 0:
             found.append(f"outage_budget_s is {self.outage_budget_s}: must be at least 0")
         if found:
