@@ -46,7 +46,7 @@ def with_options(golds: Sequence[str], options: Any) -> list[str]:
         golds: accepted answers.
         options: texts in the order of their letters, or letter -> text. Anything else adds nothing.
     """
-    texts = _by_letter(options)
+    texts = options_by_letter(options)
     if len(texts) < 2 or len(set(texts.values())) != len(texts):
         return list(golds)
     added: list[str] = []
@@ -62,7 +62,15 @@ def with_options(golds: Sequence[str], options: Any) -> list[str]:
     return [*golds, *added]
 
 
-def _by_letter(options: Any) -> dict[str, str]:
+def letter_and_text(normal: str) -> tuple[str, str]:
+    """Return the letter and the text of an answer such as `B) 12`, or two empty strings."""
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", normal)
+    match = _WITH_TEXT.fullmatch(" ".join(_LEAD.sub("", text.strip()).split()))
+    return (match.group(1) or match.group(2), match.group(3)) if match else ("", "")
+
+
+def options_by_letter(options: Any) -> dict[str, str]:
+    """Return letter -> text of options given as a list, a mapping, or {"label": [...], "text": [...]}; else {}."""
     if hasattr(options, "tolist"):
         options = options.tolist()
     if isinstance(options, Mapping):
