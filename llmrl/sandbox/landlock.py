@@ -14,6 +14,8 @@ _CREATE, _ADD, _RESTRICT = 444, 445, 446
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 _MAKE_AND_REMOVE = sum(1 << bit for bit in (4, 5, 7, 8, 12))
 """remove_dir, remove_file, make_dir, make_reg, make_sym."""
+_MOVE_AND_PIPE = 1 << 13 | 1 << 10
+"""refer, make_fifo."""
 _HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
 _ALL_HANDLED = (1 << 16) - 1
 
@@ -24,13 +26,14 @@ def abi_version() -> int:
     return max(0, int(version))
 
 
-def restrict(read: list[str], write: list[str], devices: list[str]) -> None:
+def restrict(read: list[str], write: list[str], devices: list[str], *, commands: bool = False) -> None:
     """Apply the restriction, irrevocably. Paths that do not exist are skipped.
 
     Args:
         read: files or directories (with all below) that may be read.
         write: directories in which files may be read, created, written and removed.
         devices: files that may be read and written but not replaced.
+        commands: files below `read` and `write` may also be executed, and those below `write` moved between folders.
 
     Raises:
         OSError: the kernel refused.
@@ -40,10 +43,11 @@ def restrict(read: list[str], write: list[str], devices: list[str]) -> None:
     attributes = struct.pack("=QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _syscall(_CREATE, ctypes.create_string_buffer(attributes), size, 0)
-    readable = _READ_FILE | _READ_DIR
+    readable = _READ_FILE | _READ_DIR | (_EXECUTE if commands else 0)
+    changeable = _MAKE_AND_REMOVE | (_MOVE_AND_PIPE if commands else 0)
     for paths, access in (
         (read, readable),
-        (write, readable | _WRITE_FILE | _TRUNCATE | _MAKE_AND_REMOVE),
+        (write, readable | _WRITE_FILE | _TRUNCATE | changeable),
         (devices, _READ_FILE | _WRITE_FILE),
     ):
         for path in paths:

@@ -17,11 +17,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmrl.sandbox import Limits, ProgramEnded, Raised, Sandbox, Session
+from llmrl.sandbox import Limits, ProgramEnded, Raised, Sandbox, SandboxUnavailable, Session
 from llmrl.sandbox.local import LocalSandbox
 
 _HERE = Path(__file__).parent
-_TEST_SECONDS = 20.0
+_TEST_SECONDS = 40.0
 """Time the tests have on top of the program's limits, for their own work."""
 _MAX_RESTARTS = 3
 _MODULE_NAMES = ("solution", "main", "program")
@@ -280,12 +280,14 @@ def _one_run(
             runner.load(guest)
             step = runner.name("start")(json.dumps(settings))
             message = json.loads(step(""))
-            while "results" not in message and "unusable" not in message:
+            while not message.keys() & {"results", "unusable", "unavailable"}:
                 message = json.loads(step(json.dumps(_answer(session, message))))
         except ProgramEnded as ended:
             raise BrokenSuite(f"the tests themselves ended: {ended.detail}") from None
         except Raised as error:
             raise BrokenSuite(f"the tests cannot run: {error.detail}") from None
+    if "unavailable" in message:
+        raise SandboxUnavailable(f"the tests cannot start: {message['unavailable']}")
     if "unusable" in message:
         raise BrokenSuite(str(message["unusable"])[:500])
     return [SuiteResult(*result) for result in message["results"]]

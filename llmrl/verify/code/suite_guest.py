@@ -14,6 +14,7 @@ import json
 import queue
 import sys
 import threading
+import time
 import types
 import unittest
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any
 from llmrl.sandbox.session import CannotTravel, Handle, ProgramEnded, Raised, Session
 from llmrl.verify.code.suite_pytest import Fixture, Function, PytestModule, Skipped, Unsupported, functions_of, used_by
 
+_START_SECONDS = 30.0
 _PROGRAM_MODULES = ("solution", "main", "program")
 """Names under which test files import the program."""
 
@@ -43,8 +45,21 @@ class Conversation:
         if answer:
             self.answers.put(json.loads(answer))
         else:
-            threading.Thread(target=self.run, daemon=True).start()
+            self.start()
         return json.dumps(self.requests.get())
+
+    def start(self) -> None:
+        """Start the thread. Another box can use up the threads of the user for as long as its program may run."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                threading.Thread(target=self.run, daemon=True).start()
+                return
+            except RuntimeError as error:
+                if time.monotonic() > deadline:
+                    self.requests.put({"unavailable": str(error)})
+                    return
+                time.sleep(0.05)
 
     def run(self) -> None:
         try:
