@@ -247,6 +247,28 @@ def sandbox() -> Iterator[Finding]:
         return
     yield Finding("ok", box.describe())
     box.close()
+    yield from languages()
+
+
+def languages() -> Iterator[Finding]:
+    """Report in which languages programs can be judged, by compiling and running one in each."""
+    from llmrl.sandbox.languages import LANGUAGES, toolchain
+    from llmrl.sandbox.native import NativeSandbox
+
+    missing = []
+    for language in LANGUAGES:
+        if toolchain(language.labels[0]) is None:
+            missing.append(f"{language.title} ({language.install})")
+            continue
+        try:
+            box = NativeSandbox(language.labels[0])
+        except LlmrlError as error:
+            yield Finding("warn", f"{language.title} programs cannot be judged: {error}"[:500], "see docs/sandbox.md")
+            continue
+        yield Finding("ok", f"programs in {box.describe()}")
+        box.close()
+    if missing:
+        yield Finding("ok", f"not installed, so not judged: {', '.join(missing)}")
 
 
 def engines(installed: dict[str, str], requirements: dict[str, list[str]]) -> Iterator[Finding]:

@@ -1,20 +1,25 @@
 """Reward for code: run the program in the completion against the unit tests of its row, in a sandbox.
-In: a completion and a row of HumanEval, MBPP, APPS or LiveCodeBench. Out: a Score with one verdict per test.
+In: a completion and a row of a code data set (docs/sandbox.md lists them). Out: a Score with one verdict per test.
 """
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, default_sandbox
+from llmrl.sandbox import BoxDied, Limits, Sandbox, SandboxUnavailable, default_sandbox
+from llmrl.sandbox.languages import language
+from llmrl.sandbox.native import native_sandbox
 from llmrl.types import Message, Score
 from llmrl.verify.checks.answers import completion_text
+from llmrl.verify.code.answers import labelled_program, language_of
 from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
 from llmrl.verify.code.extract import extract_program
-from llmrl.verify.code.rows import AssertTests, Row, broken_source, read_row
+from llmrl.verify.code.rows import AssertTests, Row, StdinTests, broken_source, read_row
 from llmrl.verify.code.suite import SuiteTests, unsupported
 
 POOL = True
@@ -41,6 +46,7 @@ def unit_tests(
     prefilled: str = "",
     *,
     outcome: Outcome = "all",
+    code_language: str = "python",
     cpu_seconds: int = 10,
     wall_seconds: float = 14.0,
     total_seconds: float = 15.0,
@@ -68,6 +74,8 @@ def unit_tests(
         prefilled: how the prompt already begins the completion's message, such as `<think>`.
         outcome: `all` (1 or 0), `fraction` (share of tests passed) or `bcoder` (+1, -0.3 wrong, -0.6 run-time error or
             time-out, -1 does not compile).
+        code_language: `python`, `cpp`, `java`, `javascript`, `rust`, `go`, or `auto`: that of the answer's last code
+            block with a label. Programs that are not Python read standard input.
         cpu_seconds: processor time of one run: all assertions of a row together, or one input.
         wall_seconds: real time of one run.
         total_seconds: real time of all runs of one completion; keep it below the time limit of the worker pool.
@@ -90,7 +98,11 @@ def unit_tests(
     live_code_bench |= {"starter_code": starter_code, "metadata": metadata}
     row = read_row({**human_eval, **mbpp, **live_code_bench, "input_output": input_output})
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
-    return _run(prefilled + completion_text(completion), row, outcome, limits, total_seconds, sandbox)
+    answer = prefilled + completion_text(completion)
+    name = language_of(answer) if code_language == "auto" else code_language
+    if name != "python":
+        return _run_native(answer, row, outcome, limits, total_seconds, language(name).labels[0])
+    return _run(extract_program(answer, row), row, outcome, limits, total_seconds, lambda: sandbox or default_sandbox())
 
 
 def check(row: dict[str, Any]) -> str | None:
@@ -129,14 +141,37 @@ _LARGE_ARCHIVE = 100_000
 """Characters; unpacking more takes too long to do for every row before the first step."""
 
 
+def _run_native(answer: str, row: Row, outcome: Outcome, limits: Limits, total_seconds: float, name: str) -> Score:
+    """Run a program in another language than Python; compiling it takes no time of its runs."""
+    if row.tests is not None and not isinstance(row.tests, StdinTests):
+        return Score(
+            reward=None, info={"reason": f"the row's tests call functions, which {name} programs cannot answer"}
+        )
+    labelled = labelled_program(answer, name)
+    program = extract_program(answer, row) if labelled is None else labelled
+
+    def compiled() -> Sandbox:
+        box = native_sandbox(name)
+        if program.strip():
+            with contextlib.suppress(BoxDied):  # the run tries again, and decides whose fault it is
+                box.prepare(program)
+        return box
+
+    return _run(program, row, outcome, limits, total_seconds, compiled)
+
+
 def _run(
-    answer: str, row: Row, outcome: Outcome, limits: Limits, total_seconds: float, sandbox: Sandbox | None
+    program: str,
+    row: Row,
+    outcome: Outcome,
+    limits: Limits,
+    total_seconds: float,
+    sandbox: Callable[[], Sandbox],
 ) -> Score:
     if row.tests is None:
         return Score(reward=None, info={"reason": "the row has no tests"})
-    program = extract_program(answer, row)
     try:
-        box = sandbox or default_sandbox()
+        box = sandbox()
         results = run_tests(program, row, box, limits, stop_early=outcome == "all", total_seconds=total_seconds)
     except UnusableRow as error:
         return Score(reward=None, info={"reason": str(error)})

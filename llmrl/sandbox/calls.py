@@ -78,12 +78,15 @@ _PRETEND = _ERRNO
 """The call does nothing and reports success."""
 
 
-def command_filter(*, launcher: int, namespaces: bool, processes: bool, signals: bool, own_files: bool) -> bytes:
+def command_filter(
+    *, launcher: int, namespaces: bool, network: bool, processes: bool, signals: bool, own_files: bool
+) -> bytes:
     """Return the filter of one command and all that it starts.
 
     Args:
         launcher: the process that started it, which no signal may reach.
-        namespaces: the box has a process and a network namespace of its own, so sockets reach only the box itself.
+        namespaces: the box has namespaces of its own.
+        network: sockets are allowed, because they reach only the box itself.
         processes: it may start processes, not only threads.
         signals: signals reach only processes of the box, so they are allowed. Otherwise they reach own threads only.
         own_files: file modes and times may be changed, because no file of another owner can be reached.
@@ -92,7 +95,7 @@ def command_filter(*, launcher: int, namespaces: bool, processes: bool, signals:
     rules = _head(audit)
     allowed = [*_ALLOWED.values(), *_COMMANDS.values()]
     allowed += _PROCESSES.values() if processes else []
-    allowed += _NETWORK.values() if namespaces else []
+    allowed += _NETWORK.values() if network else []
     for numbers in allowed:
         rules += _call(numbers[column], [_return(_ALLOW)])
     for numbers in _MODES.values():
@@ -103,7 +106,7 @@ def command_filter(*, launcher: int, namespaces: bool, processes: bool, signals:
     options = _PRCTL_ALLOWED if namespaces else tuple(o for o in _PRCTL_ALLOWED if o != _PRCTL_SUBREAPER)
     rules += _call(_PRCTL[column], [_argument(0), *_one_of(options, _ALLOW, _DENY)])
     rules += _call(_PRLIMIT[column], [_return(_ALLOW)] if namespaces else _null_argument(0))
-    if namespaces:
+    if network:
         rules += _call(_SOCKET[column], [_argument(0), *_one_of(_FAMILIES, _ALLOW, _ERRNO | 97)])
     else:
         rules += _call(_SENDTO[column], _null_argument(4))

@@ -172,7 +172,7 @@ def _javascript_file(source: str) -> str:
 
 
 def _java_command(compiler: str, source: str, memory_mb: int) -> list[str]:
-    flags = [f"-Xmx{memory_mb}m", "-Xss128m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:-UseContainerSupport"]
+    flags = [f"-Xmx{memory_mb}m", "-Xss64m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:-UseContainerSupport"]
     flags += ["-XX:TieredStopAtLevel=1", "-Xshare:auto", "-XX:ErrorFile=/dev/null", "-Dfile.encoding=UTF-8"]
     return [str(Path(compiler).with_name("java")), *flags, "-cp", ".", java_main(source)]
 
@@ -213,7 +213,7 @@ LANGUAGES = (
         keep="**/*.class",
         hello="import java.util.*;\npublic class Main { public static void main(String[] a) {"
         " System.out.println(6 * new Scanner(System.in).nextInt()); } }\n",
-        slack_mb=1024,
+        slack_mb=1536,
         stack_mb=8,
     ),
     Language(

@@ -172,6 +172,7 @@ class Launcher:
         program = calls.command_filter(
             launcher=self.pid,
             namespaces=self.namespaces,
+            network=self.namespaces and command["processes"],
             processes=command["processes"],
             signals=self.signals,
             own_files=self.namespaces or self.root,

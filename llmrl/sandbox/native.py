@@ -1,7 +1,7 @@
 """Whole programs in compiled languages and JavaScript: compiled once in one box, run once per input in another.
 
 The compiler gets a folder of its own, because a source can make it read any file that it can see and write any file
-that it may. The program gets its own files read-only, no folder to write to, threads but no processes, and nothing else.
+that it may. The program gets its own files read-only, no folder to write to, threads, and no processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NoReturn
 from llmrl.errors import UserError
 from llmrl.sandbox.commands import ENVIRONMENT, CommandBox, command_box_kind, scratch_folder
 from llmrl.sandbox.languages import Language, language, toolchain
-from llmrl.sandbox.limits import Limits, RunResult, SandboxUnavailable, Status
+from llmrl.sandbox.limits import Conventions, Limits, RunResult, SandboxUnavailable, Status
 
 _KEPT_PROGRAMS = 32
 _KEPT_BOXES = 4
@@ -85,7 +85,7 @@ class NativeSandbox:
             f"a {self.language.title} program is judged by what it prints for an input; the row's tests call functions"
         )
 
-    def run(self, source: str, stdin: str, limits: Limits) -> RunResult:
+    def run(self, source: str, stdin: str, limits: Limits, conventions: Conventions = "python") -> RunResult:
         """Run a program from standard input to standard output; the first time, compile it.
 
         Raises:
