@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> int:
         RunFailed: a server ended and could not be restarted.
     """
     from llmrl.config import parse
-    from llmrl.engines.vllm.launch import ServerProcesses, check_model, plan
+    from llmrl.engines.vllm.launch import ServerProcesses, check_model, is_loopback, plan
     from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
     from llmrl.option import MISSING
 
@@ -54,7 +55,10 @@ def run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         processes.start().wait_until_ready(vllm.start_timeout_s)
-        say(f"train with: --rollout.engine vllm_server --rollout.server.urls '{json.dumps(processes.urls)}'")
+        urls = processes.urls
+        if not is_loopback(options.host):  # for the machines that train
+            urls = [url.replace("127.0.0.1", socket.gethostname()) for url in urls]
+        say(f"train with: --rollout.engine vllm_server --rollout.server.urls '{json.dumps(urls)}'")
         _keep_up(processes)
     except KeyboardInterrupt:
         say("stopping the servers")

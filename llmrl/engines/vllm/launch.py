@@ -18,9 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrl.engines.vllm.guard import KEY, MIDDLEWARE
+from llmrl.engines.vllm.lifetime import TRAINER
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.errors import RunFailed, UserError
 from llmrl.model.logprob_head import HEAD_DTYPE
@@ -49,10 +52,15 @@ class Launch:
     env: dict[str, str]
     """Added to the environment of the starting process."""
     url: str
+    key_env: str = KEY
+    """The variable of the starting process that holds the key, which no printed line does."""
 
     def shell(self) -> str:
         """Return the same as a line for a shell."""
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
+        values = {name: shlex.quote(value) for name, value in self.env.items()}
+        if KEY in values:
+            values[KEY] = f'"${self.key_env}"'
+        settings = " ".join(f"{name}={value}" for name, value in values.items())
         return f"{settings} {shlex.join(['python', *self.command[1:]])}"
 
 
@@ -108,8 +116,15 @@ def plan(
         arguments["hf_overrides"] = {HEAD_DTYPE: "float32"}
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | vllm_environment(device)
     key = os.environ.get(server.api_key_env)
-    if key and server.api_key_env != "VLLM_API_KEY":
-        env["VLLM_API_KEY"] = key
+    if key:
+        arguments["middleware"] = MIDDLEWARE
+        if server.api_key_env != KEY:
+            env[KEY] = key
+    elif not is_loopback(server.host):
+        raise UserError(
+            f"rollout.server.host {server.host}: other machines could replace or stop the model. Set a key in the "
+            f"environment variable {server.api_key_env}, for the servers and for the trainer, or listen on 127.0.0.1"
+        )
     ports = free_ports(server.num_replicas, first=server.port, host=server.host)
     reachable = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
     gpus_per_server = vllm.tensor_parallel_size * vllm.data_parallel_size
@@ -121,6 +136,7 @@ def plan(
             command=[sys.executable, "-m", MODULE, *flags(arguments | {"port": port})],
             env=env | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {}),
             url=f"http://{reachable}:{port}",
+            key_env=server.api_key_env,
         )
         for port, devices in zip(ports, gpus, strict=True)
     ]
@@ -168,6 +184,14 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(f"model {model.path!r}: no configuration can be loaded from it ({error})") from error
     with process_state_kept({**vllm_environment(device)}):
         check_head_dim(served, on_cpu=device == "cpu")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
@@ -321,13 +345,16 @@ class ServerProcesses:
         """
         import httpx
 
+        key = {**os.environ, **(self.launches[0].env if self.launches else {})}.get(KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         started = last_report = time.monotonic()
         waiting = list(self.processes)
         while waiting:
             self.check()
             for process in list(waiting):
                 with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{process.launch.url}/health", timeout=5, trust_env=False).status_code == 200:
+                    url = f"{process.launch.url}/health"
+                    if httpx.get(url, headers=headers, timeout=5, trust_env=False).status_code == 200:
                         waiting.remove(process)
                         seconds = time.monotonic() - started
                         self.say(f"vLLM server {process.launch.url} is ready after {seconds:.0f} s")
@@ -369,6 +396,7 @@ def _spawn(launch: Launch, log: Path) -> subprocess.Popen[bytes]:
     from llmrl.engines.vllm.start import LAUNCHER_VARIABLES
 
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    inherited[TRAINER] = str(os.getpid())
     command = [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *launch.command]
     with log.open("ab") as output:
         return subprocess.Popen(

@@ -60,7 +60,7 @@ class VllmServerConfig:
     num_replicas: Count = 1
     """Servers to start if `urls` is empty."""
     host: str = "127.0.0.1"
-    """Address the started servers listen on; 0.0.0.0 makes them reachable from other machines."""
+    """Address the started servers listen on; 0.0.0.0 makes them reachable from other machines, and needs a key."""
     port: Natural = 8000
     """Port of the first started server; the others take the following ports. 0: any free ports."""
     gpus: list[int] = field(default_factory=list)

@@ -26,8 +26,18 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from llmrl.engines.vllm.digests import digest, loaded_digest
-from llmrl.engines.vllm.transfer import BACKEND, NOTED_LOADING, REFUSED, check_names_and_shapes, read_staged
+from llmrl.engines.vllm.lifetime import end_with_trainer
+from llmrl.engines.vllm.transfer import (
+    BACKEND,
+    NOTED_LOADING,
+    REFUSED,
+    check_names_and_shapes,
+    read_staged,
+    remove_files_of,
+)
 from llmrl.model.weights import checkpoint_shapes
+
+end_with_trainer(remove_files_of)
 
 
 @dataclass

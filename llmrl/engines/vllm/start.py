@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from llmrl.engines.vllm.adapters import ADAPTERS_KEPT
+from llmrl.engines.vllm.lifetime import TRAINER
 from llmrl.engines.vllm.transfer import NOTED_LOADING, RECEIVER_ARGS
 from llmrl.errors import UserError
 
@@ -197,7 +198,7 @@ def vllm_environment(device: str, *, single_worker: bool = True) -> dict[str, st
 def trainer_environment(device: torch.device, *, single_worker: bool) -> dict[str, str | None]:
     """Return the same for a trainer's child processes; None removes a variable. One worker gets the trainer's GPU."""
     environment: dict[str, str | None] = dict(vllm_environment(device.type, single_worker=single_worker))
-    environment |= dict.fromkeys(LAUNCHER_VARIABLES)
+    environment |= dict.fromkeys(LAUNCHER_VARIABLES) | {TRAINER: str(os.getpid())}
     if device.type == "cuda" and single_worker:
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         index = device.index or 0

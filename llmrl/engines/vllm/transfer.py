@@ -14,10 +14,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
+import stat
 import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +54,7 @@ REFUSED = "weights refused, the old ones are still served"
 ALIGNMENT = 64
 """Each tensor starts at a multiple of this many bytes, so that it can be viewed in its type."""
 SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "llmrl-"
+PREFIX = "llmrl"
 
 
 class StagedWeights:
@@ -100,6 +103,7 @@ def read_staged(info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the (name, tensor) pairs that `StagedWeights.stage` described, as views of the file."""
     import mmap
 
+    check_path(Path(info["path"]))
     with open(info["path"], "rb") as file:
         # Not closed here: the tensors keep the mapping alive, and vLLM keeps some tensors for a while.
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -111,15 +115,63 @@ def read_staged(info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def shared_path(kind: str) -> Path:
-    """Return an unused path in shared memory (or the temporary folder), and remove what dead processes left there."""
-    default = SHARED_MEMORY if SHARED_MEMORY.is_dir() else tempfile.gettempdir()
-    folder = Path(os.environ.get("LLMRL_SHARED_MEMORY") or default)
-    for left in folder.glob(f"{PREFIX}*"):
-        owner = left.name.removeprefix(PREFIX).split("-")[0]
+    """Return an unused path in shared memory (or the temporary folder), and remove what dead processes left there.
+
+    The folder may be shared by machines and containers. A name says whose process made it: only where that one could be
+    seen from here, and is gone, the file goes too.
+    """
+    folder, mine = shared_folder(), "_".join([PREFIX, _host(), _boot(), _pid_namespace()])
+    for left in folder.glob(f"{mine}_*"):
+        owner = left.name.removeprefix(f"{mine}_").partition("_")[0]
         if owner.isdigit() and not _alive(int(owner)):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return folder / f"{PREFIX}{os.getpid()}-{kind}-{uuid.uuid4().hex[:8]}"
+            _remove(left)
+    return folder / f"{mine}_{os.getpid()}_{kind}_{uuid.uuid4().hex[:8]}"
+
+
+def remove_files_of(pid: int) -> None:
+    """Remove what a process of this machine left in shared memory."""
+    for left in shared_folder().glob("_".join([PREFIX, _host(), _boot(), _pid_namespace(), str(pid), "*"])):
+        _remove(left)
+
+
+def shared_folder() -> Path:
+    """Return `$LLMRL_SHARED_MEMORY`, or the machine's shared memory, or its folder for temporary files."""
+    default = SHARED_MEMORY if SHARED_MEMORY.is_dir() else tempfile.gettempdir()
+    return Path(os.environ.get("LLMRL_SHARED_MEMORY") or default)
+
+
+def check_path(path: Path) -> None:
+    """Check that a server may open a file it was told of: one that a trainer has staged.
+
+    Raises:
+        PermissionError: it is anything else.
+    """
+    if not path.name.startswith(f"{PREFIX}_") or not stat.S_ISREG(path.lstat().st_mode):
+        raise PermissionError(f"{path} is not a file of weights that a trainer has staged")
+
+
+def _remove(left: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _host() -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "-" for c in socket.gethostname())
+
+
+@cache
+def _boot() -> str:
+    """Return which start of which machine this is: process numbers mean nothing elsewhere, and begin anew with each."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    return "0"
+
+
+def _pid_namespace() -> str:
+    """Return in which container process numbers mean what they mean here."""
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    return "0"
 
 
 def check_names_and_shapes(given: Iterable[tuple[str, Any]], wanted: dict[str, tuple[int, ...]]) -> str:

@@ -19,6 +19,7 @@ import torch
 from llmrl import tiny
 from llmrl.engines.options import EngineConfig
 from llmrl.engines.vllm import start
+from llmrl.engines.vllm.guard import MIDDLEWARE
 from llmrl.engines.vllm.launch import (
     Launch,
     ServerProcesses,
@@ -177,6 +178,18 @@ def test_the_command_is_that_of_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> N
     (marked,) = plan(replace(MODEL, float32_head=True), options("merged"))
     assert marked.command[marked.command.index("--hf-overrides") + 1] == '{"head_dtype": "float32"}'
     assert first.shell().startswith("VLLM_SERVER_DEV_MODE=1 ") and " python -m vllm." in first.shell()
+    assert "secret" not in first.shell() and 'VLLM_API_KEY="$MY_KEY"' in first.shell()
+    assert f"--middleware {MIDDLEWARE}" in words
+
+
+def test_servers_that_others_can_reach_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.7", "node5"):
+        with pytest.raises(UserError, match=r"rollout\.server\.host .*: other machines could replace or stop"):
+            plan(MODEL, options(host=host))
+    for host in ("127.0.0.1", "localhost"):
+        (start,) = plan(MODEL, options(host=host))
+        assert "--middleware" not in start.command, "without a key there is nothing to ask for"
 
 
 def test_servers_load_the_base_of_an_adapter(tmp_path: Path) -> None:
