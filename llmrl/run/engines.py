@@ -105,6 +105,8 @@ def _vllm_server(
         log_dir=log_dir,
         device=parallel.device,
         is_main=parallel.is_main,
+        rank=parallel.rank,
+        world=parallel.world,
         broadcast=parallel.broadcast,
         barrier=parallel.barrier,
         slack=rollout.num_generations,

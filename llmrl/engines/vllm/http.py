@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import resource
+import ssl
 import time
+from collections.abc import Coroutine, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llmrl.engines.vllm.digests import Held
@@ -32,6 +37,12 @@ ADAPTER_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/weight_i
 WORKER_CALL = "/collective_rpc"
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TEMPERATURE = 0.5
+PER_CLIENT = 32
+"""Requests that one client of httpx has at once."""
+KEPT_S = 3.0
+"""Idle connections are closed after this long, before a server does it (uvicorn: 5 s)."""
+FILES = 65_536
+"""Files that this process wants to open at once, where it may."""
 LOOP_STALL_S = 2.0
 """If a limit is overrun by this much, our own event loop stood still: it does not mean that the server was silent."""
 
@@ -43,7 +54,8 @@ class VllmServer:
         url: such as http://127.0.0.1:8000 (a trailing /v1 is dropped).
         api_key: sent as a bearer token, if the server requires one.
         health_timeout_s: a server that takes longer to answer /health or /weight_info counts as lost.
-        request_timeout_s: a server that takes longer to answer anything else counts as lost.
+        request_timeout_s: a server that has completed nothing for so long counts as lost; so does one that takes
+            longer to answer anything else.
 
     Attributes:
         version: the policy version it serves, as far as this process knows.
@@ -66,8 +78,11 @@ class VllmServer:
         self.model = ""
         self.max_model_len: int | None = None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[httpx.AsyncClient, int] = {}
+        """Clients of this event loop, and how many requests each has under way."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._answered_at = 0.0
+        """When it last completed something."""
 
     # --- what it is -----------------------------------------------------------------------------------------------
 
@@ -277,23 +292,55 @@ class VllmServer:
 
     async def close(self) -> None:
         """Close connections. Safe to call twice."""
-        client, self._client = self._client, None
-        if client is not None and self._loop is asyncio.get_running_loop():
-            await client.aclose()
+        clients, self._clients = self._clients, {}
+        if self._loop is asyncio.get_running_loop():
+            for client in clients:
+                await client.aclose()
 
-    def _http(self) -> httpx.AsyncClient:
-        """Return the client for this event loop. Connections belong to a loop, so a new loop gets a new client."""
+    @contextlib.contextmanager
+    def _http(self) -> Iterator[httpx.AsyncClient]:
+        """Hold a client for one request. Connections belong to an event loop, so a new loop gets new clients.
+
+        Each has few requests at once: httpx looks at all of a client's connections whenever one of them is needed.
+        """
         import httpx
 
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            timeout = httpx.Timeout(self.request_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
-            self._client = httpx.AsyncClient(
-                base_url=self.name, headers=self._headers, limits=limits, timeout=timeout, trust_env=False
-            )
-            self._loop = loop
-        return self._client
+        if self._loop is not loop:
+            self._clients, self._loop = {}, loop
+        client = next((client for client, count in self._clients.items() if count < PER_CLIENT), None)
+        if client is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=PER_CLIENT, keepalive_expiry=KEPT_S)
+            timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+            client = httpx.AsyncClient(
+                base_url=self.name, headers=self._headers, limits=limits, timeout=timeout, trust_env=False,
+                verify=_tls_context(),
+            )  # fmt: skip
+            self._clients[client] = 0
+        self._clients[client] += 1
+        try:
+            yield client
+        finally:
+            self._clients[client] -= 1
+
+    async def _answer(self, request: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+        """Wait for a completion as long as the server completes anything: a busy one is not lost.
+
+        Raises:
+            TimeoutError: it has completed nothing for `request_timeout_s`.
+        """
+        task, started = asyncio.ensure_future(request), time.monotonic()
+        try:
+            while True:
+                left = max(started, self._answered_at) + self.request_timeout_s - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                done, _ = await asyncio.wait({task}, timeout=left)
+                if done:
+                    self._answered_at = time.monotonic()
+                    return task.result()
+        finally:
+            task.cancel()
 
     async def _json(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> dict[str, Any]:
         response = await self._send(method, path, body, timeout=timeout)
@@ -322,17 +369,24 @@ class VllmServer:
         """
         import httpx
 
-        limit = timeout or self.request_timeout_s
+        limit, samples = timeout or self.request_timeout_s, path in (GENERATE, COMPLETIONS)
         started = time.monotonic()
         try:
-            async with asyncio.timeout(limit):
-                response = await self._http().request(method, path, json=body, params=params, timeout=limit)
-        except (TimeoutError, httpx.TimeoutException):
+            with self._http() as client:
+                request = client.request(method, path, json=body, params=params)
+                response = await (self._answer(request) if samples else asyncio.wait_for(request, limit))
+        except TimeoutError:
             if method == "GET" and time.monotonic() - started > limit + LOOP_STALL_S:
                 return await self._send(method, path, body, timeout=timeout, params=params)
-            raise ReplicaLost(f"no answer to {method} {path} within {limit:g} s") from None
+            silent = ", nor to any other request" if samples else ""
+            raise ReplicaLost(f"no answer to {method} {path} within {limit:g} s{silent}") from None
         except httpx.TransportError as error:
-            if method == "GET" and not again:  # the server has closed a connection that was kept open
+            if _out_of_files(error):
+                raise RunFailed(
+                    f"no further connection to {self.name}: this process may open only {open_files()} files at once "
+                    "(ulimit -n); raise the limit, or lower rollout.max_num_seqs"
+                ) from None
+            if (method == "GET" or samples) and not again:  # the server has closed a connection that was kept open
                 return await self._send(method, path, body, timeout=timeout, params=params, again=True)
             raise ReplicaLost(f"{type(error).__name__} at {method} {path}: {error}") from None
         status = response.status_code
@@ -350,6 +404,31 @@ class VllmServer:
         if status >= 400:
             raise RunFailed(f"{self.name} answered {status} to {method} {path}: {_message(response)}")
         return response
+
+
+def _out_of_files(error: BaseException | None) -> bool:
+    """Return whether an error goes back to the limit of open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def open_files() -> int:
+    """Raise the number of files that this process may open as far as it may, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return soft
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()  # one for all clients: reading the certificates takes a while
 
 
 def _message(response: httpx.Response) -> str:

@@ -75,7 +75,7 @@ class VllmServerConfig:
     nccl_host: str | None = None
     """Address of the trainer to which servers on other machines connect for NCCL. Default: this machine's name."""
     request_timeout_s: Positive = 1800.0
-    """A server counts as hanging if it has not answered a request after this many seconds."""
+    """A server counts as hanging if it has completed nothing for this many seconds."""
     health_timeout_s: Positive = 30.0
     """A server counts as hanging if it has not answered a health check after this many seconds."""
     return_timeout_s: Positive = 600.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -72,6 +72,10 @@ class Replicas(Generic[R]):
         replicas: at least one.
         restore: brings a lost replica up to date. If it raises, the replica stays out.
         slack: about the size of a group, so that one group's requests stay together.
+        most: requests that this process has in flight on one replica; the others wait here, in order. More would wait
+            there, each with a connection of its own, and a replica that is busy could not be told from one that hangs.
+        first: index of the replica that gets the first request. Processes that know nothing of each other would all
+            begin with the same one.
         return_timeout_s: how long requests wait for a replica to return when none is left.
         interval_s: seconds between checks of replicas that are busy or lost.
         say: called with a line about each replica that is lost or returns.
@@ -83,12 +87,17 @@ class Replicas(Generic[R]):
         *,
         restore: Callable[[R], Awaitable[None]],
         slack: int = 8,
+        most: int = 1_000_000,
+        first: int = 0,
         return_timeout_s: float = 600.0,
         interval_s: float = 2.0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.slots = [Slot(replica) for replica in replicas]
         self.restore, self.slack, self.say = restore, slack, say
+        self.most = most
+        self._order = {slot: (i - first) % len(self.slots) for i, slot in enumerate(self.slots)}
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self.return_timeout_s, self.interval_s = return_timeout_s, interval_s
         self.num_moved = 0
         """Requests that were sent again because their replica failed."""
@@ -172,6 +181,8 @@ class Replicas(Generic[R]):
         moved = len(slot.in_flight)
         for task in slot.in_flight:
             task.cancel()
+        for _ in range(len(self._waiting)):  # they may have to wait for a replica now instead of for a place
+            self._next()
         self._homes = OrderedDict((key, home) for key, home in self._homes.items() if home is not slot)
         self.say(f"lost {replica.name} ({reason}); {moved} requests move, {len(self.live)} replicas are left")
 
@@ -207,20 +218,46 @@ class Replicas(Generic[R]):
             raise
         finally:
             slot.in_flight.discard(task)
-            slot.load -= 1
+            self._leave(slot)
+
+    async def _turn(self, again: bool) -> None:
+        """Wait until a place may be free; behind those that wait already, unless it was this one's turn before."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.appendleft(turn) if again else self._waiting.append(turn)
+        try:
+            await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():  # somebody else's turn, then
+                self._next()
+            raise
+
+    def _next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                return turn.set_result(None)
+
+    def _leave(self, slot: Slot[R]) -> None:
+        slot.load -= 1
+        self._next()
 
     async def _choose(self, keys: tuple[Hashable, ...], avoid: Slot[R] | None) -> Slot[R]:
-        """Choose a replica for a request and check it. `avoid` failed at it and is taken only if no other is up."""
+        """Choose a replica for a request and check it. `avoid` failed at it and is taken only if no other has room."""
+        had_turn = False
         while True:
-            candidates = [slot for slot in self.slots if slot.up and slot is not avoid]
-            candidates = candidates or [slot for slot in self.slots if slot.up]
-            if not candidates:
+            if not self.live:
                 await self.wait_for_one()
                 continue
-            least = min(slot.load for slot in candidates)
+            free = [slot for slot in self.slots if slot.up and slot.load < self.most]
+            free = [slot for slot in free if slot is not avoid] or free
+            if not free or (self._waiting and not had_turn):
+                await self._turn(had_turn)
+                had_turn = True
+                continue
+            least = min(slot.load for slot in free)
             homes = (self._homes.get(key) for key in keys)
-            slot = next((h for h in homes if h in candidates and h.load <= least + self.slack), None)
-            slot = slot or min(candidates, key=lambda slot: slot.load)
+            slot = next((h for h in homes if h in free and h.load <= least + self.slack), None)
+            slot = slot or min(free, key=lambda slot: (slot.load, self._order[slot]))
             for key in keys:
                 self._homes[key] = slot
                 self._homes.move_to_end(key)
@@ -231,9 +268,9 @@ class Replicas(Generic[R]):
                 if time.monotonic() - slot.checked_at < FRESH_S or await self._check(slot):
                     return slot
             except BaseException:
-                slot.load -= 1
+                self._leave(slot)
                 raise
-            slot.load -= 1
+            self._leave(slot)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -264,6 +301,7 @@ class Replicas(Generic[R]):
         if self._watchers and self._watchers[0].get_loop() is loop and not self._watchers[0].done():
             return
         self._changed, self._checks, self.lock = asyncio.Event(), {}, asyncio.Lock()
+        self._waiting.clear()
         self._watchers = [asyncio.create_task(self._watch_one(slot), name=slot.replica.name) for slot in self.slots]
 
     async def _watch_one(self, slot: Slot[R]) -> None:
@@ -287,4 +325,6 @@ class Replicas(Generic[R]):
                     continue
                 slot.up, slot.error, slot.checked_at = True, "", time.monotonic()
             self._changed.set()
+            for _ in range(len(self._waiting)):
+                self._next()
             self.say(f"{slot.replica.name} is back and up to date; {len(self.live)} replicas serve")

@@ -22,7 +22,7 @@ from llmrl.engines.vllm.adapters import AdapterFolders
 from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.digests import differences, sent_adapter, sent_base, sent_weights
-from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer
+from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer, open_files
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from llmrl.model.options import ModelConfig
 
 DEV_MODE = "with VLLM_SERVER_DEV_MODE=1 in its environment"
+FULL = 1.25
+"""Requests in flight on a server for each that it computes at once: the next ones are there when it has room."""
+OTHER_FILES = 256
+"""Files that this process may have open beside its connections."""
 MAX_ABORTS = 100
 """A request that pushes have aborted this often is given up, because it would never end."""
 
@@ -54,7 +58,9 @@ class VllmServerEngine:
         quantized: whether they also round weights to fewer bits.
         api_key: sent to servers that require one.
         slack: see `Replicas`; about the size of a group.
-        request_timeout_s: limit of one request.
+        most: see `Replicas`; requests of this process in flight on one server.
+        first: see `Replicas`; a different one in every process.
+        request_timeout_s: how long a server may complete nothing.
         health_timeout_s: limit of one health check.
         return_timeout_s: how long requests wait for a replica to return when none is left.
         start_timeout_s: how long to wait for the servers to come up.
@@ -75,6 +81,8 @@ class VllmServerEngine:
         quantized: bool = False,
         api_key: str | None = None,
         slack: int = 8,
+        most: int = 1_000_000,
+        first: int = 0,
         request_timeout_s: float = 1800.0,
         health_timeout_s: float = 30.0,
         return_timeout_s: float = 600.0,
@@ -91,8 +99,15 @@ class VllmServerEngine:
             VllmServer(url, api_key=api_key, health_timeout_s=health_timeout_s, request_timeout_s=request_timeout_s)
             for url in urls
         ]
+        most = min(most, max(1, (open_files() - OTHER_FILES) // len(servers)))
         self.replicas = Replicas(
-            servers, restore=self._restore, slack=slack, return_timeout_s=return_timeout_s, say=say
+            servers,
+            restore=self._restore,
+            slack=slack,
+            most=most,
+            first=first,
+            return_timeout_s=return_timeout_s,
+            say=say,
         )
         self.delivery = delivery or SharedMemoryDelivery()
         self.on_update, self.start_timeout_s, self.say = on_update, start_timeout_s, say
@@ -125,6 +140,8 @@ class VllmServerEngine:
         takes_adapters: bool,
         say: Callable[[str], None],
         is_main: bool = True,
+        rank: int = 0,
+        world: int = 1,
         broadcast: Callable[[list[str]], list[str]] = lambda urls: urls,
         barrier: Callable[[], Any] = lambda: None,
     ) -> VllmServerEngine:
@@ -139,6 +156,8 @@ class VllmServerEngine:
             takes_adapters: pushes bring only the adapter.
             say: called with each line that a person should read.
             is_main: whether this is the process that starts the servers and pushes.
+            rank: of this process.
+            world: number of processes, which share what a server has room for.
             broadcast: returns in every process what the main process passes to it.
             barrier: returns when every process of the run has called it.
 
@@ -161,6 +180,8 @@ class VllmServerEngine:
             quantized=vllm.quantization is not None,
             api_key=os.environ.get(server.api_key_env),
             slack=slack,
+            most=max(slack, math.ceil(FULL * options.max_num_seqs / world)),
+            first=rank,
             request_timeout_s=server.request_timeout_s,
             health_timeout_s=server.health_timeout_s,
             return_timeout_s=server.return_timeout_s,

@@ -35,7 +35,7 @@ class FakeVllm:
 
     def __init__(self, *, routes: tuple[str, ...] = ROUTES, latency: float = 0.0, model: str = "tiny") -> None:
         self.routes, self.latency, self.model = routes, latency, model
-        self.fault = ""
+        self.fault, self.stuck = "", 0
         self.port = 0
         self.world_size = 1
         self.refuses = ""
@@ -143,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt_logprobs" not in body:
             time.sleep(fake.latency)
         if fake.fault in ("hang", "stuck"):
+            fake.stuck += 1
             fake.released.wait()
         if fake.fault in ("500", "400"):
             return self.answer({"error": {"message": f"scripted {fake.fault}"}}, int(fake.fault))
