@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +44,15 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, sets its title, turns its text around, or cannot be written to it."""
+
+
+def printable(text: str) -> str:
+    """Return a text that may quote what a model wrote, with control characters as escapes: safe for a terminal."""
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text for a message of one line, or its class where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -58,10 +68,10 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         main()
     except LlmrlError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Interrupted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        print(printable(str(stop)), file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import pytest
 
 from llmrl.cli import find_recipe, run
 from llmrl.config import check, load_config, parse, save_config
-from llmrl.errors import UserError, run_main
+from llmrl.errors import RunFailed, UserError, run_main
 from llmrl.tiny import build_tiny_model, byte_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -147,6 +147,17 @@ def test_processes_exit_with_2_and_no_traceback(rows: Path, tmp_path: Path) -> N
         assert found.stderr.startswith("error: ")
         assert "Traceback" not in found.stderr
         assert "max_step" in found.stderr
+
+
+def test_what_a_model_wrote_does_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise RunFailed("a completion: \x1b]0;owned\x07\x1b[2J\r\x9b1m\u202eabc\ud800\nnext\tline é 中")
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    shown = capsys.readouterr().err
+    wanted = r"error: a completion: \x1b]0;owned\x07\x1b[2J\r\x9b1m\u202eabc\ud800"
+    assert shown == f"{wanted}\nnext\tline é 中\n"
 
 
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from llmrl.algo.policy_gradient.options import Correction, PolicyGradient, Polic
 from llmrl.algo.ppo import options as ppo
 from llmrl.algo.ppo.options import PPO
 from llmrl.algo.preference import options as preference
+from llmrl.config import secrets
 from llmrl.data.options import DataConfig, PreferenceData, PreferenceRows, TaskRows
 from llmrl.engines.options import staleness_findings
 from llmrl.errors import UserError
@@ -210,6 +211,7 @@ def findings(config: RunConfig) -> list[str]:
         ]
     found += config.track.findings()
     found += _dropout_findings(config)
+    found += secrets.findings(config)
     if sampled is None:
         return found
     return found + _source_findings(sampled) + _sampling_findings(sampled) + _critic_findings(sampled)

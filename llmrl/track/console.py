@@ -9,6 +9,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from llmrl.errors import printable
 from llmrl.track import names
 
 SHOWN = (
@@ -41,12 +42,14 @@ class Console:
     def say(self, text: str) -> None:
         """Print one line of information."""
         if self.mode != "quiet":
-            self.out.print(text, markup=False)
+            self.out.print(printable(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Print a warning on standard error, in every mode."""
         # Text() keeps brackets in the message ([fn], list[int]) from being read as markup.
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print("[bold yellow]warning:[/]", Text(text))
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(
+            "[bold yellow]warning:[/]", Text(printable(text))
+        )
 
     def start(self, description: str, *, total: int, done: int = 0) -> None:
         """Begin work of `total` steps, of which `done` are done."""
