@@ -48,8 +48,8 @@ def unit_tests(
     outcome: Outcome = "all",
     code_language: str = "python",
     cpu_seconds: int = 10,
-    wall_seconds: float = 14.0,
-    total_seconds: float = 15.0,
+    wall_seconds: float = 20.0,
+    total_seconds: float = 60.0,
     memory_mb: int = 1024,
     sandbox: Sandbox | None = None,
 ) -> Score:
@@ -76,9 +76,9 @@ def unit_tests(
             time-out, -1 does not compile).
         code_language: `python`, `cpp`, `java`, `javascript`, `rust`, `go`, or `auto`: that of the answer's last code
             block with a label. Programs that are not Python read standard input.
-        cpu_seconds: processor time of one run: all assertions of a row together, or one input.
-        wall_seconds: real time of one run.
-        total_seconds: real time of all runs of one completion; keep it below the time limit of the worker pool.
+        cpu_seconds: processor time of one test: an assertion, a call or one input.
+        wall_seconds: real time of one test, without waiting for a processor: the limit of programs that sleep.
+        total_seconds: the same for all tests of one completion together.
         memory_mb: memory of the program, in addition to the interpreter's own.
         sandbox: where programs run; default: the process's sandbox, chosen by LLMRL_SANDBOX.
 

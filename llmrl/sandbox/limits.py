@@ -21,12 +21,15 @@ class BoxDied(BaseException):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of one run: all assertions of a row together, or one input of a program that reads standard input."""
+    """Limits of one run of a script, or of one test in a session."""
 
-    cpu_seconds: int = 6
-    """Processor time of all threads, in seconds."""
+    cpu_seconds: float = 6
+    """Processor time of all threads, in seconds. The kernel counts whole seconds for a script."""
     wall_seconds: float = 12.0
-    """Real time in seconds. Only a sleeping program or a busy machine reaches it before the processor time."""
+    """Real time in seconds, without the time in which the program was ready to run and the machine did something else.
+    Only a program that sleeps or waits reaches it before the processor time."""
+    total_seconds: float | None = None
+    """Processor time of all tests of a session together. Default: that of one test."""
     memory_mb: int = 1024
     """Address space in addition to the interpreter's own, in MB."""
     output_mb: int = 8
@@ -53,4 +56,6 @@ class RunResult:
     detail: str = ""
     """Text of the exception, for people."""
     cpu_seconds: float = 0.0
+    seconds: float = 0.0
+    """Real time without waiting for a processor; of a short run the processor time."""
     memory_mb: float = 0.0

@@ -7,14 +7,15 @@ import contextlib
 import os
 import socket
 import threading
-import time
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from llmrl.sandbox import bwrap, lite, wire
 from llmrl.sandbox.limits import BoxDied, Conventions, Limits, RunResult, SandboxUnavailable, Status
 from llmrl.sandbox.server import BoxPlan, Server
 from llmrl.sandbox.session import ProgramEnded, Raised, Session, SocketExchange, exception_text
+from llmrl.sandbox.watch import Stopwatch
 
 _BACK_ENDS = {"bwrap": bwrap, "lite": lite}
 _SIGXCPU, _SIGKILL, _SIGXFSZ = -24, -9, -25
@@ -177,13 +178,13 @@ class LocalSandbox:
 
         Args:
             source: the program, of which only the package names are read here.
-            limits: limits of the whole session.
+            limits: limits of each test in the session; `total_seconds` of all of them.
 
         Raises:
             SandboxUnavailable: no box can be started.
         """
         running = self._start(source, "serve", limits)
-        exchange = SocketExchange(running.channel, limits, running.how_it_ended)
+        exchange = SocketExchange(running.channel, limits, running.stopwatch, running.how_it_ended)
         return Session(exchange, running.close)
 
     def run(self, source: str, stdin: str, limits: Limits, conventions: Conventions = "python") -> RunResult:
@@ -201,7 +202,8 @@ class LocalSandbox:
                 report, timed_out, message = running.finish(source, conventions)
             finally:
                 running.close()
-            return _result(report, timed_out, message, stdio, limits)
+            seconds = max(running.stopwatch.seconds, float(report["cpu_seconds"]))
+            return replace(_result(report, timed_out, message, stdio, limits), seconds=seconds)
         finally:
             for descriptor in stdio:
                 os.close(descriptor)
@@ -214,6 +216,7 @@ class _Running:
         self, box: LocalSandbox, wanted: tuple[str, ...], server: Server, channel: socket.socket, limits: Limits
     ) -> None:
         self.box, self.wanted, self.server, self.channel, self.limits = box, wanted, server, channel, limits
+        self.stopwatch = Stopwatch(limits, server.watch)
         self.report: dict[str, Any] | None = None
         self.closed = False
 
@@ -224,10 +227,11 @@ class _Running:
             The server's report, whether the program was killed at its time limit, and the driver's message.
         """
         self.channel.settimeout(self.limits.wall_seconds)
-        deadline = time.monotonic() + self.limits.wall_seconds
         with contextlib.suppress(OSError):  # if it ended before reading, the report tells how
             self.channel.sendall(wire.dump({"source": source, "conventions": conventions}))
-        self.report = self.server.wait(deadline - time.monotonic())
+        self.stopwatch.resume()
+        while self.report is None and (wait := self.stopwatch.next_wait()) > 0:
+            self.report = self.server.wait(wait)
         timed_out = self.report is None
         if self.report is None:
             self.report = self.server.kill_program()
@@ -260,6 +264,7 @@ class _Running:
         if self.closed:
             return
         self.closed = True
+        self.stopwatch.close()
         self.channel.close()
         reusable = True
         try:
@@ -304,8 +309,8 @@ def _result(
 
 
 def _used_up_its_time(report: dict[str, Any], limits: Limits) -> bool:
-    code = report["status"]
-    return code == _SIGXCPU or (code == _SIGKILL and report["cpu_seconds"] >= limits.cpu_seconds)
+    code, allowed = report["status"], limits.total_seconds or limits.cpu_seconds
+    return code == _SIGXCPU or (code == _SIGKILL and report["cpu_seconds"] >= allowed)
 
 
 def _exit_text(code: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.sandbox.limits import BoxDied, Limits, SandboxUnavailable
+from llmrl.sandbox.watch import Watch
 
 _HERE = Path(__file__).parent
 _PACKAGE = __name__.rpartition(".")[0]
@@ -133,6 +135,7 @@ class Server:
 
     def __init__(self, plan: BoxPlan) -> None:
         self._busy = self._used = False
+        self._ended: dict[str, Any] | None = None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = os.memfd_create("box-stderr")
         command = [interpreter(), "-s", "-S", "-P", "-B", "-c", _BOOT, str(theirs.fileno())]
@@ -209,7 +212,7 @@ class Server:
             "do": "run",
             "mode": mode,
             "limits": {
-                "cpu_seconds": limits.cpu_seconds,
+                "cpu_seconds": max(1, math.ceil(limits.total_seconds or limits.cpu_seconds)),
                 "memory_bytes": limits.memory_mb << 20,
                 "file_bytes": limits.output_mb << 20,
                 "max_user_processes": _user_tasks(self.facts["uid"]) + 64,
@@ -224,6 +227,7 @@ class Server:
         finally:
             theirs.close()
         self._busy = self._used = True
+        self._ended = None
         return ours
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
@@ -232,17 +236,45 @@ class Server:
         Raises:
             BoxDied: the server is gone.
         """
+        if self._ended is not None:
+            report, self._ended = self._ended, None
+            return report
         self._control.settimeout(max(seconds, 0.001))
         try:
-            data = self._control.recv(1 << 16)
+            return self._receive()[0]
         except TimeoutError:
             return None
+
+    def watch(self) -> Watch | None:
+        """Return what measures the running program, or None if it has ended.
+
+        Raises:
+            BoxDied: the server is gone.
+        """
+        try:
+            self._control.settimeout(_KILL_SECONDS)
+            self._control.send(b'{"do":"watch"}')
+            message, descriptors = self._receive()
+        except OSError as error:
+            raise BoxDied(str(error)) from error
+        if "watch" in message:
+            return Watch(descriptors[0])
+        self._ended = message
+        return None
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+        """Return the server's next message and the descriptors that came with it."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 1)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise BoxDied(f"{error} {self._last_words()}") from error
         if not data:
             raise BoxDied(f"the fork server is gone {self._last_words()}")
-        self._busy = False
-        return dict(json.loads(data))
+        message = dict(json.loads(data))
+        self._busy = "watch" in message
+        return message, descriptors
 
     def kill_program(self) -> dict[str, Any]:
         """Kill the program and return how it ended.

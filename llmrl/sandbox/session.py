@@ -7,13 +7,14 @@ come out. A handle equals nothing; every other operation on it happens inside th
 from __future__ import annotations
 
 import builtins
+import select
 import socket
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from llmrl.sandbox import wire
 from llmrl.sandbox.limits import Conventions, Limits
+from llmrl.sandbox.watch import Stopwatch
 
 
 class ProgramEnded(BaseException):
@@ -42,6 +43,15 @@ class Exchange(Protocol):
     """One request to the program and its answer."""
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]: ...
+
+    @property
+    def seconds(self) -> float:
+        """The time of all tests so far."""
+        ...
+
+    def next_test(self) -> None:
+        """Let the limits of one test begin again."""
+        ...
 
 
 class Session:
@@ -116,6 +126,15 @@ class Session:
             ProgramEnded: the program has ended.
         """
         return self._ask(request)
+
+    def next_test(self) -> None:
+        """Let the limits of one test begin again."""
+        self._exchange.next_test()
+
+    @property
+    def seconds(self) -> float:
+        """The time of all tests so far, without waiting for a processor; tests of less than half a second are free."""
+        return self._exchange.seconds
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.ended is not None:
@@ -223,28 +242,39 @@ def exception_text(description: Any) -> str:
 
 
 class SocketExchange:
-    """Exchanges frames with a program in a local box, until a deadline.
+    """Exchanges frames with a program in a local box, until its time is over.
 
     Args:
         channel: socket to the program.
-        limits: give the real time of the whole session and the largest answer.
+        limits: give the largest answer.
+        stopwatch: the time of the program.
         how_it_ended: called when the program stops answering, with True after a timeout; returns (kind, detail).
     """
 
-    def __init__(self, channel: socket.socket, limits: Limits, how_it_ended: Callable[[bool], tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        limits: Limits,
+        stopwatch: Stopwatch,
+        how_it_ended: Callable[[bool], tuple[str, str]],
+    ) -> None:
         self.channel = channel
         self.limits = limits
-        self.deadline = time.monotonic() + limits.wall_seconds
+        self.stopwatch = stopwatch
         self.how_it_ended = how_it_ended
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            self._wait_at_most()
-            self.channel.sendall(wire.dump(request))
+            self.stopwatch.resume()
+            self._send(memoryview(wire.dump(request)))
             (size,) = wire.HEADER.unpack(self._read(wire.HEADER.size))
             if size > self.limits.output_mb << 20:
                 raise ProgramEnded("error", f"an answer of {size} bytes")
-            return wire.load(self._read(size))
+            body = self._read(size)
+            self.stopwatch.pause()
+            if self.stopwatch.over:
+                raise TimeoutError
+            return wire.load(body)
         except wire.BadValue as error:
             raise ProgramEnded("error", f"the answer is not a frame: {error}") from None
         except TimeoutError:
@@ -252,18 +282,38 @@ class SocketExchange:
         except OSError:
             raise ProgramEnded(*self.how_it_ended(False)) from None
 
+    def next_test(self) -> None:
+        """Let the limits of one test begin again."""
+        self.stopwatch.restart()
+
+    @property
+    def seconds(self) -> float:
+        """The time of all tests so far."""
+        return self.stopwatch.seconds
+
+    def _send(self, data: memoryview) -> None:
+        while data:
+            self._wait(select.POLLOUT)
+            data = data[self.channel.send(data) :]
+
     def _read(self, size: int) -> bytes:
         parts = bytearray()
         while len(parts) < size:
-            self._wait_at_most()
+            self._wait(select.POLLIN)
             part = self.channel.recv(min(size - len(parts), 1 << 20))
             if not part:
                 raise ConnectionResetError
             parts += part
         return bytes(parts)
 
-    def _wait_at_most(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.channel.settimeout(left)
+    def _wait(self, event: int) -> None:
+        """Wait until the channel is ready.
+
+        Raises:
+            TimeoutError: the program's time is over.
+        """
+        poll = select.poll()
+        poll.register(self.channel, event)
+        while not poll.poll(1000 * (left := self.stopwatch.next_wait())):
+            if left <= 0:
+                raise TimeoutError

@@ -157,12 +157,16 @@ class _Server:
         poll = select.poll()
         poll.register(child, select.POLLIN)
         poll.register(self.control, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll()}
+        command = b""
+        while child not in {descriptor for descriptor, _ in poll.poll()}:
+            command = self.control.recv(1 << 16)
+            if b"watch" not in command:
+                os.kill(pid, signal.SIGKILL)
+                break
+            socket.send_fds(self.control, [b'{"watch":true}'], [child])
+        else:
+            command = b"ended by itself"
         os.close(child)
-        if child in ready:
-            return
-        command = self.control.recv(1 << 16)
-        os.kill(pid, signal.SIGKILL)
         if not command:
             os._exit(0)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import itertools
 import json
 import pickle
 import random
@@ -10,8 +9,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ import pytest
 from llmrl.errors import UserError
 from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
 from llmrl.types import Score
-from llmrl.verify.code import check
 from llmrl.verify.code.check import TestResult as Result
 from llmrl.verify.code.check import reward_of, run_tests, same_output, same_value
 from llmrl.verify.code.extract import extract_program
@@ -437,16 +436,51 @@ def test_stdin_rows_run_the_program_once_per_input(box: Sandbox) -> None:
     ]
 
 
-def test_all_runs_together_have_a_limit(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+class SlowBox:
+    """A box in which each run, or each session, has taken 400 seconds."""
+
+    def __init__(self, box: Any) -> None:
+        self.box = box
+
+    def run(self, *args: Any) -> Any:
+        return replace(self.box.run(*args), seconds=400.0)
+
+    def open(self, *args: Any) -> Any:
+        session = self.box.open(*args)
+        session._exchange = SlowExchange(session._exchange)
+        return session
+
+
+class SlowExchange:
+    def __init__(self, exchange: Any) -> None:
+        self.exchange, self.seconds = exchange, 0.0
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self.exchange(request)
+
+    def next_test(self) -> None:
+        self.seconds += 400.0
+        self.exchange.next_test()
+
+
+def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
     rows = [
         ({"input_output": {"inputs": ["x"] * 9, "outputs": ["1"] * 9}}, "input()\nprint(1)", "passed"),
+        ({"test_list": ["assert f(1) == 1"] * 9}, "def f(x): return 1", "passed"),
         ({"test_list": ["assert f(1) == 1"] * 9}, "import os\ndef f(x): os._exit(0)", "error"),
     ]
     for row, program, verdict in rows:
-        clock = itertools.count(0.0, 400.0)  # seconds: each look at the clock finds 400 more gone
-        monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
-        results = run_tests(program, read_row(row), box, LIMITS, stop_early=False, total_seconds=1000.0)
-        assert [r.verdict for r in results] == [verdict] * 2 + ["timeout"] + ["not_run"] * 6
+        slow: Any = SlowBox(box)
+        results = run_tests(program, read_row(row), slow, LIMITS, stop_early=False, total_seconds=1000.0)
+        assert [r.verdict for r in results] == [verdict] * 3 + ["timeout"] + ["not_run"] * 5
+
+
+def test_each_test_has_the_processor_time_of_one(box: Sandbox) -> None:
+    spin = "import time\ndef f(x):\n    t = time.process_time()\n    while time.process_time() - t < 0.7: pass\n    return 1"
+    results = run_tests(
+        spin, read_row({"test_list": ["assert f(1) == 1"] * 3}), box, LIMITS, stop_early=False, total_seconds=60.0
+    )
+    assert [r.verdict for r in results] == ["passed"] * 3
 
 
 def test_a_run_may_take_what_is_left_of_the_time_for_all(box: Sandbox) -> None:

@@ -13,10 +13,9 @@ import importlib.util
 import math
 import re
 import sys
-import time
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -55,9 +54,10 @@ def run_tests(
         program: source code.
         row: the tests, from `read_row`.
         box: where the program runs.
-        limits: limits of one run: all assertions of a row together, or one input.
+        limits: limits of one test: an assertion, a call, or one input.
         stop_early: do not run the tests after a failed one; they get `not_run`.
-        total_seconds: limit on the real time of all runs together; the run in which it ends gets `timeout`.
+        total_seconds: limit on the time of all tests together, which does not count waiting for a processor; the test
+            in which it ends gets `timeout`.
 
     Returns:
         One result per test, in order. A program that ends its own process or exceeds its time fails the test in which
@@ -75,7 +75,7 @@ def run_tests(
         return [TestResult(verdict="compile_error", detail="no code in the answer")] * total
     if len(program) > MAX_SOURCE_CHARACTERS:
         return [TestResult(verdict="compile_error", detail=f"more than {MAX_SOURCE_CHARACTERS} characters")] * total
-    clock = _Clock(limits, time.monotonic() + total_seconds)
+    clock = _Clock(limits, total_seconds)
     for _ in range(2):  # the first death of a box may have another cause than the program
         with contextlib.suppress(BoxDied):
             if isinstance(tests, SuiteTests):
@@ -102,20 +102,23 @@ def _run_suite(program: str, tests: SuiteTests, box: Sandbox, clock: _Clock, sto
     return [TestResult(verdict=result.verdict, detail=result.detail) for result in results]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Clock:
     """The limits of each run, reduced to the remaining time for all runs."""
 
     limits: Limits
-    deadline: float
+    left: float
 
     def next_limits(self) -> Limits | None:
         """Return the limits of the next run, or None if no time is left."""
-        left = self.deadline - time.monotonic()
-        return replace(self.limits, wall_seconds=min(self.limits.wall_seconds, left)) if left > 0 else None
+        if self.left <= 0:
+            return None
+        cpu, wall = min(self.limits.cpu_seconds, self.left), min(self.limits.wall_seconds, self.left)
+        total = None if self.left == math.inf else self.left
+        return replace(self.limits, cpu_seconds=cpu, wall_seconds=wall, total_seconds=total)
 
 
-_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit for all runs together")
+_OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit for all tests together")
 
 
 # --- programs that read standard input --------------------------------------------------------------------------------
@@ -129,7 +132,8 @@ def _run_stdin(
         limits = clock.next_limits()
         if limits is None:
             return [*results, _OUT_OF_TIME]
-        end = box.run(program, given, limits, row.conventions)
+        end = box.run(program, given, replace(limits, total_seconds=None), row.conventions)
+        clock.left -= end.seconds
         if end.status == "ok":
             verdict: Verdict = "passed" if same_output(end.stdout, expected) else "wrong"
         else:
@@ -189,7 +193,7 @@ def _run_calls(
         limits = clock.next_limits()
         if limits is None:
             return [*results, _OUT_OF_TIME]
-        with box.open(program, limits) as session:
+        with _timed(box.open(program, limits), clock) as session:
             try:
                 session.load(program, row.conventions)
                 check = _assert_check(session, tests) if isinstance(tests, AssertTests) else _call_check(session, tests)
@@ -197,12 +201,24 @@ def _run_calls(
                 results += [TestResult(verdict=_verdict(ended), detail=ended.detail)] * (total - len(results))
                 break
             while len(results) < total and session.ended is None:
+                if session.seconds >= clock.left:
+                    return [*results, _OUT_OF_TIME]
+                session.next_test()
                 results.append(_one_check(check, len(results), session))
                 if stop_early and results[-1].verdict != "passed":
                     return results
         if len(results) == total or results[-1].verdict == "timeout":
             break
     return results
+
+
+@contextlib.contextmanager
+def _timed(session: Session, clock: _Clock) -> Iterator[Session]:
+    try:
+        with session:
+            yield session
+    finally:
+        clock.left -= session.seconds
 
 
 def _verdict(ended: ProgramEnded) -> Verdict:
