@@ -84,6 +84,7 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
     "setitem": lambda value, key, item: value.__setitem__(key, item),
     "iter": _items,
     "next": next,
+    "in_place": lambda function, *args: result if (result := function(*args)) is not None else args[0],
     "len": len,
     "bool": bool,
     "str": str,

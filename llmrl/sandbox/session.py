@@ -87,6 +87,11 @@ class Session:
         if "error" in answer:
             raise self._end("error", exception_text(answer["error"]))
 
+    @property
+    def num_requests(self) -> int:
+        """How often the program was asked for something."""
+        return self._count
+
     def name(self, name: str) -> Any:
         """Return the value of a top-level name of the program; for a function, a handle that can be called."""
         return self.request("name", name)

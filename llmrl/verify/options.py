@@ -37,8 +37,8 @@ class RewardConfig:
     says. Default: all tasks."""
     time_limit_s: Positive | None = None
     """Time limit of one call in seconds. A call that exceeds it is given up and is an error of its rollout, or of its
-    group, for rewards that see groups. Default: 20 in the pool of worker processes, 1,200 elsewhere, where a reward may
-    wait for a judge that is being restarted."""
+    group, for rewards that see groups. Default: 20 in the pool of worker processes, or 20 times what the reward says it
+    needs; 1,200 elsewhere, where a reward may wait for a judge that is being restarted."""
 
     @property
     def name(self) -> str:

@@ -73,6 +73,8 @@ class Reward:
     """`EXAMPLES` of the module it comes from."""
     check: RowCheck | None = None
     """Says what is wrong with a row's columns, if the reward brings such a function."""
+    needs_s: float | None = None
+    """Seconds that a call with these `args` may take on a machine that does nothing else, if the reward says so."""
     _missing: dict[frozenset[str], str | None] = field(default_factory=dict, repr=False)
     """What `missing` found, by the names that were available: rows of one dataset have few sets of columns."""
 
@@ -167,6 +169,8 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     if kind == "group":
         reward.parameters.pop(next(iter(reward.parameters), ""), None)  # the rollouts, which are passed by position
     _check_args(reward)
+    if (seconds_needed := getattr(module, "seconds_needed", None)) is not None:
+        reward.needs_s = float(seconds_needed(**args))
     if getattr(module, "POOL", False):
         reward.spec = _pool_spec(reward, spec)
     return reward

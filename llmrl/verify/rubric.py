@@ -27,6 +27,8 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 POOL_LIMIT_S = 20.0
 """Default time limit of a call in the pool, in seconds."""
+_BUSY = 20.0
+"""A call that takes this many times what it needs on an idle machine hangs."""
 LIMIT_S = 1200.0
 """Default time limit of a call in this process: longer than a judge's `outage_budget_s`."""
 
@@ -127,6 +129,12 @@ class Rubric:
 
     def _check_parts(self) -> None:
         for name, part in self.parts.items():
+            needed = self.rewards[name].needs_s or 0.0
+            if part.time_limit_s is not None and part.time_limit_s < needed:
+                raise UserError(
+                    f"reward {name}: time_limit_s {part.time_limit_s:g} is less than the {needed:g} seconds that a "
+                    "call may take with its `args`, so slow answers would be errors: raise time_limit_s or leave it out"
+                )
             if part.gate is not None and (part.gate not in self.parts or part.gate == name):
                 others = ", ".join(n for n in self.parts if n != name) or "none"
                 raise UserError(
@@ -237,7 +245,10 @@ class Rubric:
     def time_limit(self, reward: Reward) -> float:
         """Return the time limit of one call of a reward, in seconds."""
         given = self.parts[reward.name].time_limit_s
-        return given if given is not None else LIMIT_S if reward.spec is None else POOL_LIMIT_S
+        if given is not None:
+            return given
+        own = _BUSY * (reward.needs_s or 0.0)
+        return max(own, LIMIT_S if reward.spec is None else POOL_LIMIT_S)
 
     async def _call_one(self, reward: Reward, rollout: Rollout) -> _Result:
         try:

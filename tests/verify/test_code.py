@@ -19,6 +19,7 @@ import pytest
 from llmrl.errors import UserError
 from llmrl.sandbox import Limits, Sandbox, SandboxUnavailable, open_sandbox
 from llmrl.types import Score
+from llmrl.verify.code import check as check_module
 from llmrl.verify.code.check import TestResult as Result
 from llmrl.verify.code.check import reward_of, run_tests, same_output, same_value
 from llmrl.verify.code.extract import extract_program
@@ -467,7 +468,6 @@ def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
     rows = [
         ({"input_output": {"inputs": ["x"] * 9, "outputs": ["1"] * 9}}, "input()\nprint(1)", "passed"),
         ({"test_list": ["assert f(1) == 1"] * 9}, "def f(x): return 1", "passed"),
-        ({"test_list": ["assert f(1) == 1"] * 9}, "import os\ndef f(x): os._exit(0)", "error"),
     ]
     for row, program, verdict in rows:
         slow: Any = SlowBox(box)
@@ -476,10 +476,15 @@ def test_all_runs_together_have_a_limit(box: Sandbox) -> None:
 
 
 def test_each_test_has_the_processor_time_of_one(box: Sandbox) -> None:
-    spin = "import time\ndef f(x):\n    t = time.process_time()\n    while time.process_time() - t < 0.7: pass\n    return 1"
-    results = run_tests(
-        spin, read_row({"test_list": ["assert f(1) == 1"] * 3}), box, LIMITS, stop_early=False, total_seconds=60.0
-    )
+    spin = """
+import time
+def f(x):
+    start = time.process_time()
+    while time.process_time() - start < 0.7: pass
+    return 1
+"""
+    row = read_row({"test_list": ["assert f(1) == 1"] * 3})
+    results = run_tests(spin, row, box, LIMITS, stop_early=False, total_seconds=60.0)
     assert [r.verdict for r in results] == ["passed"] * 3
 
 
@@ -678,3 +683,63 @@ class Solution:
         return [self.n]
 """
     assert verdicts(program, box, **row) == ["passed", "passed"]
+
+
+def test_calls_as_json_text_have_outputs_as_json_text(box: Sandbox) -> None:
+    row = {"input_output": {"inputs": ["[2, 7]\n9"], "outputs": ["[0, 1]"], "fn_name": "f"}}
+    assert verdicts("def f(a, b): return [0, 1] if b == 9 else a", box, **row) == ["passed"]
+    assert verdicts("def f(a, b): return '[0, 1]'", box, **row) == ["wrong"]
+    text = {"input_output": {"inputs": [["ab"]], "outputs": ["12"], "fn_name": "f"}}
+    assert verdicts("def f(s): return '12'", box, **text) == ["passed"]
+    long = {"input_output": {"inputs": ["1"], "outputs": ["1" + "0" * 9000], "fn_name": "f"}}
+    assert verdicts("def f(n): return 10 ** 9000", box, **long) == ["passed"]
+
+
+def test_a_function_that_returns_nothing_changes_its_argument(box: Sandbox) -> None:
+    cases = json.dumps([{"input": "[1, 2]", "output": "[2, 1]", "testtype": "functional"}])
+    starter = "class Solution:\n    def rev(self, a: List[int]) -> None:\n"
+    row = {"public_test_cases": cases, "starter_code": starter}
+    program = "class Solution:\n    def rev(self, a: List[int]) -> None:\n        "
+    assert verdicts(program + "a.reverse()", box, **row) == ["passed"]
+    assert verdicts(program + "pass", box, **row) == ["wrong"]
+    assert verdicts(program + "a.reverse()", box, **row | {"starter_code": starter.replace("None", "list")}) == [
+        "wrong"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setup", "check", "program"),
+    [
+        ("xs = make(3)\nx = xs[0]", "assert x == 3", "def make(n): return []"),
+        ("d = make(3)\nx = d['a']", "assert x == 3", "def make(n): return {}"),
+        ("a, b = make(3)", "assert a == 3", "def make(n): return 1, 2, 3"),
+    ],
+)
+def test_an_exception_in_the_setup_that_uses_the_program_is_the_programs(
+    box: Sandbox, setup: str, check: str, program: str
+) -> None:
+    row = {"test_setup_code": setup, "test_list": [check], "code": "def make(n): return [n]"}
+    assert verdicts(program, box, **row) == ["wrong"]
+    with pytest.raises(check_module.UnusableRow, match="setup: IndexError"):
+        verdicts(program, box, **row | {"test_setup_code": "x = [][0]"})
+
+
+@pytest.mark.parametrize(
+    "head", ["def g(x):\n", "def g(x):\n    # Returns x.\n", "import math\n\ndef g(x: int) -> int:"]
+)
+def test_a_prompt_without_a_body_is_completed(box: Sandbox, head: str) -> None:
+    row = {"prompt": head, "entry_point": "g", "test": "def check(candidate):\n    assert candidate(1) == 1\n"}
+    program = extract_program("    return x\n", read_row(row))
+    assert verdicts(program, box, **row) == ["passed"]
+
+
+def test_outputs_are_stripped_where_the_judge_strips_them(box: Sandbox) -> None:
+    cases = json.dumps([{"input": "x", "output": "1", "testtype": "stdin"}])
+    assert verdicts("print()\nprint(1)\nreturn", box, public_test_cases=cases) == ["passed"]
+    assert verdicts("print()\nprint(1)", box, input_output={"inputs": ["x"], "outputs": ["1"]}) == ["wrong"]
+
+
+def test_the_limit_on_output_grows_with_what_is_expected(box: Sandbox) -> None:
+    row = {"input_output": {"inputs": ["x"], "outputs": ["a" * 9_000_000]}}
+    assert verdicts("print('a' * 9_000_000)", box, SLOW, **row) == ["passed"]
+    assert verdicts("print('a' * 90_000_000)", box, SLOW, **row) == ["wrong"]

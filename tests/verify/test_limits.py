@@ -9,10 +9,12 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmrl.errors import UserError
 from llmrl.types import Rollout
 from llmrl.verify import limits
 from llmrl.verify.reward import group_reward
@@ -217,6 +219,18 @@ def test_cancelling_the_scoring_cancels_the_reward() -> None:
 
     asyncio.run(main())
     assert ended == [True]
+
+
+def test_a_reward_says_how_long_it_needs(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text(
+        "POOL = True\ndef seconds_needed(total=30, **_): return total + 5\ndef slow(completion, total=30): return 1\n"
+    )
+    spec = f"{file}:slow"
+    rubric = Rubric([Part(fn=spec), Part(fn=spec, args={"total": 95.0}), Part(fn=spec, time_limit_s=35.0)])
+    assert [rubric.time_limit(reward) for reward in rubric.rewards.values()] == [700.0, 2000.0, 35.0]
+    with pytest.raises(UserError, match=r"time_limit_s 34 is less than the 35 seconds .* raise time_limit_s"):
+        Rubric([Part(fn=spec, time_limit_s=34.0)])
 
 
 def test_the_default_limit_is_short_in_the_pool_and_patient_elsewhere() -> None:

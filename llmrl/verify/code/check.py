@@ -17,10 +17,11 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session
+from llmrl.verify.code.checker import BrokenChecker, Checker
 from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests, Tests
 from llmrl.verify.code.suite import BrokenSuite, SuiteTests, run_suite
 
@@ -128,14 +129,15 @@ def _run_stdin(
     program: str, row: Row, tests: StdinTests, box: Sandbox, clock: _Clock, stop_early: bool
 ) -> list[TestResult]:
     results: list[TestResult] = []
+    accept = _judge_of(row, box, clock.limits)
     for given, expected in zip(tests.inputs, tests.outputs, strict=True):
         limits = clock.next_limits()
         if limits is None:
             return [*results, _OUT_OF_TIME]
-        end = box.run(program, given, replace(limits, total_seconds=None), row.conventions)
+        end = box.run(program, given, _for_output(limits, expected), row.conventions)
         clock.left -= end.seconds
         if end.status == "ok":
-            verdict: Verdict = "passed" if same_output(end.stdout, expected) else "wrong"
+            verdict: Verdict = "passed" if accept(given, end.stdout, expected) else "wrong"
         else:
             verdict = "wrong" if end.status == "output_limit" else end.status
         results.append(TestResult(verdict=verdict, detail=end.detail))
@@ -149,31 +151,64 @@ def _run_stdin(
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 
 
-def same_output(printed: str, expected: str) -> bool:
+def _for_output(limits: Limits, expected: str) -> Limits:
+    """Return limits of one run, with room for twice the expected output."""
+    size = max(limits.output_mb, 2 + (2 * len(expected) >> 20))
+    return replace(limits, total_seconds=None, output_mb=size)
+
+
+def _judge_of(row: Row, box: Sandbox, limits: Limits) -> Callable[[str, str, str], bool]:
+    """Return what decides about (input, printed, expected)."""
+    if row.checker:
+        checker = Checker(row.checker, box, limits)
+        return lambda given, printed, expected: _checked(checker, given, printed, expected)
+    tolerance = FLOAT_TOLERANCE if row.tolerance is None else row.tolerance
+    fold: Callable[[str], str] = str.casefold if row.ignore_case else str
+    strip = row.conventions == "judge"
+    return lambda _, printed, expected: same_output(fold(printed), fold(expected), tolerance=tolerance, strip=strip)
+
+
+def _checked(checker: Checker, given: str, printed: str, expected: str) -> bool:
+    try:
+        return checker(given, printed, expected)
+    except BrokenChecker as error:
+        raise UnusableRow(str(error)) from None
+
+
+def same_output(printed: str, expected: str, *, tolerance: float = FLOAT_TOLERANCE, strip: bool = False) -> bool:
     """Return whether two outputs agree line by line, ignoring white space at line ends and blank lines at the end.
 
     Lines that differ are compared token by token. Two tokens agree if they are equal, or if both are decimal numbers,
-    at least one is written with a point or an exponent, and they differ by at most FLOAT_TOLERANCE, relative or
-    absolute.
+    at least one is written with a point or an exponent, and they differ by at most the tolerance, relative or absolute.
+
+    Args:
+        printed: the program's output.
+        expected: the test's.
+        tolerance: see above.
+        strip: ignore blank lines at the beginning too.
     """
-    given, wanted = (text.rstrip().split("\n") for text in (printed, expected))
+    texts = (printed, expected)
+    given, wanted = ((text.strip() if strip else text.rstrip()).split("\n") for text in texts)
     if len(given) != len(wanted):
         return False
-    return all(_same_line(one.split(), other.split()) for one, other in zip(given, wanted, strict=True))
+    pairs = zip(given, wanted, strict=True)
+    return all(_same_line(one.split(), other.split(), tolerance) for one, other in pairs)
 
 
-def _same_line(given: list[str], wanted: list[str]) -> bool:
-    return given == wanted or (len(given) == len(wanted) and all(map(_same_token, given, wanted)))
+def _same_line(given: list[str], wanted: list[str], tolerance: float) -> bool:
+    if given == wanted:
+        return True
+    return len(given) == len(wanted) and all(map(partial(_same_token, tolerance), given, wanted))
 
 
-def _same_token(given: str, wanted: str) -> bool:
+def _same_token(tolerance: float, given: str, wanted: str) -> bool:
     if given == wanted:
         return True
     if len(given) > 400 or not (_NUMBER.fullmatch(given) and _NUMBER.fullmatch(wanted)):
         return False
     if not set(".eE") & set(given + wanted):
         return False
-    return math.isclose(float(given), float(wanted), rel_tol=FLOAT_TOLERANCE, abs_tol=FLOAT_TOLERANCE)
+    return math.isclose(float(given), float(wanted), rel_tol=tolerance, abs_tol=tolerance)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -248,7 +283,8 @@ def _one_check(check: Callable[[int], bool], index: int, session: Session) -> Te
 
 def _call_check(session: Session, tests: CallTests) -> Callable[[int], bool]:
     def check(index: int) -> bool:
-        given, expected = session.name(tests.function)(*tests.inputs[index]), tests.outputs[index]
+        function, expected = session.name(tests.function), tests.outputs[index]
+        given = session.request("in_place" if tests.in_place else "call", function, *tests.inputs[index])
         if tests.maybe_wrapped and isinstance(expected, list) and len(expected) == 1:
             return same_value(given, expected[0]) or same_value(given, expected)
         return same_value(given, expected)
@@ -313,11 +349,14 @@ def _run_setup(tests: AssertTests, namespace: dict[str, Any], session: Session) 
     """
     for name in _module_names(tests):
         namespace.setdefault(name, importlib.import_module(name))
+    asked = session.num_requests
     try:
         exec(_compiled(tests.setup), namespace)
-    except (Raised, NameError, TypeError, AttributeError) as error:
-        return error
-    except (CannotTravel, Exception) as error:
+    except CannotTravel as error:
+        raise UnusableRow(f"setup: {error}") from None
+    except Exception as error:
+        if session.num_requests > asked or isinstance(error, (Raised, NameError)):
+            return error
         raise UnusableRow(f"setup: {type(error).__name__}: {error}") from None
     return None
 

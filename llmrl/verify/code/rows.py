@@ -45,6 +45,8 @@ class CallTests:
     function: str
     inputs: list[list[Any]]
     outputs: list[Any]
+    in_place: bool = False
+    """The function returns nothing and changes its first argument, which is then compared instead."""
     maybe_wrapped: bool = False
     """APPS: a list with one output may also mean that output itself; the rows do not tell which."""
 
@@ -72,6 +74,12 @@ class Row:
     """Names that the tests call; the program defines at least one of them."""
     conventions: Conventions = "python"
     """What programs may rely on where the row comes from."""
+    checker: str = ""
+    """A program that decides about outputs where several are right; see `checker.py`."""
+    tolerance: float | None = None
+    """Of numbers in outputs, where the row has its own."""
+    ignore_case: bool = False
+    """Whether letter case in outputs does not matter."""
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -111,8 +119,22 @@ def _humaneval(row: Mapping[str, Any]) -> Row:
     if "```" in prompt:
         prompt = next((block for block in _MARKDOWN.findall(prompt) if defines(block, entry)), "")
     prompt = prompt if defines(prompt, entry) else ""
-    tests = AssertTests(checks=[f"{row['test']}\ncheck(candidate)\n"], helpers=prompt, entry_point=entry)
+    checks = [f"{row['test']}\ncheck(candidate)\n"]
+    tests = AssertTests(checks=checks, helpers=_with_body(prompt), entry_point=entry)
     return Row(tests=tests, prompt=prompt, names=[entry])
+
+
+def _with_body(prompt: str) -> str:
+    """Return a prompt that compiles alone: one that ends after the line of a `def`, or a comment, has no body yet."""
+    try:
+        ast.parse(prompt)
+    except SyntaxError:
+        heads = [
+            line for line in prompt.split("\n") if line.rstrip().endswith(":") and not line.lstrip().startswith("#")
+        ]
+        if heads:
+            return f"{prompt.rstrip()}\n{' ' * (len(heads[-1]) - len(heads[-1].lstrip()) + 4)}pass\n"
+    return prompt
 
 
 def _mbpp(row: Mapping[str, Any]) -> Row:
@@ -139,8 +161,11 @@ def _apps(row: Mapping[str, Any]) -> Row:
         return Row(tests=None)
     if not name:
         return Row(tests=StdinTests(inputs=[_lines(i) for i in inputs], outputs=[_lines(o) for o in outputs]))
+    as_text = all(isinstance(given, str) for given in inputs)  # the arguments as JSON, one a line, and so the outputs
     calls = [_json_lines(i) if isinstance(i, str) else list(i) for i in inputs]
-    tests = CallTests(function=name, inputs=calls, outputs=list(outputs), maybe_wrapped=True)
+    if as_text:
+        outputs = [_json_or_text(output) for output in outputs]
+    tests = CallTests(function=name, inputs=calls, outputs=list(outputs), maybe_wrapped=not as_text)
     return Row(tests=tests, names=[name, "Solution"], conventions="judge")
 
 
@@ -161,7 +186,8 @@ def _livecodebench(row: Mapping[str, Any]) -> Row:
         raise UserError("metadata: a functional LiveCodeBench row needs func_name (or a method in starter_code)")
     calls = [_json_lines(str(case["input"])) for case in cases]
     outputs = [_json(str(case["output"]), "public_test_cases") for case in cases]
-    tests = CallTests(function=name, inputs=calls, outputs=outputs)
+    in_place = re.search(rf"def\s+{re.escape(name)}\s*\([^)]*\)\s*->\s*None\b", str(row.get("starter_code") or ""))
+    tests = CallTests(function=name, inputs=calls, outputs=outputs, in_place=in_place is not None)
     return Row(tests=tests, names=[name, "Solution"], conventions="judge")
 
 
@@ -197,9 +223,28 @@ class _TextUnpickler(pickle.Unpickler):
 
 def _json(text: str, column: str) -> Any:
     try:
-        return json.loads(text)
+        return _loads(text)
     except ValueError as error:
         raise UserError(f"{column}: not JSON ({error})") from error
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    """Return a whole number of any length; `int` refuses more than 4,300 digits at once."""
+    if len(digits) <= 4000:
+        return int(digits)
+    sign, digits = (-1, digits[1:]) if digits[0] == "-" else (1, digits)
+    return sign * (_integer(digits[:-4000]) * 10**4000 + int(digits[-4000:]))
+
+
+def _json_or_text(output: Any) -> Any:
+    try:
+        return _loads(output) if isinstance(output, str) else output
+    except ValueError:
+        return output
 
 
 def _json_lines(text: str) -> list[Any]:

@@ -300,7 +300,10 @@ def _answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         return {"ended": [ended.kind, ended.detail]}
 
 
-_SHIPPED = ("llmrl.errors", "llmrl.sandbox.limits", "llmrl.sandbox.session", "llmrl.verify.code.suite_pytest")
+_SHIPPED = (
+    *("llmrl.errors", "llmrl.sandbox.limits", "llmrl.sandbox.watch", "llmrl.sandbox.session"),
+    "llmrl.verify.code.suite_pytest",
+)
 """Modules that the tests need in their box besides those that every box has."""
 
 
