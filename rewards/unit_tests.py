@@ -8,6 +8,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from llmrl.errors import UserError
@@ -162,6 +163,8 @@ def _run_native(answer: str, row: Row, outcome: Outcome, limits: Limits, total_s
                 box.prepare(program)
         return box
 
+    # These boxes do not tell waiting for a processor from sleeping, so only a machine that is very busy ends a run.
+    limits = replace(limits, wall_seconds=max(limits.wall_seconds, 10.0 * limits.cpu_seconds))
     return _run(program, row, outcome, limits, total_seconds, compiled)
 
 

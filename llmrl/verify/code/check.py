@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
-from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session
+from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session, default_sandbox
+from llmrl.sandbox.native import NativeSandbox
 from llmrl.verify.code.checker import BrokenChecker, Checker
 from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests, Tests
 from llmrl.verify.code.suite import BrokenSuite, SuiteTests, run_suite
@@ -114,7 +115,8 @@ class _Clock:
         """Return the limits of the next run, or None if no time is left."""
         if self.left <= 0:
             return None
-        cpu, wall = min(self.limits.cpu_seconds, self.left), min(self.limits.wall_seconds, self.left)
+        cpu = min(self.limits.cpu_seconds, math.ceil(min(self.left, 1e9)))
+        wall = min(self.limits.wall_seconds, self.left)
         total = None if self.left == math.inf else self.left
         return replace(self.limits, cpu_seconds=cpu, wall_seconds=wall, total_seconds=total)
 
@@ -135,7 +137,7 @@ def _run_stdin(
         if limits is None:
             return [*results, _OUT_OF_TIME]
         end = box.run(program, given, _for_output(limits, expected), row.conventions)
-        clock.left -= end.seconds
+        clock.left -= end.seconds or end.cpu_seconds
         if end.status == "ok":
             verdict: Verdict = "passed" if accept(given, end.stdout, expected) else "wrong"
         else:
@@ -160,7 +162,7 @@ def _for_output(limits: Limits, expected: str) -> Limits:
 def _judge_of(row: Row, box: Sandbox, limits: Limits) -> Callable[[str, str, str], bool]:
     """Return what decides about (input, printed, expected)."""
     if row.checker:
-        checker = Checker(row.checker, box, limits)
+        checker = Checker(row.checker, default_sandbox() if isinstance(box, NativeSandbox) else box, limits)
         return lambda given, printed, expected: _checked(checker, given, printed, expected)
     tolerance = FLOAT_TOLERANCE if row.tolerance is None else row.tolerance
     fold: Callable[[str], str] = str.casefold if row.ignore_case else str
