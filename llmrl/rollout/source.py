@@ -113,6 +113,11 @@ class Feed:
         return False
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence that the rows can lead to, after `encode`; None if nothing is sampled."""
+        return None
+
+    @property
     def tasks(self) -> list[Task]:
         raise NotImplementedError
 

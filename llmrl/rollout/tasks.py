@@ -103,6 +103,11 @@ class TaskFeed(Feed):
         return self.train.report.streams
 
     @property
+    def longest(self) -> int | None:
+        prompts = [*self.train.prompts, *self.held_out.prompts]
+        return max(prompt.length for prompt in prompts) + self.rollout.max_completion_length if prompts else None
+
+    @property
     def eval_tasks(self) -> list[Task]:
         """Held-out tasks."""
         return self.held_out.tasks

@@ -103,7 +103,7 @@ def build(args: Any, given: Given) -> Parts:
     critic = config.critic if isinstance(config, Config) else None
     rate = critic.learning_rate if critic is not None else None
     learner = Learner(policy, config.train, parallel, critic_learning_rate=rate)
-    source = feed.source(lambda: _start_engine(config, policy, parallel, console))
+    source = feed.source(lambda: _start_engine(config, policy, parallel, console, longest=feed.longest))
     record, ledger = _files(config, parallel, console)
     console.say(_summary(config, policy, learner, parallel))
     if not config.train.dropout and (random := random_parts(policy.module)):
@@ -212,10 +212,13 @@ def _check_trained(config: RunConfig, policy: Policy) -> None:
         raise UserError(mixes_adapters(moving.alpha))
 
 
-def _start_engine(config: RunConfig, policy: Policy, parallel: Parallel, console: Console) -> Any:
+def _start_engine(
+    config: RunConfig, policy: Policy, parallel: Parallel, console: Console, *, longest: int | None
+) -> Any:
     assert isinstance(config, Config), "a kind of run without an engine asked for one"
     folder = Path(config.train.output_dir) / "servers"
-    return start_engine(config.model, config.rollout, policy, parallel, log_dir=folder, say=console.say)
+    rollout = config.rollout
+    return start_engine(config.model, rollout, policy, parallel, log_dir=folder, longest=longest, say=console.say)
 
 
 def _files(config: RunConfig, parallel: Parallel, console: Console) -> tuple[Record | None, Ledger | None]:

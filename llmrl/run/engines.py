@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from llmrl.engines.base import Engine
     from llmrl.model.options import ModelConfig
     from llmrl.model.parallel import Parallel
@@ -19,8 +22,19 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+USUAL_LENGTH = 2048
+"""Tokens that a vLLM engine has room for in one sequence even where the rows of a run need less."""
+
+
 def start_engine(
-    model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, *, log_dir: Path, say: Say = print
+    model: ModelConfig,
+    rollout: SamplingConfig,
+    policy: Policy,
+    parallel: Parallel,
+    *,
+    log_dir: Path,
+    longest: int | None = None,
+    say: Say = print,
 ) -> tuple[Engine, Push]:
     """Start the engine that `rollout.engine` names for a policy.
 
@@ -30,6 +44,7 @@ def start_engine(
         policy: the policy whose weights it serves.
         parallel: the processes of the run.
         log_dir: folder for the logs of servers that are started.
+        longest: tokens of the longest sequence of the run, if that is known.
         say: shows a line to the user.
 
     Returns:
@@ -42,8 +57,28 @@ def start_engine(
 
     if reason := policy.merge_obstacle():
         raise UserError(f"no engine can serve this adapter: {reason}")
+    rollout = with_length(rollout, policy.model_config, longest)
     engine = ENGINES[rollout.engine](model, rollout, policy, parallel, log_dir=log_dir, say=say)
     return engine, WeightSync(policy, engine).push
+
+
+def with_length(rollout: SamplingConfig, config: PretrainedConfig, longest: int | None) -> SamplingConfig:
+    """Return the options with the length that a vLLM engine has to be started for, where they leave it open.
+
+    vLLM takes the model's limit, and then refuses to start where its cache cannot hold one sequence of that length: the
+    usual case for models of 131,072 positions beside a trainer.
+    """
+    from llmrl.engines.vllm.options import VllmConfig
+    from llmrl.model.positions import longest_exact
+
+    vllm = rollout.vllm or VllmConfig()
+    text: Any = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None), longest_exact(config)]
+    limit = min((n for n in limits if n), default=None)
+    if longest is None or vllm.max_model_len is not None or (limit is not None and limit <= USUAL_LENGTH):
+        return rollout
+    length = max(longest, USUAL_LENGTH)
+    return replace(rollout, vllm=replace(vllm, max_model_len=length if limit is None else min(length, limit)))
 
 
 def _hf(model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, **_: Any) -> Engine:

@@ -24,7 +24,8 @@ class VllmConfig:
     data_parallel_size: Count = 1
     """Copies of the model inside one engine. With engine `vllm` each training process has its own copy anyway."""
     max_model_len: Count | None = None
-    """Longest prompt + completion, in tokens. Default: the model's limit."""
+    """Longest prompt + completion, in tokens. Default: what the run's rows need, 2,048 at least; the model's limit if
+    that is less, and for `llmrl serve`, which knows no rows."""
     enable_prefix_caching: bool = True
     """Compute a prompt that several requests share only once."""
     enforce_eager: bool | None = None
