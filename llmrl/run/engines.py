@@ -120,6 +120,7 @@ def _vllm_server(
     model: ModelConfig, rollout: SamplingConfig, policy: Policy, parallel: Parallel, *, log_dir: Path, say: Say
 ) -> Engine:
     from llmrl.engines.vllm.servers import VllmServerEngine
+    from llmrl.run.pipeline import on_device
 
     if policy.is_quantized and model.quantization is None:
         raise UserError(
@@ -143,7 +144,7 @@ def _vllm_server(
         rank=parallel.rank,
         world=parallel.world,
         broadcast=parallel.broadcast,
-        barrier=parallel.barrier,
+        barrier=lambda: on_device(parallel.device, parallel.barrier),
         slack=rollout.num_generations,
         takes_adapters=apart,
         say=say,

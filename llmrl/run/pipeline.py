@@ -105,7 +105,11 @@ class RolloutQueue:
         self._raise_failures()
         self.entries = [entry for entry in self.entries if entry not in chosen]
         mine = [(entry.position, entry.work.result()) for entry in chosen if entry.work is not None]
-        groups = dict(self.parallel.gather_objects(mine))
+        if self.world > 1:  # on a thread, so that rollouts, rewards and requests of this process go on meanwhile
+            device = self.parallel.device
+            groups = dict(await asyncio.to_thread(on_device, device, self.parallel.gather_objects, mine))
+        else:
+            groups = dict(mine)
         taken = [groups[position] for position in sorted(groups)]
         oldest = max(staleness(taken, version), default=0)
         if self.max_staleness is not None and oldest > self.max_staleness:

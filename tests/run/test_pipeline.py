@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llmrl import Trainer
 from llmrl.data.sampler import TaskSampler
@@ -258,7 +259,9 @@ def test_processes_take_the_same_groups() -> None:
     async def run() -> None:
         several = []
         for rank in range(3):
-            processes = SimpleNamespace(rank=rank, world=3, gather_objects=list)  # they tell each other nothing
+            processes = SimpleNamespace(
+                rank=rank, world=3, gather_objects=list, device=torch.device("cpu")
+            )  # they tell each other nothing
             clockwork = Clockwork(max_staleness=2, parallel=processes)
             clockwork.finish(*range(100))
             several.append(clockwork)
@@ -391,3 +394,32 @@ def test_rollouts_go_on_while_the_learner_updates(max_staleness: int, tmp_path: 
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rollout.max_staleness is -1"):
         Trainer(settings(tmp_path, rollout__max_staleness=-1), model="tiny:qwen2", reward=letters, train_dataset=ROWS)
+
+
+def test_the_loop_goes_on_while_processes_wait_for_each_other() -> None:
+    turns = 0
+    waiting = threading.Event()
+
+    def gather_objects(items: list[Any]) -> list[Any]:
+        """Return when the loop of this process has turned often meanwhile: in the loop itself it would never return."""
+        waiting.set()
+        before = turns
+        while turns < before + 20:
+            time.sleep(0.001)
+        return items
+
+    async def beat() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def main() -> None:
+        heart = asyncio.create_task(beat())
+        processes = SimpleNamespace(rank=0, world=2, gather_objects=gather_objects, device=torch.device("cpu"))
+        clockwork = Clockwork(max_staleness=0, parallel=processes, seconds=lambda position: 0)
+        taken = await clockwork.queue.take(PROMPTS, step=1, version=0)
+        assert waiting.is_set() and len(taken) == PROMPTS // 2
+        heart.cancel()
+
+    asyncio.run(main())

@@ -6,7 +6,9 @@ Both ways use vLLM's weight-transfer protocol. They differ in its backend, which
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -122,7 +124,7 @@ class NcclDelivery:
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
             "shapes": [list(tensor.shape) for tensor in tensors],
         }
-        send = asyncio.to_thread(self.broadcast, self.group, self.tensors)
+        send = _on_daemon_thread(self.broadcast, self.group, self.tensors)
         updates = [_accepted(server, server.update_weights(info, label=label)) for server in servers]
         await self._run_collective(send, updates, "the transfer")
         return lost
@@ -144,7 +146,7 @@ class NcclDelivery:
             _initialise(server, common | {"rank_offset": 1 + sum(sizes[:index])}, how)
             for index, server in enumerate(servers)
         ]
-        send = asyncio.to_thread(self.open_group, self.host, port, 1 + sum(sizes))
+        send = _on_daemon_thread(self.open_group, self.host, port, 1 + sum(sizes))
         self.group = (await self._run_collective(send, joins, "joining a group"))[0]
         self.members = servers
 
@@ -187,6 +189,29 @@ class NcclDelivery:
         if hasattr(group, "destroy"):
             group.destroy()
         self.tensors = []
+
+
+def _on_daemon_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    """Call a function on a thread that does not keep the process: in NCCL it may wait for a server for ever."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def finish(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        future.set_result(result) if error is None else future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function(*args)
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="llmrl nccl", daemon=True).start()
+    return future
 
 
 async def _all(servers: list[VllmServer], work: Callable[[VllmServer], Awaitable[None]]) -> dict[VllmServer, str]:

@@ -293,7 +293,7 @@ class VllmServerEngine:
                     pass
         if not self.replicas.live:
             await self.replicas.wait_for_one()
-        self.barrier()
+        await asyncio.to_thread(self.barrier)  # rollouts and requests of this process go on meanwhile
         if not self.is_sender:
             await self._adopt_label()
 
@@ -318,7 +318,7 @@ class VllmServerEngine:
                 await self.replicas.each(lambda server: server.unload_adapters(old))
         if not self.replicas.live:
             await self.replicas.wait_for_one()
-        self.barrier()
+        await asyncio.to_thread(self.barrier)  # rollouts and requests of this process go on meanwhile
         if not self.is_sender:
             await self._adopt_label()
 

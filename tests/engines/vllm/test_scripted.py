@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Iterator
 
@@ -298,6 +299,25 @@ def test_nccl_joins_all_workers_sends_while_they_receive_and_joins_anew_after_a_
         await engine.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("route", ["/update_weights", "/init_weight_transfer_engine"])
+def test_a_process_whose_transfer_fails_ends_although_its_own_end_waits_for_ever(
+    servers: list[FakeVllm], route: str
+) -> None:
+    def for_ever(*_: Any) -> None:
+        threading.Event().wait()
+
+    open_group = for_ever if route == "/init_weight_transfer_engine" else (lambda *_: 1)
+
+    async def main() -> None:
+        engine, _, _ = engine_on(servers, delivery=NcclDelivery(open_group=open_group, broadcast=for_ever))
+        servers[1].refuses = route
+        with pytest.raises((RunFailed, UserError), match=r"did not take the weights|cannot receive weights"):
+            await engine.load_weights(lambda: [("w", torch.zeros(2))], version=0)
+        await engine.close()
+
+    asyncio.run(main())  # returns only if nothing keeps the loop's threads
 
 
 def test_the_error_names_the_flag_that_a_server_without_a_weight_backend_needs(servers: list[FakeVllm]) -> None:
