@@ -223,7 +223,9 @@ def _equivalent(ours: str, theirs: str, allow_unevaluated: bool, question: str) 
             return False
     if _other_kind(ours, theirs):
         return False
-    if (named := _NAMED.fullmatch(theirs)) and "=" not in ours:
+    if (named := _NAMED.fullmatch(theirs)) and theirs[1:4] == "(x)" and re.match(r"y\s*=", ours):
+        ours = ours.partition("=")[2].strip()  # y = 2x + 1 for f(x) = 2x + 1
+    if named and "=" not in ours:
         return _same(ours, named.group(1)) or _equivalent(ours, named.group(1), allow_unevaluated, question)
     if (bases := _same_base(ours, theirs)) is not None:
         return bases
@@ -234,6 +236,8 @@ def _equivalent(ours: str, theirs: str, allow_unevaluated: bool, question: str) 
 
 _NAMED = re.compile(r"[a-zA-Z]\w{0,3}\([^()]*\)\s*=\s*([^=]+)")
 """A value of a function: f(2) = 5."""
+_BRACKETED = re.compile(r"[(\[][^()\[\]]*[)\]]")
+"""A single tuple or interval."""
 _SIMPLE_SIDE = re.compile(r"(?:\\angle\s*|\|)?\\?[a-zA-Z]+\|?(?:_\s*(?:\w|\{[^{}]*\}))?'?(?:\([^()]*\))?|[^a-zA-Z]*")
 _WITH_LETTER_UNIT = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*(?:m|s|g|h|L|N|J|W|V)")
 _VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-df-hj-zA-Z](?![a-zA-Z])")
@@ -250,9 +254,9 @@ def _other_kind(ours: str, theirs: str) -> bool:
 
     math-verify takes these for each other.
     """
-    if {ours[:2], ours[:1]} & {"(", "["} and theirs.startswith("\\{") and "," in theirs and "\\cup" not in ours:
+    if theirs.startswith("\\{") and "," in theirs and _BRACKETED.fullmatch(ours):
         return True
-    if ours.startswith("\\{") and theirs[:1] in ("(", "[") and "," in ours and "\\cup" not in theirs:
+    if ours.startswith("\\{") and "," in ours and _BRACKETED.fullmatch(theirs):
         return True
     left, equals, _ = theirs.partition("=")
     return bool(equals) and "," not in theirs and "=" not in ours and not _SIMPLE_SIDE.fullmatch(left.strip())
@@ -290,14 +294,13 @@ _BASED = re.compile(r"([0-9A-F]+)_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 
 
 def _same_base(ours: str, theirs: str) -> bool | None:
-    """Compare numbers with a base, such as 110_2; the base may be left out in the answer. None if the gold has none."""
-    gold = _BASED.fullmatch(theirs)
-    if not gold:
-        return None
-    mine = _BASED.fullmatch(ours)
-    if mine:
-        return mine.group(1) == gold.group(1) and mine.group(2, 3) != () and _base(mine) == _base(gold)
-    return ours == gold.group(1)
+    """Compare numbers with a base, such as 110_2; the base may be left out in the answer. None if neither has one."""
+    gold, mine = _BASED.fullmatch(theirs), _BASED.fullmatch(ours)
+    if gold and mine:
+        return mine.group(1) == gold.group(1) and _base(mine) == _base(gold)
+    if gold:
+        return ours == gold.group(1)
+    return _base(mine) == "10" and mine.group(1) == theirs if mine else None
 
 
 def _base(match: re.Match[str]) -> str:

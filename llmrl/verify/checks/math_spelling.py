@@ -139,6 +139,7 @@ def _notations(text: str) -> str:
     text = re.sub(r"\\log_\s*(?:\{\s*e\s*\}|e)(?![a-zA-Z])", r"\\ln", text)
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
     text = re.sub(r"\s*(?:\\text\s*\{\s*per\s?cent\s*\}|\bper\s?cent\b)", "%", text)
+    text = re.sub(r"\s*\\degree(?![a-zA-Z])", r"^\\circ", text)
     text = _DEGREES_C.sub(r"^\\circ", text)
     text = _SINE_OF_DEGREES.sub(r"\\\1(\\frac{\2\\pi}{180})", text)
     return _COMBINATIONS.sub(r"\\binom{\1}{\2}", text)
@@ -277,10 +278,23 @@ def interval(condition: str) -> tuple[str, str] | None:
     return terms[at], f"{left}{low}, {high}{right}"
 
 
+_NUMBER_WORDS = {
+    word: str(value)
+    for value, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    )
+}
+_CIRCLED = "".join(chr(0x2460 + i) for i in range(20))
+
+
 def _named_sets(text: str) -> str:
     if text in ("\\varnothing", "\\{\\}", "\\{ \\}", "\\phi"):
         return "\\emptyset" if text != "\\phi" else text
     plain = words(text)
+    if (number := _NUMBER_WORDS.get(plain.lower())) is not None:
+        return number
+    if plain and plain[0] in _CIRCLED and not plain.strip(_CIRCLED + ", "):
+        return plain.replace(",", "").replace(" ", "")
     if plain and _NO_SOLUTION.fullmatch(plain):
         return "\\emptyset"
     if plain.lower() in ("all real numbers", "all reals", "the real numbers", "all real x"):

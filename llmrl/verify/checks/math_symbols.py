@@ -66,7 +66,7 @@ def parse(answer: str) -> list[Any]:
     from math_verify import LatexExtractionConfig
     from math_verify import parse as math_verify_parse
 
-    _silence()
+    _load()
     # Units are removed by their spelling before; math-verify takes the letters of 2ab and 3t for units too.
     spelling = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
@@ -193,7 +193,16 @@ def cpu_limit(seconds: float = CPU_LIMIT_S) -> Iterator[list[bool]]:
 
 
 @functools.cache
-def _silence() -> None:
-    """Silence math-verify's warning that its time limit is off; the limits here replace it."""
+def _load() -> None:
+    """Load math-verify, its grammars and sympy by a first use: ending an import in the middle would break the process.
+
+    Its warning that its own time limit is off is silenced; the limits here replace it.
+    """
+    from math_verify import parse as first_parse
+    from math_verify import verify as first_verify
+
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for pair in (("\\frac{x}{2}+9", "\\sqrt{y}"), ("(1,2]", "x>1"), ("\\{1,2\\}", "\\sin x")):
+        read = [first_parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in pair]
+        first_verify(*read, timeout_seconds=None)
