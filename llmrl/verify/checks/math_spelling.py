@@ -137,6 +137,7 @@ def _notations(text: str) -> str:
     r"""Unify \log_e and \ln, the imaginary unit, degrees in sines and of temperature, \langle, C_5^2 and percent."""
     text = re.sub(r"\\(?:mathrm|text|mathit)\s*\{\s*([ie])\s*\}", r"\1", text)
     text = re.sub(r"\\log_\s*(?:\{\s*e\s*\}|e)(?![a-zA-Z])", r"\\ln", text)
+    text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
     text = re.sub(r"\s*(?:\\text\s*\{\s*per\s?cent\s*\}|\bper\s?cent\b)", "%", text)
     text = re.sub(r"\s*\\degree(?![a-zA-Z])", r"^\\circ", text)
