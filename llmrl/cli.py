@@ -16,6 +16,7 @@ USAGE = """usage: llmrl COMMAND ...
   llmrl train RECIPE.yaml --dry_run              check every row of the data and show the first; no model is loaded
   llmrl verify --reward SPEC --input rows.jsonl --output scores.jsonl    score stored completions, no model needed
   llmrl verify --reward SPEC --self-test         run a reward's own examples
+  llmrl verify --red-team SPEC --input rows.jsonl    attack a reward on your own rows, and see what pays
   llmrl eval --model PATH --data SPEC --reward SPEC --samples 8 [--field value ...]    mean@k, pass@k, maj@k
   llmrl export RUN [--step N] [--merge] [--output DIR]    the model of any checkpoint, ready to load or to share
   llmrl serve RECIPE.yaml [--print_command]      vLLM servers for the recipe's model, until interrupted
@@ -74,8 +75,14 @@ def train(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """`llmrl verify`: see `llmrl.verify.command`."""
     from llmrl.verify.command import run as run_verify
+    from llmrl.verify.redteam.loop import Propose
 
-    return run_verify(argv)
+    def make_proposer(path: str, seed: int) -> Propose:
+        from llmrl.run.attacker import ModelProposer
+
+        return ModelProposer(path, seed=seed)
+
+    return run_verify(argv, make_proposer)
 
 
 def evaluate(argv: list[str]) -> int:

@@ -107,14 +107,15 @@ def _text(content: Any) -> str:
 
 def _example_judge(question: str, case: dict[str, str]) -> dict[str, Any] | None:
     """Compare the last word; grade by the share of the criteria's words; abstain on a response of '???'."""
-    words = case["response"].strip(" .").split()
+    words = case["response"].strip(" .").split() or ["nothing"]
     if words == ["???"]:
         return None
     if question == "decide_correct":
         sure = 0.9 if words[-1] in case["known_answer"].split(" | ") else 0.2
         return {"yes": sure, "no": 1 - sure}
     if question == "decide_grade":
-        return {"9": 0.5, "0": 0.5}
+        share = sum(word in words for word in case["criteria"].split()) / len(case["criteria"].split())
+        return {"9": share, "0": 1 - share}
     if question == "grade":
         wanted = case["criteria"].split()
         return {"reason": "words", "grade": 10 * sum(word in words for word in wanted) // len(wanted)}
@@ -139,5 +140,5 @@ EXAMPLES = [
     # One token: how sure the judge is.
     {**_ROW, "decision": True, "completion": "The capital is Canberra.", "reward": 0.9},
     {**_ROW, "decision": True, "completion": "The capital is Sydney.", "reward": 0.2},
-    {**_ROW, "decision": True, "completion": "It is red.", "criteria": "red blue", "reward": 0.5},
+    {**_ROW, "decision": True, "completion": "red green and more", "criteria": "red blue", "reward": 0.5},
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrl.types import RolloutGroup, Score
-from llmrl.verify.contract import ExampleResult, examples_of, run_examples
+from llmrl.verify.contract import ExampleResult, examples_of, gold_and_nothing, run_examples
 from llmrl.verify.rows import row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 from llmrl.verify.spec import load_file, resolve, shipped_folder, shipped_names
@@ -59,6 +59,11 @@ def test_examples_show_more_than_one_outcome(spec: str) -> None:
     examples = examples_of(Rubric([spec]))
     assert len(examples) >= 4
     assert len({example["reward"] for example in examples}) >= 2
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gold_is_paid_and_saying_nothing_is_not(spec: str) -> None:
+    assert asyncio.run(gold_and_nothing(spec)) == []
 
 
 @pytest.mark.parametrize("spec", SPECS)

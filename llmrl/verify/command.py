@@ -17,9 +17,10 @@ from typing import IO, Any
 from llmrl.errors import LlmrlError, RunFailed, UserError
 from llmrl.track.files import replacing
 from llmrl.types import Rollout, RolloutGroup, Score
-from llmrl.verify.contract import ExampleResult, run_examples
+from llmrl.verify.contract import ExampleResult, gold_and_nothing, run_examples
 from llmrl.verify.pool import available_cores
-from llmrl.verify.reward_args import ARGS_HELP, AddArgs, AddReward, parts_of, with_dotted
+from llmrl.verify.redteam.command import MakeProposer, add_options, check_options, red_team
+from llmrl.verify.reward_args import ARGS_HELP, AddArgs, AddReward, AddTarget, parts_of, with_dotted
 from llmrl.verify.rows import is_conversational, read_rows, result_line, row_key, row_to_rollout
 from llmrl.verify.rubric import RowError, Rubric
 
@@ -33,14 +34,21 @@ DESCRIPTION = (
 )
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], make_proposer: MakeProposer | None = None) -> int:
     """Run the command and return its exit code.
 
+    Args:
+        argv: its arguments.
+        make_proposer: loads the model that a red team attacks with.
+
     Returns:
-        0: done. 1: a reward raised, nothing was scored, or an example failed. 2: the arguments or the input are wrong.
+        0: done. 1: a reward raised, nothing was scored, an example failed, or the red team found something that pays.
+        2: the arguments or the input are wrong.
     """
     try:
         arguments = _parse(argv)
+        if arguments.red_team:
+            return asyncio.run(_red_team(arguments, make_proposer))
         if arguments.self_test:
             return asyncio.run(_self_test(arguments.reward, arguments.num_workers))
         return asyncio.run(_verify(arguments))
@@ -54,7 +62,14 @@ def run(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="llmrl verify", description=DESCRIPTION)
-    parser.add_argument("--reward", action=AddReward, required=True, metavar="SPEC", help="repeat it to add several up")
+    parser.add_argument("--reward", action=AddReward, metavar="SPEC", help="repeat it to add several up")
+    parser.add_argument(
+        "--red_team",
+        "--red-team",
+        action=AddTarget,
+        metavar="SPEC",
+        help="attack this reward with known exploits on the rows of --input; --output gets the report as JSON",
+    )
     parser.add_argument("--args", action=AddArgs, metavar="MAPPING", help=ARGS_HELP)
     parser.add_argument("--time_limit_s", type=float, help="limit of one call of a reward, in seconds")
     parser.add_argument("--input", type=Path, metavar="ROWS.jsonl")
@@ -64,14 +79,29 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--self_test", "--self-test", action="store_true", help="score the EXAMPLES of each reward's file instead"
     )
+    add_options(parser)
     arguments = parser.parse_args(with_dotted(argv))
+    if not arguments.reward:
+        raise UserError("give --reward SPEC, or --red-team SPEC")
     if arguments.time_limit_s is not None and not arguments.time_limit_s > 0:
         raise UserError(f"--time_limit_s {arguments.time_limit_s}: must be above 0")
     if arguments.num_workers < 1:
         raise UserError(f"--num_workers {arguments.num_workers}: must be at least 1")
+    if arguments.red_team:
+        check_options(arguments)
+        return arguments
     if not arguments.self_test and (arguments.input is None or arguments.output is None):
         raise UserError("give --input ROWS.jsonl and --output SCORES.jsonl, or --self-test")
     return arguments
+
+
+async def _red_team(arguments: argparse.Namespace, make_proposer: MakeProposer | None) -> int:
+    parts = parts_of(arguments.reward, arguments.time_limit_s)
+    rubric = Rubric(parts, num_workers=arguments.num_workers)
+    try:
+        return await red_team(arguments, rubric, make_proposer)
+    finally:
+        await rubric.close()
 
 
 # --- scoring a file ---------------------------------------------------------------------------------------------------
@@ -231,7 +261,10 @@ async def _self_test(rewards: list[tuple[str, dict[str, Any]]], num_workers: int
     for spec, args in rewards:
         results = await run_examples(spec, args, num_workers=num_workers)
         _print_table(spec, results)
-        failed += sum(not result.passed for result in results)
+        found = await gold_and_nothing(spec, args, num_workers=num_workers)
+        for text in found:
+            print(f"{spec}: FAILED {text}")
+        failed += sum(not result.passed for result in results) + len(found)
     return 1 if failed else 0
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.types import RolloutGroup, Score
+from llmrl.verify.redteam.attack import NOTHING, Attack
+from llmrl.verify.redteam.target import targets_of_examples
 from llmrl.verify.rows import check_row, is_conversational, row_to_rollout
 from llmrl.verify.rubric import Part, Rubric
 
@@ -78,3 +80,40 @@ async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_wor
         return results
     finally:
         await rubric.close()
+
+
+async def gold_and_nothing(spec: str, args: dict[str, Any] | None = None, *, num_workers: int = 1) -> list[str]:
+    """Check on the rows of the EXAMPLES that know an answer that it is paid, and that saying nothing is not.
+
+    Returns:
+        What is wrong, a text for each finding.
+
+    Raises:
+        UserError: the spec is unknown, or there are no examples.
+    """
+    rubric = Rubric([Part(fn=spec, args=args or {})], num_workers=num_workers)
+    try:
+        examples = examples_of(rubric)
+        rubric.conversational = is_conversational(examples[0])
+        targets = [target for target in targets_of_examples(examples) if target.answers]
+        attack, found, is_paid = Attack(rubric, targets), [], not targets
+        for target in targets:
+            good = await attack.good(target)
+            for text in (NOTHING, ""):
+                nothing = await attack.score(target, text)
+                if good is not None and nothing is not None and nothing >= good > 0:
+                    found.append(
+                        f"no-op: the completion {text!r} earns {nothing:g}, as much as a good one, on the row "
+                        f"{_shown(target.row)}"
+                    )
+                is_paid = is_paid or (good is not None and (nothing is None or good > nothing))
+        if not is_paid:
+            found.append("gold: on no row of the EXAMPLES does a good completion earn more than one that says nothing")
+        return found
+    finally:
+        await rubric.close()
+
+
+def _shown(row: dict[str, Any]) -> str:
+    text = repr(row)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -29,6 +29,17 @@ class AddReward(argparse.Action):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), (str(values), {})])
 
 
+class AddTarget(argparse.Action):
+    """Name the reward that is attacked."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Append it to the rewards."""
+        namespace.red_team = True
+        namespace.reward = [*(namespace.reward or []), (str(values), {})]
+
+
 class AddArgs(argparse.Action):
     """Add to the arguments of the last reward."""
 

@@ -27,6 +27,17 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         UserError: the file or a line cannot be read, or a row has no usable `completion`; the message has the file,
             the line and the field.
     """
+    for number, row in read_tasks(file):
+        check_row(row, f"{file}, line {number}")
+        yield number, row
+
+
+def read_tasks(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) for each line that is not blank; a row needs no `completion`.
+
+    Raises:
+        UserError: the file or a line cannot be read; the message has the file and the line.
+    """
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -45,7 +56,6 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
-    check_row(row, where)
     return row
 
 

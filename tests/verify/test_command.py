@@ -322,6 +322,26 @@ def test_self_test_runs_the_examples(
     assert message in printed
 
 
+@pytest.mark.parametrize(
+    ("pays", "message"),
+    [
+        ("1.0", "constant.py: FAILED no-op: the completion 'I do not know.' earns 1, as much as a good one"),
+        ("0.0", "constant.py: FAILED gold: on no row of the EXAMPLES does a good completion earn more"),
+        ("float(answer in completion)", ""),
+    ],
+)
+def test_self_test_looks_for_gold_that_is_not_paid_and_for_nothing_that_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], pays: str, message: str
+) -> None:
+    reward = "1.0" if pays != "0.0" else "0.0"
+    (folder / "constant.py").write_text(
+        f"def constant(completion, answer): return {pays}\n"
+        f"EXAMPLES = [{{'completion': 'it is 4', 'answer': '4', 'reward': {reward}}}]\n"
+    )
+    assert run(["--reward", "constant.py", "--self-test"]) == (1 if message else 0)
+    assert message in capsys.readouterr().out
+
+
 # --- real data --------------------------------------------------------------------------------------------------------
 
 
