@@ -32,6 +32,8 @@ class Target:
     """Completions that should be paid in full, as far as they can be made from the row."""
     answers: set[str] = field(default_factory=set)
     """The answers themselves, normalized."""
+    right: set[str] = field(default_factory=set)
+    """The answers, and what the row's own good completion says, normalized."""
     template: Any = None
     """A completion of several messages; the attack replaces the text of the last one."""
     prompt: str = ""
@@ -45,9 +47,7 @@ class Target:
 
     def states_answer(self, text: str) -> bool:
         """Return whether a text says nothing but a right answer, which is then paid with reason."""
-        bare = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-        bare = re.sub(r"\\boxed|</?answer>|```\w*|print\(", " ", bare)
-        return normalized(bare) in self.answers
+        return _bare(text) in self.right
 
 
 def target_of(row: dict[str, Any], number: int) -> Target:
@@ -56,6 +56,8 @@ def target_of(row: dict[str, Any], number: int) -> Target:
     target = Target(row={k: v for k, v in row.items() if k not in ("completion", "reward")}, number=number)
     target.prompt = _prompt(columns)
     target.answers = _answers(columns)
+    target.right = target.answers | ({_bare(row["completion"])} if isinstance(row.get("completion"), str) else set())
+    target.right.discard("")
     target.gold = [*([row["completion"]] if row.get("completion") else []), *_gold(columns)]
     if isinstance(row.get("completion"), list):
         target.template = row["completion"]
@@ -82,6 +84,12 @@ def targets_of_examples(examples: list[dict[str, Any]]) -> list[Target]:
         paid = [example for example in group if example["reward"] is not None]
         targets.append(target_of(max(paid or group, key=lambda example: example["reward"] or 0.0), number))
     return targets
+
+
+def _bare(text: str) -> str:
+    """Return what a completion says, without its thinking, its form, and what `normalized` leaves out."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    return normalized(re.sub(r"\\boxed|</?answer>|```\w*|print\(", " ", text))
 
 
 def normalized(text: str) -> str:
