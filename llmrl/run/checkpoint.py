@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from llmrl.errors import RunFailed, UserError
 from llmrl.run import sums
+from llmrl.track import history
 
 if TYPE_CHECKING:
     from llmrl.model.parallel import Parallel
@@ -178,6 +179,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / FOLDER).glob(PREFIX + "*"))
 
 
+def tidy(output_dir: Path, keep: int) -> None:
+    """Do what a kill kept `save_checkpoint` from: delete older checkpoints, and what is left of half ones."""
+    _remove_leftovers(output_dir)
+    _delete_older(output_dir, keep)
+
+
 def _delete_older(output_dir: Path, keep: int) -> None:
     for folder in list_checkpoints(output_dir)[:-keep] if keep else []:
         _remove(folder)
@@ -211,7 +218,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """
     own = list_checkpoints(output_dir)
     if wanted == "last":
-        if not own and not (output_dir / "metrics.jsonl").is_file():
+        if not own and not any((output_dir / name).is_file() for name in ("metrics.jsonl", history.FILE)):
             raise UserError(f"train.resume_from_checkpoint last: {output_dir} holds no run; start without it")
         return own[-1] if own else None
     folder = Path(wanted)

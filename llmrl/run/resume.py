@@ -65,6 +65,9 @@ def resume(run: Run) -> None:
     """Restore what `train.resume_from_checkpoint` names, and cut the run's files back to that step."""
     wanted = run.config.train.resume_from_checkpoint
     if not wanted:
+        if run.record is not None and run.ledger is not None:  # a start that was killed may have left lines
+            for file in (run.record.metrics, run.record.rollouts, run.ledger.file):
+                file.path.unlink(missing_ok=True)
         return _begin_part(run, None)
     folder = checkpoint.find_checkpoint(run.output_dir, wanted)
     files = {"metrics": 0, "rollouts": 0, "ledger": 0}
@@ -84,6 +87,7 @@ def resume(run: Run) -> None:
         if folder is not None and not checkpoint.belongs_to(folder, run.output_dir):
             files = checkpoint.branch(folder, run.output_dir, files)
             run.console.say(f"a branch of {folder.parent.parent}: its steps up to here are copied")
+        checkpoint.tidy(run.output_dir, run.config.train.save_total_limit)
         run.record.truncate(files)
         run.ledger.file.truncate(files["ledger"])
     run.console.say(
