@@ -94,6 +94,18 @@ class Collector(Source):
         found |= source_metrics(groups)
         return found | self.rubric.take_metrics() | staleness_metrics(groups, version)
 
+    def commit(self, groups: list[RolloutGroup]) -> list[dict[str, Any]]:
+        """Let rewards with a state learn from the groups of a step."""
+        return self.rubric.commit(groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the rewards."""
+        return self.rubric.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.rubric.load_state_dict(state)
+
     async def rest(self) -> None:
         """Lend the engine's device memory to the learner."""
         await self.engine.sleep()

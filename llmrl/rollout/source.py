@@ -83,6 +83,17 @@ class Source:
             "rollout/num_tokens": float(sum(lengths)),
         }
 
+    def commit(self, groups: list[RolloutGroup]) -> list[dict[str, Any]]:
+        """Let rewards with a state learn from the groups of a step; return what changed, for the ledger."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the rewards, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+
     async def rest(self) -> None:
         """Lend the engine's device memory to the learner: nothing is collected before the next `serve`."""
 

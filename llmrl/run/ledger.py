@@ -45,6 +45,10 @@ class Ledger:
             )
         self.file.append(*rows)
 
+    def reward_state(self, step: int, changes: list[dict[str, Any]]) -> None:
+        """Record what changed in the state of rewards, such as rubrics that evolve."""
+        self.file.append(*({"event": "reward_state", "step": step, **change} for change in changes))
+
 
 def audit(path: str | Path) -> dict[str, Any]:
     """Read a ledger and check that every issued task was trained exactly once.

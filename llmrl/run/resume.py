@@ -79,6 +79,7 @@ def resume(run: Run) -> None:
         run.sampler.load_state_dict(state["sampler"])
         run.queue.load_state_dict(state["queue"], run.tasks)
         run.health.load_state_dict(state["health"])
+        run.source.load_state_dict(state.get("source", {}))
         run.algorithm.load_state_dict(state["algorithm"])
         run.best.load_state_dict(state.get("best", {}))
         if state.get("unfinished") is not None:

@@ -303,8 +303,10 @@ class Trainer:
                 )
             evaluates = True
         warnings = self.health.observe(metrics, groups)
+        changes = self.source.commit(groups)
         if self.record is not None and self.ledger is not None:
             self.ledger.trained(self.step, groups)
+            self.ledger.reward_state(self.step, changes)
             self.record.groups(self.step, groups)
         if not evaluates:
             self._record(metrics)
@@ -399,6 +401,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "queue": self.queue.state_dict(),
             "health": self.health.state_dict(),
+            "source": self.source.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "best": self.best.state_dict(),
             "callbacks": self.callbacks.state_dict(),

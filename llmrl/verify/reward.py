@@ -7,6 +7,7 @@ docs/rewards.md describes the contract.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
@@ -71,6 +72,8 @@ class Reward:
     """The function has `**kwargs`."""
     examples: list[dict[str, Any]] | None = None
     """`EXAMPLES` of the module it comes from."""
+    state: Any = None
+    """The object, if it has a state that belongs to the run: see `has_state`."""
     check: RowCheck | None = None
     """Says what is wrong with a row's columns, if the reward brings such a function."""
     needs_s: float | None = None
@@ -145,6 +148,8 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     args = dict(args or {})
     if isinstance(source, str):
         function, module = resolve(source, args), find(source)[1]
+        if has_state(function):
+            function = copy.deepcopy(function)  # each rubric has a state of its own
         if source.endswith("()"):
             args = {}
         spec: str | None = str(_absolute(source))
@@ -155,6 +160,7 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     kind, called = _kind(function)
     reward = Reward(name=_name(function, module), function=called, kind=kind, args=args)
     reward.examples = getattr(module, "EXAMPLES", None)
+    reward.state = function if has_state(function) else None
     reward.check = check_of(reward.name, function, module)
     signature = inspect.signature(called)
     for name, parameter in signature.parameters.items():
@@ -174,6 +180,11 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     if getattr(module, "POOL", False):
         reward.spec = _pool_spec(reward, spec)
     return reward
+
+
+def has_state(reward: Any) -> bool:
+    """Return whether a reward is an object whose state belongs to the run (docs/rewards.md)."""
+    return all(callable(getattr(reward, name, None)) for name in ("commit", "state_dict", "load_state_dict"))
 
 
 def _check_args(reward: Reward) -> None:

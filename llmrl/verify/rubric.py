@@ -10,7 +10,7 @@ import difflib
 import logging
 import math
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -235,6 +235,31 @@ class Rubric:
         # Looked up rather than imported: only a reward with a judge loads the module, which needs the extra `judge`.
         judges = sys.modules.get("llmrl.verify.judge.judge")
         return means | (judges.judge_metrics() if judges is not None else {})
+
+    def commit(self, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
+        """Let rewards with a state learn from groups that are trained on; return what changed, for the ledger.
+
+        Scores hold all that is needed, so that every process, which has all groups, comes to the same state.
+        """
+        events: list[dict[str, Any]] = []
+        for name, reward in self.rewards.items():
+            for group in groups if reward.state is not None else ():
+                info: dict[str, Any] = {}
+                for rollout in group.rollouts:
+                    info |= (rollout.score.info.get(name) or {}) if rollout.score is not None else {}
+                if info and (event := reward.state.commit(group, info)):
+                    events.append({"reward": name, "position": group.position, **event})
+        return events
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the rewards that have one, by name."""
+        return {name: reward.state.state_dict() for name, reward in self.rewards.items() if reward.state is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; a reward that is new in this run begins afresh."""
+        for name, reward in self.rewards.items():
+            if reward.state is not None and name in state:
+                reward.state.load_state_dict(state[name])
 
     async def close(self) -> None:
         """Stop the worker processes."""

@@ -95,7 +95,7 @@ def test_options_of_the_metric_server_in_its_own_environment() -> None:
 
 def test_every_recipe_makes_a_rubric_and_every_judge_can_be_made() -> None:
     recipes = [yaml.safe_load(block) for block in blocks("yaml")]
-    assert len(recipes) == 5
+    assert len(recipes) == 6
     for recipe in recipes:
         assert Rubric.from_config([RewardConfig(**reward) for reward in recipe["rewards"]], VerifyConfig()).names
         for reward in recipe["rewards"]:
@@ -123,7 +123,7 @@ def test_the_table_of_judge_fields_is_complete_and_right() -> None:
         documented |= dict(zip(in_row, values, strict=True))
     required = {name: documented.pop(name) for name in ("base_url", "model")}
     assert required == {"base_url": "required", "model": "required"} and documented.pop("extra_body") == "{}"
-    known = {None: "none", True: "true", 0.0: "0", 120.0: "120"}
+    known = {None: "none", True: "true", 0.0: "0", 120.0: "120", 600.0: "600"}
     assert documented == {
         name: known.get(default, str(default))
         for name, default in defaults.items()
