@@ -35,6 +35,13 @@ class Message(TypedDict, total=False):
 # --- 1 prompt ---------------------------------------------------------------------------------------------------------
 
 
+def content_text(content: Any) -> str:
+    """Return the content of a message as text; of a list of parts, their texts together."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """One unit of work: what the policy sees, and what only the verifier sees. Never mutated.
@@ -182,7 +189,7 @@ class Rollout:
     @property
     def completion(self) -> str:
         """Return the text of the last assistant message ('' if there is none)."""
-        return str(self.turns[-1].message.get("content") or "") if self.turns else ""
+        return content_text(self.turns[-1].message.get("content")) if self.turns else ""
 
     @property
     def prefilled(self) -> str:

@@ -7,20 +7,22 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.sandbox import BoxDied, Limits, Sandbox, SandboxUnavailable, default_sandbox
+from llmrl.sandbox import DEFAULT_PACKAGES, BoxDied, Limits, Sandbox, SandboxUnavailable, default_sandbox
 from llmrl.sandbox.languages import language
 from llmrl.sandbox.native import native_sandbox
+from llmrl.sandbox.packages import check_installed
 from llmrl.types import Message, Score
 from llmrl.verify.checks.answers import completion_text
 from llmrl.verify.code.answers import labelled_program, language_of
 from llmrl.verify.code.check import Outcome, TestResult, UnusableRow, reward_of, run_tests
+from llmrl.verify.code.datasets import COLUMNS, READ_FURTHER
 from llmrl.verify.code.extract import extract_program
-from llmrl.verify.code.rows import AssertTests, Row, StdinTests, broken_source, read_row
+from llmrl.verify.code.rows import AssertTests, Row, StdinTests, broken_source, read_row, unknown_row
 from llmrl.verify.code.suite import SuiteTests, unsupported
 
 POOL = True
@@ -44,6 +46,19 @@ def unit_tests(
     private_test_cases: Any = None,
     starter_code: str | None = None,
     metadata: Any = None,
+    test_cases: Any = None,
+    verification_info: Any = None,
+    tests: Any = None,
+    public_tests: Any = None,
+    private_tests: Any = None,
+    generated_tests: Any = None,
+    official_tests: Any = None,
+    generated_checker: str | None = None,
+    input_mode: str | None = None,
+    reward_model: Any = None,
+    checker: str | None = None,
+    tolerance: float | None = None,
+    ignore_case: bool | None = None,
     prefilled: str = "",
     *,
     outcome: Outcome = "all",
@@ -52,6 +67,7 @@ def unit_tests(
     wall_seconds: float = 20.0,
     total_seconds: float = 60.0,
     memory_mb: int = 1024,
+    packages: Sequence[str] = DEFAULT_PACKAGES,
     sandbox: Sandbox | None = None,
 ) -> Score:
     """Run the program of a completion against its row's tests. Columns are named as in their data sets.
@@ -71,7 +87,21 @@ def unit_tests(
         public_test_cases: LiveCodeBench: input, output, testtype.
         private_test_cases: LiveCodeBench: more of them.
         starter_code: LiveCodeBench: names the method if metadata does not.
-        metadata: LiveCodeBench: func_name.
+        metadata: LiveCodeBench, DeepCoder: func_name.
+        test_cases: AceCode: assertions; or a list of cases with input and output.
+        verification_info: SYNTHETIC-1, open-r1 verifiable-coding: test_cases with type, input, output, fn_name.
+        tests: DeepCoder: a list of cases, or inputs and outputs.
+        public_tests: CodeContests: input, output.
+        private_tests: CodeContests: more of them.
+        generated_tests: CodeContests: more of them.
+        official_tests: open-r1 Codeforces: a list of cases with input and output.
+        generated_checker: open-r1 Codeforces: a checker, see `checker`.
+        input_mode: open-r1 Codeforces: only `stdio` is judged.
+        reward_model: Eurus, verl: tests in ground_truth, in any of these forms.
+        checker: Python program that decides about an output: `checker.py input.txt correct_output.txt
+            solution_output.txt` prints 1 for a right one.
+        tolerance: relative or absolute, for numbers in printed outputs. Default: 1e-6.
+        ignore_case: whether letter case in printed outputs does not matter.
         prefilled: how the prompt already begins the completion's message, such as `<think>`.
         outcome: `all` (1 or 0), `fraction` (share of tests passed) or `bcoder` (+1, -0.3 wrong, -0.6 run-time error or
             time-out, -1 does not compile).
@@ -81,6 +111,7 @@ def unit_tests(
         wall_seconds: real time of one test, without waiting for a processor: the limit of programs that sleep.
         total_seconds: the same for all tests of one completion together.
         memory_mb: memory of the program, in addition to the interpreter's own.
+        packages: installed packages that Python programs may import, such as scipy, pandas or sortedcontainers.
         sandbox: where programs run; default: the process's sandbox, chosen by LLMRL_SANDBOX.
 
     Returns:
@@ -91,19 +122,22 @@ def unit_tests(
     """
     if outcome not in _OUTCOMES:
         raise UserError(f"unit_tests: outcome {outcome!r} is unknown: use {', '.join(_OUTCOMES)}")
-    human_eval = {"prompt": prompt if isinstance(prompt, str) else None, "test": test, "entry_point": entry_point}
-    human_eval["code_prompt"] = code_prompt
-    mbpp = {"test_list": test_list, "test_setup_code": test_setup_code, "test_imports": test_imports, "code": code}
-    mbpp["challenge_test_list"] = challenge_test_list
-    live_code_bench = {"public_test_cases": public_test_cases, "private_test_cases": private_test_cases}
-    live_code_bench |= {"starter_code": starter_code, "metadata": metadata}
-    row = read_row({**human_eval, **mbpp, **live_code_bench, "input_output": input_output})
+    given = locals()
+    columns = {name: given[name] for name in _TEST_COLUMNS}
+    row = read_row(columns | {"prompt": prompt if isinstance(prompt, str) else None})
     limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
     answer = prefilled + completion_text(completion)
     name = language_of(answer) if code_language == "auto" else code_language
     if name != "python":
         return _run_native(answer, row, outcome, limits, total_seconds, language(name).labels[0])
-    return _run(extract_program(answer, row), row, outcome, limits, total_seconds, lambda: sandbox or default_sandbox())
+    return _run(
+        extract_program(answer, row),
+        row,
+        outcome,
+        limits,
+        total_seconds,
+        lambda: sandbox or default_sandbox(tuple(packages)),
+    )
 
 
 def seconds_needed(total_seconds: float = 60.0, **_: Any) -> float:
@@ -115,6 +149,8 @@ def check(row: dict[str, Any]) -> str | None:
     """Say that the row has no tests, or tests that cannot be read. Tests in a large archive are not unpacked for it."""
     if row.get("outcome", "all") not in _OUTCOMES:
         return f"outcome {row['outcome']!r} is unknown: use {', '.join(_OUTCOMES)}"
+    if (packages := tuple(row.get("packages", DEFAULT_PACKAGES))) != DEFAULT_PACKAGES:
+        check_installed(packages)
     prompt = row.get("prompt")
     columns = {name: row[name] for name in _TEST_COLUMNS if name in row}
     packed = columns.get("private_test_cases")
@@ -122,6 +158,8 @@ def check(row: dict[str, Any]) -> str | None:
         del columns["private_test_cases"]
         if not columns.get("public_test_cases"):
             return None
+    if not columns.keys() & set(_TESTS):
+        raise unknown_row(row)
     tests = read_row(columns | {"prompt": prompt if isinstance(prompt, str) else None}).tests
     if tests is None:
         return "the row has no tests"
@@ -131,18 +169,10 @@ def check(row: dict[str, Any]) -> str | None:
 
 
 _TEST_COLUMNS = (
-    *(
-        "test",
-        "entry_point",
-        "code_prompt",
-        "test_list",
-        "test_setup_code",
-        "test_imports",
-        "challenge_test_list",
-        "code",
-    ),
-    *("input_output", "public_test_cases", "private_test_cases", "starter_code", "metadata"),
+    *("test", "entry_point", "code_prompt", "test_list", "test_setup_code", "test_imports", "challenge_test_list"),
+    *("code", "input_output", "public_test_cases", "private_test_cases", "starter_code", "metadata", *COLUMNS),
 )
+_TESTS = ("test", "test_list", "input_output", "public_test_cases", "private_test_cases", *READ_FURTHER)
 _LARGE_ARCHIVE = 100_000
 """Characters; unpacking more takes too long to do for every row before the first step."""
 

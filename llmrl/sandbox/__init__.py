@@ -13,9 +13,11 @@ from typing import Protocol
 
 from llmrl.errors import UserError
 from llmrl.sandbox.limits import BoxDied, Conventions, Limits, RunResult, SandboxUnavailable
+from llmrl.sandbox.packages import check_installed
 from llmrl.sandbox.session import CannotTravel, Handle, ProgramEnded, Raised, Session
 
 __all__ = [
+    "DEFAULT_PACKAGES",
     "BoxDied",
     "CannotTravel",
     "Conventions",
@@ -32,6 +34,10 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+
+DEFAULT_PACKAGES = ("numpy",)
+"""Packages that programs may import if they are installed."""
 
 
 class Sandbox(Protocol):
@@ -63,7 +69,7 @@ class Sandbox(Protocol):
         ...
 
 
-def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = ("numpy",)) -> Sandbox:
+def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = DEFAULT_PACKAGES) -> Sandbox:
     """Start a sandbox and check with a first program that it confines what runs in it.
 
     Args:
@@ -72,12 +78,14 @@ def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = ("numpy
         packages: installed packages that programs may import besides the standard library.
 
     Raises:
-        UserError: `kind` is not one of these.
+        UserError: `kind` is not one of these, or a package is not installed.
         SandboxUnavailable: the sandbox does not work here. Programs are never run without a box.
     """
     from llmrl.sandbox.http import HttpSandbox
     from llmrl.sandbox.local import LocalSandbox
 
+    if packages != DEFAULT_PACKAGES:  # programs may do without those, but what was asked for must be there
+        check_installed(packages)
     kind = kind or os.environ.get("LLMRL_SANDBOX") or "auto"
     if kind.startswith(("http://", "https://")):
         return HttpSandbox(kind)
@@ -101,19 +109,23 @@ def open_sandbox(kind: str | None = None, *, packages: tuple[str, ...] = ("numpy
     )
 
 
-_default: dict[str, Sandbox] = {}
+_default: dict[tuple[str, tuple[str, ...]], Sandbox] = {}
 _default_lock = threading.Lock()
 
 
-def default_sandbox() -> Sandbox:
+def default_sandbox(packages: tuple[str, ...] = DEFAULT_PACKAGES) -> Sandbox:
     """Return this process's sandbox, chosen by LLMRL_SANDBOX. The first call starts it and logs its description.
 
+    Args:
+        packages: installed packages that programs may import. There is one sandbox for each choice of them.
+
     Raises:
+        UserError: a package is not installed.
         SandboxUnavailable: no sandbox works here.
     """
-    kind = os.environ.get("LLMRL_SANDBOX") or "auto"
+    key = os.environ.get("LLMRL_SANDBOX") or "auto", packages
     with _default_lock:
-        if kind not in _default:
-            _default[kind] = open_sandbox(kind)
-            _logger.info("%s", _default[kind].describe())
-        return _default[kind]
+        if key not in _default:
+            _default[key] = open_sandbox(key[0], packages=packages)
+            _logger.info("%s", _default[key].describe())
+        return _default[key]

@@ -5,7 +5,6 @@ bwrap.py and lite.py decide how to start the box. A program runs behind a privat
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.sandbox.limits import BoxDied, Limits, SandboxUnavailable
+from llmrl.sandbox.packages import paths_of
 from llmrl.sandbox.watch import Watch
 
 _HERE = Path(__file__).parent
@@ -112,10 +112,10 @@ class BoxPlan:
     def __post_init__(self) -> None:
         self.read_paths = interpreter_paths()
         for package in self.packages:
-            spec = importlib.util.find_spec(package)
-            for location in (spec.submodule_search_locations or []) if spec else []:
-                self.read_paths += [location, f"{location}.libs"]
-                self.package_paths.append(str(Path(location).parent))
+            for path in paths_of(package):
+                self.read_paths.append(path)
+                if (folder := str(Path(path).parent)) not in self.package_paths:
+                    self.package_paths.append(folder)
 
 
 def interpreter() -> str:

@@ -524,3 +524,21 @@ def test_a_program_for_a_judge_finds_what_judges_give_it(box: Sandbox, source: s
     end = box.run(source, "", Limits(cpu_seconds=60, wall_seconds=300.0), "judge")
     assert (end.status, end.stdout) == ("ok", printed), end
     assert box.run(source, "", LIMITS).status in ("error", "compile_error")  # and not from Python itself
+
+
+def test_programs_import_the_packages_that_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "__init__.py").write_text("VALUE = 42\n")
+    (tmp_path / "single.py").write_text("VALUE = 43\n")
+    (tmp_path / "hidden.py").write_text("VALUE = 44\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        asked = open_sandbox(packages=("given", "single"))
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    with contextlib.closing(asked):
+        end = asked.run("import given, single\nprint(given.VALUE, single.VALUE)", "", LIMITS)
+        assert (end.status, end.stdout) == ("ok", "42 43\n"), end
+        assert asked.run("import hidden", "", LIMITS).status == "error"
+    with pytest.raises(UserError, match="packages: 'not_there' is not installed, .* pip install not_there"):
+        open_sandbox(packages=("numpy", "not_there"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrl.errors import UserError
-from llmrl.types import Message
+from llmrl.types import Message, content_text
 from llmrl.verify.thinking import without_thinking
 
 GOLD_SEPARATOR = "<|answer_split|>"
@@ -156,10 +156,7 @@ def completion_text(completion: str | list[Message]) -> str:
     if isinstance(completion, str):
         return completion
     replies = [message for message in completion if message.get("role") == "assistant"]
-    content: Any = (replies[-1].get("content") or "") if replies else ""
-    if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    return str(content)
+    return content_text(replies[-1].get("content")) if replies else ""
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:

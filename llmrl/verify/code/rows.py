@@ -1,7 +1,7 @@
 """Reading code data sets: a row becomes tests. `extract.py` finds the program in a model's answer.
 
 Rows are recognized by their own column names: HumanEval (test, entry_point), MBPP (test_list), APPS (input_output),
-LiveCodeBench (public_test_cases, private_test_cases). Tests and references are trusted.
+LiveCodeBench (public_test_cases, private_test_cases); `datasets.py` knows more. Tests and references are trusted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import pickle
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.sandbox import Conventions
+from llmrl.verify.code.datasets import translated
 from llmrl.verify.code.suite import SuiteTests, read_suite
 
 
@@ -91,7 +92,20 @@ def read_row(row: Mapping[str, Any]) -> Row:
     Raises:
         UserError: the row has none of these data sets' columns, or one that is not in its format.
     """
-    present = {name: value for name, value in row.items() if value is not None}
+    present = translated({name: value for name, value in row.items() if value is not None})
+    found = _read(present)
+    conventions = "judge" if present.get("judged") else found.conventions
+    tolerance = present.get("tolerance")
+    return replace(
+        found,
+        conventions=conventions,
+        checker=str(present.get("checker") or ""),
+        tolerance=None if tolerance is None else float(tolerance),
+        ignore_case=bool(present.get("ignore_case")),
+    )
+
+
+def _read(present: dict[str, Any]) -> Row:
     suite = read_suite(present)
     if suite is not None:
         return Row(tests=suite[0], names=suite[1])
@@ -103,10 +117,17 @@ def read_row(row: Mapping[str, Any]) -> Row:
         return _apps(present)
     if "public_test_cases" in present or "private_test_cases" in present:
         return _livecodebench(present)
-    found = ", ".join(sorted(present)) or "none"
-    raise UserError(
+    raise unknown_row(present)
+
+
+def unknown_row(row: Mapping[str, Any]) -> UserError:
+    """Return the error for a row without tests that are known here; it names the columns that the row has."""
+    found = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "none of these"
+    return UserError(
         "unit_tests: the row has no tests in a known format. Expected the columns test and entry_point (HumanEval), "
-        f"test_list (MBPP), input_output (APPS) or public_test_cases (LiveCodeBench). Found: {found}."
+        "test (KodCode, BigCodeBench), test_list (MBPP), input_output (APPS, TACO), public_test_cases (LiveCodeBench), "
+        "test_cases (AceCode), verification_info (SYNTHETIC-1), tests (DeepCoder), public_tests (CodeContests), "
+        f"official_tests (Codeforces) or reward_model (Eurus). Found: {found}."
     )
 
 
