@@ -36,7 +36,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 
-DEFAULT_PACKAGES = ("numpy",)
+DEFAULT_PACKAGES = ("numpy", "sortedcontainers")
 """Packages that programs may import if they are installed."""
 
 

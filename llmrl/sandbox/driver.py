@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import copy
 import json
+import operator
 import os
 import sys
 import threading
@@ -30,6 +32,9 @@ class Program:
         self.module.__file__ = "program.py"
         sys.modules[module_name] = self.module
         self.handles: dict[int, Any] = {}
+        self.classes: dict[type, int] = {}
+        self.outside: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        """Sends a call of a function of the test code out and returns the answer; None where that is impossible."""
 
     def run(self, request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> bool:
         """Compile and execute `source`. Report a compile error and return False; other exceptions are raised."""
@@ -55,17 +60,77 @@ class Program:
         """Return the tree of a numpy number as a plain one, or a handle by which later requests can name the object."""
         if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
             return wire.encode(value.item(), self.tree_of_object)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            number = self.number_of_class(value)
+            return {"h": [number, "type", self.lineage(value)]}
         number = len(self.handles)
         self.handles[number] = value
         return {"h": [number, str(type(value).__name__)[:100]]}
+
+    def number_of_class(self, kind: type) -> int:
+        """Return the handle of a class, which is always the same one."""
+        if kind not in self.classes:
+            self.classes[kind] = len(self.handles)
+            self.handles[self.classes[kind]] = kind
+        return self.classes[kind]
+
+    def lineage(self, kind: type) -> list[Any]:
+        """Return [number, name] of an exception class and its bases up to the nearest built-in one, and its name.
+
+        A built-in one that the program has given out counts as its own too.
+        """
+        own: list[Any] = []
+        for base in type.mro(kind):
+            built_in = base in _EXCEPTIONS
+            if issubclass(base, BaseException) and (not built_in or base in self.classes):
+                own.append([self.number_of_class(base), str(base.__name__)[:100]])
+            if built_in:
+                return [*own, base.__name__]
+        return [*own, "Exception"]
+
+    def description(self, error: BaseException) -> list[Any]:
+        """Return `describe(error)`, the handle of the exception and the lineage of its class."""
+        number = len(self.handles)
+        self.handles[number] = error
+        try:
+            return [*describe(error), number, self.lineage(type(error))]
+        except BaseException:
+            return describe(error)
+
+    def resolve(self, number: int, _: str) -> Any:
+        """Return the object of a handle; negative numbers mean functions of the test code."""
+        return self.handles[number] if number >= 0 else _Outside(self, number)
 
     def answer(self, do: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Carry out one request. `do` is `name`, `call` or a key of `_ACTIONS`."""
         if do == "name":
             return self.lookup(*args)
-        if do == "call":
+        if do in ("call", "run"):
             return args[0](*args[1:], **kwargs)
         return _ACTIONS[do](*args)
+
+
+class _Outside:
+    """A function of the test code, called from the program."""
+
+    def __init__(self, program: Program, number: int) -> None:
+        self.program, self.number = program, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        program = self.program
+        if program.outside is None:
+            raise RuntimeError("the test is over")
+        answer = program.outside(
+            {
+                "callback": -1 - self.number,
+                "args": [wire.encode(item, program.tree_of_object) for item in args],
+                "kwargs": {key: wire.encode(item, program.tree_of_object) for key, item in kwargs.items()},
+            }
+        )
+        if "error" in answer:
+            name, text = answer["error"]
+            raise next((kind for kind in _EXCEPTIONS if kind.__name__ == name), Exception)(text)
+        return wire.decode(answer["ok"], program.resolve)
 
 
 def _items(value: Any) -> list[Any]:
@@ -77,6 +142,35 @@ def _items(value: Any) -> list[Any]:
     return items
 
 
+def _exit(context: Any, error: BaseException | None, name: str | None) -> bool:
+    """Leave a context: with the program's exception, with one like that of the test code, or without any."""
+    if error is None and name is not None:
+        error = next((kind for kind in _EXCEPTIONS if kind.__name__ == name), Exception)("raised by the test")
+    return bool(type(context).__exit__(context, type(error) if error is not None else None, error, None))
+
+
+def _await(value: Any) -> Any:
+    import asyncio
+
+    async def finish() -> Any:
+        return await value
+
+    return asyncio.run(finish())
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"),
+        *("neg", "pos", "abs", "invert", "index", "lt", "le", "gt", "ge", "eq", "ne", "delitem"),
+    )
+} | {
+    function.__name__: function
+    for function in (
+        *(round, int, float, complex, repr, format, hash, reversed, isinstance, issubclass, delattr),
+        *(copy.copy, copy.deepcopy),
+    )
+}
 _ACTIONS: dict[str, Callable[..., Any]] = {
     "getattr": getattr,
     "setattr": setattr,
@@ -86,7 +180,11 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
     "next": next,
     "in_place": lambda function, *args: result if (result := function(*args)) is not None else args[0],
     "len": len,
+    "apply": lambda name, *args: _FUNCTIONS[name](*args),
+    "await": _await,
     "bool": bool,
+    "enter": lambda value: type(value).__enter__(value),
+    "exit": _exit,
     "str": str,
 }
 
@@ -123,11 +221,22 @@ def serve(channel: int) -> None:
     def next_request() -> dict[str, Any]:
         return wire.load(receive(wire.HEADER.unpack(receive(wire.HEADER.size))[0]))
 
+    lock = threading.Lock()
+
+    def outside(message: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            send(message)
+            return next_request()
+
     program = Program("solution")
     send(_load(program, next_request()))
     while True:
         request = next_request()
-        send(_reply(program, request))
+        program.outside = outside
+        answer = _reply(program, request)
+        with lock:  # a thread of the program may be waiting for an answer to a call
+            program.outside = None
+            send(answer)
 
 
 def replay() -> None:
@@ -157,16 +266,21 @@ def _load(program: Program, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reply(program: Program, request: dict[str, Any]) -> dict[str, Any]:
-    def resolve(number: int, _: str) -> Any:
-        return program.handles[number]
-
     try:
-        args = [wire.decode(item, resolve) for item in request["args"]]
-        kwargs = {key: wire.decode(item, resolve) for key, item in request["kwargs"].items()}
+        args = [wire.decode(item, program.resolve) for item in request["args"]]
+        kwargs = {key: wire.decode(item, program.resolve) for key, item in request["kwargs"].items()}
         result = program.answer(request["do"], args, kwargs)
-        return {"id": request["id"], "ok": wire.encode(result, program.tree_of_object)}
+        answer = {"id": request["id"], "ok": wire.encode(result, program.tree_of_object)}
+        if request["do"] == "run" or (request["do"] == "call" and result is None):
+            changed = [wire.encode(item, program.tree_of_object) if _is_mutable(item) else None for item in args[1:]]
+            answer |= {"changed": changed} if any(tree is not None for tree in changed) else {}
+        return answer
     except BaseException as error:
-        return {"id": request["id"], "error": describe(error)}
+        return {"id": request["id"], "error": program.description(error)}
+
+
+def _is_mutable(value: Any) -> bool:
+    return type(value) in (list, dict, set) or type(value).__name__ == "ndarray"
 
 
 def run_script(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> int:

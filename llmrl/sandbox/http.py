@@ -16,6 +16,7 @@ from llmrl.sandbox.session import ProgramEnded, Session
 
 _HERE = Path(__file__).parent
 _PACKAGE = __name__.rpartition(".")[0]
+_GUEST = ("rich", "wire", "conventions", "driver")
 _RETRIES = 2
 _EXTRA_SECONDS = 30.0
 """Time the server may take on top of the program's wall time, for its queue."""
@@ -54,9 +55,7 @@ class HttpSandbox:
         base = address.rstrip("/")
         self.url = base if base.endswith("/run_code") else f"{base}/run_code"
         modules = [(name, "") for name in ("llmrl", _PACKAGE)]
-        modules += [
-            (f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in ("wire", "conventions", "driver")
-        ]
+        modules += [(f"{_PACKAGE}.{name}", (_HERE / f"{name}.py").read_text()) for name in _GUEST]
         self._glue = _GLUE.format(modules=modules)
         if self.run("print(6 * 7)", "", Limits()).stdout != "42\n":
             raise SandboxUnavailable(f"{self.url} does not run programs: print(6 * 7) did not give 42")
@@ -140,6 +139,8 @@ def _last_line(text: str) -> str:
 
 class _Replay:
     """An Exchange that sends all requests so far each time and returns the last answer."""
+
+    calls_back = False
 
     def __init__(self, box: HttpSandbox, limits: Limits) -> None:
         self.box, self.limits = box, limits

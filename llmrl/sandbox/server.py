@@ -28,7 +28,7 @@ from llmrl.sandbox.watch import Watch
 
 _HERE = Path(__file__).parent
 _PACKAGE = __name__.rpartition(".")[0]
-_GUEST = ("wire", "conventions", "driver", "seccomp", "landlock", "zygote")
+_GUEST = ("rich", "wire", "conventions", "driver", "seccomp", "landlock", "zygote")
 _START_SECONDS = 30.0
 _KILL_SECONDS = 10.0
 _BOOT = """

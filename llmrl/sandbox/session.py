@@ -6,14 +6,26 @@ come out. A handle equals nothing; every other operation on it happens inside th
 
 from __future__ import annotations
 
-import builtins
+import itertools
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, Protocol
 
 from llmrl.sandbox import wire
+from llmrl.sandbox.callbacks import may_be_called
+from llmrl.sandbox.handles import (
+    Awaitable,
+    CannotTravel,
+    Handle,
+    ProgramClass,
+    Raised,
+    exception_of,
+    exception_text,
+    raised_class,
+)
 from llmrl.sandbox.limits import Conventions, Limits
+from llmrl.sandbox.rich import MAX_ITEMS
 from llmrl.sandbox.watch import Stopwatch
 
 
@@ -29,20 +41,13 @@ class ProgramEnded(BaseException):
         self.detail = detail
 
 
-class CannotTravel(BaseException):
-    """A test passes something other than a plain value to the program: the row is unusable, the program not wrong."""
-
-
-class Raised(Exception):
-    """The program raised. The class actually raised here also derives from the nearest built-in exception."""
-
-    detail = ""
-
-
 class Exchange(Protocol):
     """One request to the program and its answer."""
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]: ...
+
+    calls_back: bool
+    """Whether the program can call functions of the test code."""
 
     @property
     def seconds(self) -> float:
@@ -66,7 +71,11 @@ class Session:
         self._exchange = exchange
         self._on_close = on_close
         self._count = 0
+        self._callbacks: list[Callable[..., Any]] = []
+        self._classes: dict[int, type[Raised]] = {}
         self.ended: ProgramEnded | None = None
+        self.failed: AssertionError | None = None
+        """An assertion that failed in test code which the program called; the program must not swallow it."""
 
     def __enter__(self) -> Session:
         return self
@@ -117,12 +126,65 @@ class Session:
             "kwargs": {key: wire.encode(item, self._tree_of_argument) for key, item in kwargs.items()},
         }
         answer = self._ask(request)
-        if "error" in answer:
-            raise _exception(answer["error"])
+        while "callback" in answer:
+            answer = self._ask({"id": request["id"]} | self._called_back(answer))
         try:
-            return wire.decode(answer["ok"], lambda number, name: Handle(self, number, name))
-        except (wire.BadValue, KeyError) as error:
+            if "error" in answer:
+                raise self._exception(answer["error"])
+            result = self._decoded(answer["ok"])
+            for local, tree in zip(args[1:], answer.get("changed") or [], strict=False):
+                if tree is not None:
+                    _change(local, self._decoded(tree))
+            return result
+        except (wire.BadValue, KeyError, TypeError) as error:
+            if isinstance(error, Raised):
+                raise
             raise self._end("error", f"the answer is not a value: {error}") from None
+
+    def _decoded(self, tree: Any) -> Any:
+        return wire.decode(tree, self._object)
+
+    def _object(self, number: int, name: str, lineage: Any = None) -> Any:
+        if lineage is not None:
+            return self._class(lineage)
+        return (Awaitable if name == "coroutine" else Handle)(self, number, name)
+
+    def _class(self, lineage: Any) -> type[Raised] | None:
+        """Return what stands for an exception class of the program.
+
+        Args:
+            lineage: [number, name] of the class and of its bases, and at last the name of the nearest built-in one.
+        """
+        *own, nearest = lineage
+        kind: type[Raised] | None = None
+        for number, name in reversed(own):
+            if number not in self._classes:
+                bases = (kind or raised_class(nearest),)
+                attributes = {"_handle": Handle(self, int(number), "type")}
+                self._classes[number] = ProgramClass(str(name)[:100], bases, attributes)
+            kind = self._classes[number]
+        return kind
+
+    def _exception(self, description: Any) -> Exception:
+        if type(description) is not list or len(description) != 5:
+            return exception_of(description, None, None)
+        *_, number, lineage = description
+        return exception_of(description, self._class(lineage), Handle(self, int(number), str(description[0])[:100]))
+
+    def _called_back(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Call a function of the test code for the program; return its result, or what it raised, for the box."""
+        try:
+            function = self._callbacks[call["callback"]]
+            args = [self._decoded(item) for item in call["args"]]
+            kwargs = {str(key): self._decoded(item) for key, item in call["kwargs"].items()}
+        except (wire.BadValue, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise self._end("error", f"not a call: {error}") from None
+        try:
+            return {"ok": wire.encode(function(*args, **kwargs), self._tree_of_argument)}
+        except Exception as error:
+            if isinstance(error, AssertionError):
+                self.failed = error
+            return {"error": [type(error).__name__, str(error)[:500]]}
 
     def forward(self, request: dict[str, Any]) -> dict[str, Any]:
         """Pass on a request that a session elsewhere made (tests in a box of their own), and return the raw answer.
@@ -131,6 +193,12 @@ class Session:
             ProgramEnded: the program has ended.
         """
         return self._ask(request)
+
+    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function whose result is not used: what the program changes in the arguments is changed here too."""
+        if isinstance(function, Handle) and function._session is self:
+            return self.request("run", function, *args, **kwargs)
+        return function(*args, **kwargs)
 
     def next_test(self) -> None:
         """Let the limits of one test begin again."""
@@ -149,7 +217,7 @@ class Session:
         except ProgramEnded as ended:
             self.ended = ended
             raise
-        if "compile_error" not in answer and answer.get("id") != request["id"]:
+        if not {"compile_error", "callback"} & answer.keys() and answer.get("id") != request["id"]:
             raise self._end("error", "the program's answer does not belong to the request")
         return answer
 
@@ -158,92 +226,39 @@ class Session:
         return self.ended
 
     def _tree_of_argument(self, value: Any) -> Any:
-        if type(value) is Handle and value._session is self:
+        if isinstance(value, ProgramClass):
+            value = value.__dict__.get("_handle", value)
+        if isinstance(value, Handle) and value._session is self:
             return {"h": [value._number, value._type]}
-        if isinstance(value, (range, map, filter, zip)):
+        if isinstance(value, (KeysView, ValuesView, ItemsView)):
             return [wire.encode(item, self._tree_of_argument) for item in value]
+        if isinstance(value, Iterator):
+            items = list(itertools.islice(value, MAX_ITEMS + 1))
+            if len(items) > MAX_ITEMS:
+                raise CannotTravel(f"the test passes an iterator over more than {MAX_ITEMS} items to the program")
+            return {"v": ["iterator", [wire.encode(item, self._tree_of_argument) for item in items]]}
+        if self._exchange.calls_back and may_be_called(value):
+            self._callbacks.append(value)
+            return {"h": [-len(self._callbacks), type(value).__name__]}
         raise CannotTravel(f"the test passes a {type(value).__name__} to the program")
 
 
-class Handle:
-    """An object that stays in the box. It equals nothing, not even itself, because a program could fake equality.
-
-    Attributes, calls, items, iteration, length, truth and text are evaluated inside the box.
-    """
-
-    __slots__ = ("_number", "_session", "_type")
-
-    def __init__(self, session: Session, number: int, type_name: str) -> None:
-        object.__setattr__(self, "_session", session)
-        object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_type", type_name)
-
-    def __repr__(self) -> str:
-        return f"<{self._type} in the sandbox>"
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    def __ne__(self, other: object) -> bool:
-        return True
-
-    __hash__ = object.__hash__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._session.request("call", self, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._session.request("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._session.request("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._session.request("getitem", self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._session.request("setitem", self, key, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        items = self._session.request("iter", self)
-        return iter(items if type(items) is list else [])
-
-    def __next__(self) -> Any:
-        return self._session.request("next", self)
-
-    def __len__(self) -> int:
-        size = self._session.request("len", self)
-        return size if type(size) is int else -1
-
-    def __bool__(self) -> bool:
-        return self._session.request("bool", self) is True
-
-    def __str__(self) -> str:
-        text = self._session.request("str", self)
-        return text if type(text) is str else ""
-
-
-def _exception(description: Any) -> Exception:
-    """Return an exception for one raised in the program, which `except` for its nearest built-in class catches."""
-    nearest = description[1] if type(description) is list and len(description) == 3 else "Exception"
-    base = getattr(builtins, nearest, Exception) if type(nearest) is str else Exception
-    if not (isinstance(base, type) and issubclass(base, Exception)):
-        base = Exception
-    try:
-        error = type("Raised", (Raised, base), {})("raised in the program")
-    except TypeError:  # a class that requires other arguments
-        error = Raised("raised in the program")
-    error.detail = exception_text(description)
-    return error
-
-
-def exception_text(description: Any) -> str:
-    """Return an exception's description as `Name: text`, shortened, for people."""
-    if type(description) is not list or len(description) != 3:
-        return "an exception"
-    return f"{str(description[0])[:100]}: {str(description[2])[:500]}"
+def _change(local: Any, new: Any) -> None:
+    """Give an argument of the test the content that the program has left in it."""
+    if type(local) is not type(new):
+        return
+    if isinstance(local, list):
+        pairs = zip(local, new, strict=False)
+        for old, item in pairs if len(local) == len(new) else ():
+            _change(old, item)
+        kept = len(local) == len(new) and all(old == item for old, item in zip(local, new, strict=True))
+        if not kept:
+            local[:] = new
+    elif isinstance(local, (dict, set)):
+        local.clear()
+        local.update(new)
+    elif isinstance(local, bytearray) or type(local).__name__ == "ndarray":
+        local[:] = new
 
 
 class SocketExchange:
@@ -255,6 +270,8 @@ class SocketExchange:
         stopwatch: the time of the program.
         how_it_ended: called when the program stops answering, with True after a timeout; returns (kind, detail).
     """
+
+    calls_back = True
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Plain values as JSON frames on a descriptor: the only data that pass between the verifier and the box.
 
 Values built of None, bool, int, float, str, bytes, list, tuple, set, frozenset, dict, complex and the names of these
-classes arrive on the other side with their types. Any other object travels as a handle: a number and a type name.
+classes arrive on the other side with their types, and so do those of `rich`. Any other object travels as a handle: a
+number and a type name.
 Standard library only, because this module runs on both sides.
 """
 
@@ -12,12 +13,21 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from llmrl.sandbox import rich
+
 MAX_DEPTH = 120
 MAX_NODES = 500_000
 HEADER = struct.Struct(">I")
+_CONTAINERS = (list, tuple, dict, set, frozenset)
 _CLASSES = (int, float, bool, str, bytes, list, tuple, set, frozenset, dict, complex, object)
 _TYPES = {kind.__name__: kind for kind in _CLASSES}
 _TYPE_NAMES = {kind: name for name, kind in _TYPES.items()}
+
+
+_NOT_A_VALUE = (
+    *(TypeError, ValueError, KeyError, IndexError, AttributeError, ImportError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
 
 
 class BadValue(ValueError):
@@ -49,6 +59,8 @@ class _Encoder:
         return self.container(value, depth + 1)
 
     def container(self, value: Any, depth: int) -> Any:
+        if type(value) not in _CONTAINERS and (packed := rich.pack(value)) is not None:
+            return {"v": [packed[0], self.tree(packed[1], depth)]}
         if isinstance(value, list):
             return [self.tree(item, depth) for item in list.__iter__(value)]
         if isinstance(value, tuple):
@@ -90,12 +102,12 @@ def encode(value: Any, tree_of_object: Callable[[Any], Any]) -> Any:
     return _Encoder(tree_of_object).tree(value)
 
 
-def decode(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
+def decode(tree: Any, object_of: Callable[..., Any]) -> Any:
     """Return the value of a JSON tree written by `encode`.
 
     Args:
         tree: parsed JSON from the other side, which may be hostile.
-        object_of: called with the number and type name of each handle.
+        object_of: called with the number and type name of each handle, and the lineage of an exception class.
 
     Raises:
         BadValue: `encode` does not write such a tree, or keys were chosen to collide in a hash table.
@@ -104,11 +116,11 @@ def decode(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
         return _value(tree, object_of)
     except BadValue:
         raise
-    except (TypeError, ValueError, KeyError, RecursionError, OverflowError, MemoryError) as error:
+    except _NOT_A_VALUE as error:
         raise BadValue(f"not a value: {type(error).__name__}") from None
 
 
-def _value(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
+def _value(tree: Any, object_of: Callable[..., Any]) -> Any:
     if type(tree) is list:
         return [_value(item, object_of) for item in tree]
     if type(tree) is not dict:
@@ -122,8 +134,11 @@ def _value(tree: Any, object_of: Callable[[int, str], Any]) -> Any:
         keys = _hashable([_value(key, object_of) for key, _ in content])
         return dict(zip(keys, (_value(item, object_of) for _, item in content), strict=True))
     if tag == "h":
-        number, name = content
-        return object_of(int(number), str(name)[:100])
+        number, name, *lineage = content
+        return object_of(int(number), str(name)[:100], *lineage)
+    if tag == "v":
+        kind, packed = content
+        return rich.unpack(kind, _value(packed, object_of))
     return _tagged_scalar(tag, content)
 
 

@@ -64,9 +64,10 @@ def test_calls_carry_values_both_ways(box: LocalSandbox) -> None:
         args, kwargs = session.name("f")(1, 1.0, True, (2,), {3}, {"k": None}, b"x", math.inf, int, key=[1])
         assert same(args, (1, 1.0, True, (2,), {3}, {"k": None}, b"x", math.inf, int))
         assert kwargs == {"key": [1]}
-        assert session.name("f")(range(3)) == (([0, 1, 2],), {})
-        with pytest.raises(CannotTravel):
-            session.name("f")(lambda: 1)
+        assert session.name("f")(range(3)) == ((range(3),), {})
+        for refused in (lambda: 1, open, eval, object(), getattr):  # this file is no test code of a row
+            with pytest.raises(CannotTravel):
+                session.name("f")(refused)
 
 
 def test_an_object_stays_in_the_box_and_can_be_used_again(box: LocalSandbox) -> None:
@@ -85,7 +86,7 @@ def squares(n): return (i * i for i in range(n))
         node.next = session.name("Node")(41)
         assert session.name("total")(node) == 42
         assert (node.next.value, node.up(step=5)) == (41, 6)
-        assert (node == node, node != node) == (False, True) and node not in [1, "x"]
+        assert (node == node, node != node) == (True, False) and node not in [1, "x"]
         assert list(session.name("squares")(4)) == [0, 1, 4, 9]
         with pytest.raises(TypeError):
             _ = session.name("squares")(4) < 3
@@ -99,7 +100,7 @@ def test_an_exception_keeps_its_built_in_class_and_ends_nothing(box: LocalSandbo
             session.name("f")(1)
         assert isinstance(caught.value, Raised) and caught.value.detail == "Mine: bad"
         assert session.name("f")(0) == 1
-        with pytest.raises(Raised, match="raised in the program"):
+        with pytest.raises(Raised, match="does not define 'missing'"):
             session.name("missing")
 
 
@@ -185,7 +186,7 @@ def test_numpy_is_there_and_its_numbers_are_plain(box: LocalSandbox) -> None:
     pytest.importorskip("numpy")
     source = "import numpy as np\ndef f(x): return np.array(x).sum(), [np.float32(0.5), np.bool_(True)], np.array(x)"
     total, others, array = call(box, source, [1, 2])
-    assert same([total, others], [3, [0.5, True]]) and isinstance(array, Handle)
+    assert same([total, others], [3, [0.5, True]]) and array.tolist() == [1, 2]
 
 
 def test_runs_are_the_same_every_time(box: LocalSandbox) -> None:

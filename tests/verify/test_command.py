@@ -218,7 +218,7 @@ def test_any_text_is_read_and_written(folder: Path, text: str) -> None:
             "line 2, field reward: reward mine returned 'good' of type str",
         ),
         (
-            [{"test_list": [], **OK}, {"tests": [], **OK}],
+            [{"test_list": [], **OK}, {"pairs": [], **OK}],
             ["unit_tests"],
             (),
             "rows.jsonl, line 2, unit_tests: the row has no tests in a known format",

@@ -21,6 +21,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session, default_sandbox
+from llmrl.sandbox.callbacks import TEST_FILE
 from llmrl.sandbox.native import NativeSandbox
 from llmrl.verify.code.checker import BrokenChecker, Checker
 from llmrl.verify.code.rows import AssertTests, CallTests, Row, StdinTests, Tests
@@ -226,11 +227,13 @@ def _run_calls(
     stop_early: bool,
 ) -> list[TestResult]:
     results: list[TestResult] = []
+    # The box must have numpy for a test that passes an array, even if the program does not name it.
+    named = "\n# numpy" if isinstance(tests, AssertTests) and any("numpy" in code for code in _all_code(tests)) else ""
     for _ in range(_MAX_RESTARTS):
         limits = clock.next_limits()
         if limits is None:
             return [*results, _OUT_OF_TIME]
-        with _timed(box.open(program, limits), clock) as session:
+        with _timed(box.open(program + named, limits), clock) as session:
             try:
                 session.load(program, row.conventions)
                 check = _assert_check(session, tests) if isinstance(tests, AssertTests) else _call_check(session, tests)
@@ -300,6 +303,8 @@ def same_value(given: Any, expected: Any) -> bool:
     Tuples count as lists, because JSON has no tuples. True is not 1. A float may differ by FLOAT_TOLERANCE, relative or
     absolute. All other values must be equal and of the same type.
     """
+    if type(given).__name__ == "ndarray" and isinstance(expected, list):
+        given = given.tolist()
     if isinstance(given, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(given) == len(expected) and all(map(same_value, given, expected))
     if isinstance(given, dict) and isinstance(expected, dict):
@@ -322,7 +327,7 @@ def _close(given: Any, expected: Any) -> bool:
 
 def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]:
     """Return a function that runs one check, in a namespace that holds the program's names as handles."""
-    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": _test_builtins()}
+    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": _test_builtins() | {_RUN: session.run}}
     if tests.helpers:
         exec(_compiled(tests.helpers), namespace)
     for name in _program_names(tests):
@@ -338,6 +343,8 @@ def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]
         if setup_error is not None:
             raise setup_error
         exec(_compiled(tests.checks[index]), namespace)
+        if session.failed is not None:
+            raise session.failed
         return True
 
     return check
@@ -375,12 +382,33 @@ def _candidate(session: Session, name: str) -> Any:
     return undefined
 
 
+_RUN = "__run__"
+"""The name of `Session.run` in test code."""
+
+
+class _Runs(ast.NodeTransformer):
+    """Makes `f(a)` as a statement a call whose changes of `a` the test sees; other calls are for their result."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        self.generic_visit(node)
+        call = node.value
+        if not isinstance(call, ast.Call) or (isinstance(call.func, ast.Name) and call.func.id == "super"):
+            return node
+        run = ast.Call(func=ast.Name(id=_RUN, ctx=ast.Load()), args=[call.func, *call.args], keywords=call.keywords)
+        node.value = ast.copy_location(run, call)
+        return ast.fix_missing_locations(node)
+
+
 @lru_cache(maxsize=512)
 def _compiled(source: str) -> types.CodeType:
     try:
-        return compile(source, "<tests>", "exec", dont_inherit=True)
+        return compile(_Runs().visit(ast.parse(source)), TEST_FILE, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise UnusableRow(f"the test code does not compile: {error}") from None
+
+
+def _all_code(tests: AssertTests) -> tuple[str, ...]:
+    return (tests.setup, tests.helpers, *tests.checks)
 
 
 def _sources(tests: AssertTests) -> list[ast.AST]:

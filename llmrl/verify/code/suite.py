@@ -301,8 +301,8 @@ def _answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
 
 
 _SHIPPED = (
-    *("llmrl.errors", "llmrl.sandbox.limits", "llmrl.sandbox.watch", "llmrl.sandbox.session"),
-    "llmrl.verify.code.suite_pytest",
+    *("llmrl.errors", "llmrl.sandbox.limits", "llmrl.sandbox.watch", "llmrl.sandbox.handles"),
+    *("llmrl.sandbox.callbacks", "llmrl.sandbox.session", "llmrl.verify.code.suite_pytest"),
 )
 """Modules that the tests need in their box besides those that every box has."""
 

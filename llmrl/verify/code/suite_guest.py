@@ -36,6 +36,7 @@ class Conversation:
 
     def __init__(self, body: Callable[[Conversation], dict[str, Any]]) -> None:
         self.body = body
+        self.calls_back = False
         self.requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.count = 0
