@@ -16,6 +16,8 @@ from llmrl.verify.code.rows import read_row
 from llmrl.verify.code.suite import unsupported
 from tests.sandbox.sandboxes import any_box
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(cpu_seconds=60, wall_seconds=300.0, memory_mb=256, output_mb=2)
 
 
