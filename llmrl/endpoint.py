@@ -141,11 +141,15 @@ def require_client() -> None:
 _shared: PerLoop[dict[str, Endpoint]] = PerLoop(dict)
 
 
-def shared_endpoint(url: str, *, timeout_s: float, retries: int, max_concurrency: int) -> Endpoint:
-    """Return the running loop's one Endpoint for `url`, without headers. The limits are those of the first call."""
+def shared_endpoint(
+    url: str, *, headers: Mapping[str, str] = NO_HEADERS, timeout_s: float, retries: int, max_concurrency: int
+) -> Endpoint:
+    """Return the running loop's one Endpoint for `url`. Headers and limits are those of the first call."""
     endpoints = _shared.get()
     if url not in endpoints:
-        endpoints[url] = Endpoint(url, timeout_s=timeout_s, retries=retries, max_concurrency=max_concurrency)
+        endpoints[url] = Endpoint(
+            url, headers=headers, timeout_s=timeout_s, retries=retries, max_concurrency=max_concurrency
+        )
     return endpoints[url]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from llmrl.algo.ops.mixing import RubricFor, RubricNorm, check_mixing, mix_rewards
 from llmrl.endpoint import EndpointError, require_client, shared_endpoint
 from llmrl.errors import LlmrlError, UserError
+from llmrl.json_server import key_headers
 from llmrl.types import Message, Rollout, Score, Status
 from llmrl.verify.checks.answers import gold_answers
 from llmrl.verify.citations.rubrics import (
@@ -256,6 +257,7 @@ async def evaluate_remotely(url: str, payload: dict[str, Any]) -> dict[str, Any]
     """
     endpoint = shared_endpoint(
         f"{url.rstrip('/')}/evaluate",
+        headers=key_headers(),
         timeout_s=SERVER_TIMEOUT_S,
         retries=SERVER_RETRIES,
         max_concurrency=SERVER_CONCURRENCY,

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
-    ("option", "noise", "endpoint"),
+    ("option", "noise", "endpoint", "json_server"),
     ("algo", "track", "sandbox", "tiny"),
     ("data", "model", "report"),
     ("engines", "verify", "train"),

@@ -116,9 +116,11 @@ class HttpSandbox:
     def _send(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         # Imported here, because a local sandbox works without the packages of the HTTP client.
         from llmrl.endpoint import EndpointError, post_json
+        from llmrl.json_server import key_headers
 
+        options = {"headers": key_headers(), "timeout_s": timeout_s, "retries": _RETRIES, "retried_status": ()}
         try:
-            return post_json(self.url, body, timeout_s=timeout_s, retries=_RETRIES, retried_status=())
+            return post_json(self.url, body, **options)
         except EndpointError as error:
             raise SandboxUnavailable(f"the sandbox does not answer: {error}") from error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
 from typing import Any
 
+from llmrl.json_server import Client, Guard, JsonServer, Refused, add_arguments, guard_of
 from llmrl.sandbox import BoxDied, Limits, Sandbox, SandboxUnavailable, open_sandbox
 
-_MAX_BODY = 64 << 20
+MAX_SECONDS = 120.0
+MAX_MEMORY_MB = 16_384.0
 
 
 def answer(box: Sandbox, request: dict[str, Any]) -> dict[str, Any]:
@@ -17,12 +18,18 @@ def answer(box: Sandbox, request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         box: where the program runs.
-        request: `code`, `language` (`python`), `stdin`, `run_timeout` (seconds), `memory_limit_MB`.
+        request: `code`, `language` (`python`), `stdin`, `run_timeout` (seconds), `memory_limit_MB`. Larger limits than
+            this server's are lowered to them.
+
+    Raises:
+        Refused: it is no such request.
     """
     if request.get("language", "python") not in ("python", "pytest"):
         return {"status": "SandboxError", "message": "only python is served", "run_result": None}
-    seconds = float(request.get("run_timeout") or 10.0)
-    memory = int(request.get("memory_limit_MB") or 0)
+    seconds = min(_number(request, "run_timeout", 10.0), MAX_SECONDS)
+    memory = round(min(_number(request, "memory_limit_MB", 0.0), MAX_MEMORY_MB))
+    if not isinstance(request.get("code"), str) or not isinstance(request.get("stdin") or "", str):
+        raise Refused(422, "not a run_code request: `code` (and `stdin`, if given) must be text")
     limits = Limits(
         cpu_seconds=max(1, round(seconds)), wall_seconds=seconds, memory_mb=memory if memory > 0 else Limits().memory_mb
     )
@@ -47,49 +54,36 @@ def answer(box: Sandbox, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _number(request: dict[str, Any], name: str, usual: float) -> float:
+    value = request.get(name) or usual
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise Refused(422, f"not a run_code request: {name} must be a number from 0 on")
+    return float(value) or usual
+
+
 def _result(state: str, code: int | None, seconds: float, stdout: str, stderr: str) -> dict[str, Any]:
     return {"status": state, "return_code": code, "execution_time": seconds, "stdout": stdout, "stderr": stderr}
 
 
-def make_server(box: Sandbox, host: str, port: int) -> ThreadingHTTPServer:
+def make_server(box: Sandbox, host: str = "127.0.0.1", port: int = 0, guard: Guard | None = None) -> JsonServer:
     """Return a server that is ready for `serve_forever`; port 0 means any free port."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            if self.path != "/run_code" or size > _MAX_BODY:
-                self.send_error(404 if self.path != "/run_code" else 413)
-                return
-            try:
-                request = json.loads(self.rfile.read(size))
-                body = json.dumps(answer(box, request)).encode()
-            except (ValueError, TypeError, KeyError) as error:
-                self.send_error(422, f"not a run_code request: {type(error).__name__}")
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def run_code(request: dict[str, Any], client: Client) -> dict[str, Any]:
+        return answer(box, request)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer((host, port), Handler)
-    server.daemon_threads = True
-    return server
+    return JsonServer(guard or Guard(host=host, port=port), {"/run_code": run_code})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(prog="serve_sandbox", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
+    add_arguments(parser, port=8080, max_concurrency=os.cpu_count() or 1)
     parser.add_argument("--sandbox", choices=("auto", "bwrap", "lite"), default="auto")
     arguments = parser.parse_args(argv)
+    guard = guard_of(arguments)
     box = open_sandbox(arguments.sandbox)
-    server = make_server(box, arguments.host, arguments.port)
-    print(f"{box.describe()}\nserving http://{arguments.host}:{server.server_address[1]}/run_code", flush=True)
+    server = make_server(box, guard=guard)
+    print(f"{box.describe()}\nserving {server.url}/run_code", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from llmrl.sandbox import ProgramEnded, Raised, SandboxUnavailable, open_sandbox
+from llmrl.sandbox import ProgramEnded, Raised, SandboxUnavailable, open_sandbox, serve
 from llmrl.sandbox.http import HttpSandbox
 from llmrl.sandbox.serve import make_server
 from tests.sandbox.sandboxes import LIMITS, SHORT, any_box, same
@@ -98,6 +99,29 @@ def test_an_address_without_a_server_is_unavailable() -> None:
         silent.bind(("127.0.0.1", 0))
         with pytest.raises(SandboxUnavailable, match="does not answer"):
             open_sandbox(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"run_timeout": -1}, {"run_timeout": "x"}, {"run_timeout": True}, {"memory_limit_MB": -5}, {"code": None},
+        {"code": 5}, {"stdin": 5},
+    ],
+)  # fmt: skip
+def test_absurd_parameters_are_refused(remote: HttpSandbox, request_: dict[str, Any]) -> None:
+    reply = httpx.post(remote.url, json={"code": "print(1)", "language": "python"} | request_, trust_env=False)
+    assert reply.status_code == 422 and "not a run_code request" in reply.json()["error"]
+
+
+def test_limits_beyond_those_of_the_server_are_lowered(remote: HttpSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MAX_SECONDS", 1.0)
+    for limit in (b"1e6", b"1e300"):
+        body = b'{"code": "while 1: pass", "memory_limit_MB": 1e300, "run_timeout": ' + limit + b"}"
+        reply = httpx.post(remote.url, content=body, headers={"Content-Type": "application/json"}, timeout=120)
+        assert reply.json()["run_result"]["status"] == "TimeLimitExceeded"
+    reply = httpx.post(remote.url, content=b'{"code": "1", "run_timeout": 1e999}', timeout=60,
+                       headers={"Content-Type": "application/json"})  # fmt: skip
+    assert reply.status_code == 422
 
 
 def test_the_server_script_serves() -> None:

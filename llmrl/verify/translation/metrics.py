@@ -13,6 +13,7 @@ from typing import Any
 
 from llmrl.endpoint import EndpointError, shared_endpoint
 from llmrl.errors import UserError
+from llmrl.json_server import key_headers
 from llmrl.verify.judge.verdict import clean_text
 from llmrl.verify.translation.language import base_language
 
@@ -62,7 +63,11 @@ async def metric_scores(url: str, samples: list[dict[str, str | None]]) -> list[
         EndpointError: the server failed, or did not return one finite number per sample.
     """
     endpoint = shared_endpoint(
-        url.rstrip("/") + "/score", timeout_s=TIMEOUT_S, retries=RETRIES, max_concurrency=MAX_CONCURRENCY
+        url.rstrip("/") + "/score",
+        headers=key_headers(),
+        timeout_s=TIMEOUT_S,
+        retries=RETRIES,
+        max_concurrency=MAX_CONCURRENCY,
     )
     cleaned = [{name: clean_text(text) for name, text in sample.items() if text is not None} for sample in samples]
     return _finite_scores(await endpoint.post({"samples": cleaned}), len(samples), url)
