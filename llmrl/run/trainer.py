@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from llmrl.algo.policy_gradient.dynamic_sampling import collect_informative
 from llmrl.config import RunConfig
 from llmrl.config.config import pass_at
 from llmrl.errors import Interrupted, LlmrlError, RunFailed, UserError
-from llmrl.run import checkpoint
+from llmrl.run import saving
 from llmrl.run.best import Best
 from llmrl.run.build import build
 from llmrl.run.callbacks import Callbacks, check_callbacks
@@ -112,6 +111,7 @@ class Trainer:
         self.policy_version = 0
         self.saved_step = 0
         """The last step that has a checkpoint."""
+        self.noted: saving.Noted | None = None
         self.interruption = Interruption(self.config.train.grace_s, self.parallel)
         self.best = Best(self.config.eval, self.output_dir)
         self.unfinished: dict[str, Any] | None = None
@@ -171,17 +171,17 @@ class Trainer:
         self.console.start("training", total=max_steps, done=self.step)
         self.callbacks.call("on_train_begin")
         metrics = await self._before_first_step()
-        self._note_state()
+        saving.note(self)
         while self.step < max_steps and not self.callbacks.stops:
             if self.interruption.agreed():
-                raise self._interrupted()
+                raise saving.interrupted(self)
             clock = Clock()
             self.source.begin_step(self.step, max_steps=max_steps, epoch=self.epoch)
             self.callbacks.begin_step()
             try:
                 groups, drawn = await self.interruption.giving_up(self._draw(self.step + 1))  # 1 prompt, 2 rollout,
             except Interrupted:  # 3 verify (overlapped)
-                raise self._interrupted() from None
+                raise saving.interrupted(self) from None
             clock.lap("rollout")
             batch = self.algorithm.prepare(groups, policy_version=self.policy_version)  # 4 advantage
             stats = await self._update(batch)  # 5 loss
@@ -194,7 +194,7 @@ class Trainer:
             metrics |= clock.metrics(tokens=metrics["rollout/num_tokens"])
             self.step += 1
             metrics = await self._finish_step(drawn, metrics)
-            self._note_state()
+            saving.note(self)
         self.console.stop()
         self._finish_run()
         return metrics
@@ -329,7 +329,7 @@ class Trainer:
         except Interrupted:
             if self.step:
                 self._keep_step(metrics, saved=saved)
-            raise self._interrupted() from None
+            raise saving.interrupted(self) from None
         except Exception as error:
             hint = self._keep_step(metrics, saved=saved)
             if isinstance(error, LlmrlError):
@@ -394,66 +394,10 @@ class Trainer:
 
     # --- resuming, saving ---
 
-    def _state(self, unfinished: dict[str, float] | None = None) -> dict[str, Any]:
-        """Return what a checkpoint holds beside weights, optimizer, random states and the lengths of files."""
-        return {
-            "policy_version": self.policy_version,
-            "sampler": self.sampler.state_dict(),
-            "queue": self.queue.state_dict(),
-            "health": self.health.state_dict(),
-            "source": self.source.state_dict(),
-            "algorithm": self.algorithm.state_dict(),
-            "best": self.best.state_dict(),
-            "callbacks": self.callbacks.state_dict(),
-            "unfinished": unfinished,
-        }
-
-    def _note_state(self) -> None:
-        """Note the state after a step, which drawing the next one changes: what an interruption goes back to."""
-        ledger = 0 if self.ledger is None else self.ledger.file.length()
-        self._noted = copy.deepcopy(self._state()), checkpoint.random_states(), ledger
-        self.interruption.advice = self._advice()
-
-    def _save_checkpoint(self, unfinished: dict[str, float] | None = None, *, noted: bool = False) -> None:
-        """Save a checkpoint.
-
-        Args:
-            unfinished: the metrics of a step that will be recorded when it is evaluated.
-            noted: save what `_note_state` noted instead of what is.
-        """
-        files = {}
-        if self.record is not None and self.ledger is not None:
-            files = self.record.lengths() | {"ledger": self.ledger.file.sync()}
-        state, random = self._state(unfinished), checkpoint.random_states()
-        if noted:
-            state, random, ledger = self._noted
-            files = files | {"ledger": ledger} if files else files
-        checkpoint.save_checkpoint(
-            self.output_dir,
-            self.step,
-            policy=self.policy,
-            learner=self.learner,
-            state=state | {"files": files},
-            random=random,
-            parallel=self.parallel,
-            keep=self.config.train.save_total_limit,
-        )
-        self.saved_step = self.step
+    def _save_checkpoint(self, unfinished: dict[str, float] | None = None) -> None:
+        """Save a checkpoint; `unfinished` are the metrics of a step that will be recorded when it is evaluated."""
+        saving.save(self, unfinished)
         self.callbacks.call("on_save")
-
-    def _interrupted(self) -> Interrupted:
-        """Save what was trained since the last checkpoint, and return the exception that ends the run."""
-        if self.saved_step < self.step:
-            self._save_checkpoint(noted=True)
-        return self.interruption.end(self._advice())
-
-    def _advice(self) -> str:
-        """Return what of the run is kept, and how to go on."""
-        if not self.step:
-            return "ended before the first step; nothing was trained"
-        kept = f"step {self.saved_step} is saved" if self.saved_step else "no step is saved"
-        lost = f", and {self.step - self.saved_step} after it will be repeated" if self.saved_step < self.step else ""
-        return f"ended after step {self.step}; {kept}{lost}. Continue with --train.resume_from_checkpoint last"
 
     def _finish_run(self) -> None:
         """Save the model, say how the run ended, and leave the other processes."""
