@@ -313,7 +313,7 @@ def random_states() -> dict[str, Any]:
     name, numbers, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "python": python_random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(numbers, np.int64)), *rest),
+        "numpy": (name, torch.as_tensor(np.asarray(numbers, np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmrl.errors import UserError
 
@@ -72,7 +72,7 @@ def with_length(rollout: SamplingConfig, config: PretrainedConfig, longest: int 
     from llmrl.model.positions import longest_exact
 
     vllm = rollout.vllm or VllmConfig()
-    text: Any = config.get_text_config()
+    text: Any = cast("Any", config).get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), longest_exact(config)]
     limit = min((n for n in limits if n), default=None)
     if longest is None or vllm.max_model_len is not None or (limit is not None and limit <= USUAL_LENGTH):

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Generator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +43,7 @@ class Interruption:
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]] | None = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Take signals inside the block. Only a process's main thread can; elsewhere they do what they did."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -80,7 +80,7 @@ class Interruption:
         _say(why)
         os._exit(128 + (self.signal or signal.SIGINT))
 
-    async def giving_up(self, work: Coroutine[Any, Any, T]) -> T:
+    async def giving_up(self, work: Awaitable[T]) -> T:
         """Await something that a signal ends at once, where this is the only process.
 
         Raises:

@@ -106,10 +106,10 @@ class RolloutQueue:
         self.entries = [entry for entry in self.entries if entry not in chosen]
         mine = [(entry.position, entry.work.result()) for entry in chosen if entry.work is not None]
         if self.world > 1:  # on a thread, so that rollouts, rewards and requests of this process go on meanwhile
-            device = self.parallel.device
-            groups = dict(await asyncio.to_thread(on_device, device, self.parallel.gather_objects, mine))
+            gathered = await asyncio.to_thread(self._gather, mine)
         else:
-            groups = dict(mine)
+            gathered = mine
+        groups = dict(gathered)
         taken = [groups[position] for position in sorted(groups)]
         oldest = max(staleness(taken, version), default=0)
         if self.max_staleness is not None and oldest > self.max_staleness:
@@ -118,6 +118,9 @@ class RolloutQueue:
                 f"rollout.max_staleness is {self.max_staleness}: the engine serves, or names, the wrong weights"
             )
         return taken
+
+    def _gather(self, mine: list[tuple[int, RolloutGroup]]) -> list[tuple[int, RolloutGroup]]:
+        return on_device(self.parallel.device, lambda: self.parallel.gather_objects(mine))
 
     def _begin(self, count: int, step: int) -> None:
         """Have the `count` oldest groups under way: first those that a checkpoint left, then further tasks.

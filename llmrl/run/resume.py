@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmrl.data.sampler import Sampler
     from llmrl.model.parallel import Parallel
     from llmrl.model.policy import Policy
+    from llmrl.rollout.source import Source
     from llmrl.run.best import Best
     from llmrl.run.callbacks import Callbacks
     from llmrl.run.ledger import Ledger
@@ -41,6 +42,7 @@ class Run(Protocol):
     learner: Learner
     algorithm: Algorithm
     sampler: Sampler
+    source: Source
     queue: RolloutQueue
     health: Health
     best: Best
