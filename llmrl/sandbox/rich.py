@@ -17,6 +17,7 @@ from typing import Any
 
 MAX_DIGITS = 10_000
 MAX_ITEMS = 200_000
+MAX_LETTERS = 10_000_000
 _DTYPE = re.compile(r"[<>|=]?[biufc](?:1|2|4|8|16)|[<>|=]U\d{1,4}")
 _IDENTIFIER = re.compile(r"[A-Za-z]\w{0,60}")
 
@@ -86,7 +87,8 @@ def _array(content: Any) -> Any:
     import numpy
 
     dtype, shape, items = content
-    if not _DTYPE.fullmatch(dtype) or len(shape) > 16:
+    letters = int(dtype[2:]) if dtype[1:2] == "U" else 1
+    if not _DTYPE.fullmatch(dtype) or len(shape) > 16 or letters * len(items) > MAX_LETTERS:
         raise ValueError(f"an array of {dtype}")
     return numpy.array(items, dtype=dtype).reshape([int(size) for size in shape])
 

@@ -195,11 +195,34 @@ def test_an_exception_class_of_the_program_does_not_catch_the_tests_own(box: San
 
 
 @pytest.mark.parametrize(
-    "argument", ["open", "eval", "object()", "lambda s: eval(s)", "lambda s: s.format(1)", "__import__('os').remove"]
+    "argument",
+    ["open", "object()", "lambda s: open(s)", "lambda s: s.format(1)", "os.remove", "os", "lambda s: s.__class__"],
 )
 def test_what_must_not_reach_a_program_makes_the_row_unusable(box: Sandbox, argument: str) -> None:
     with pytest.raises(UnusableRow, match="the test passes a"):
-        verdict("def f(g): return 1", f"assert f({argument}) == 1", box)
+        verdict("def f(g): return 1", f"import os\nassert f({argument}) == 1", box)
+
+
+def test_a_program_cannot_change_what_its_result_is_compared_with(box: Sandbox) -> None:
+    # It knows the protocol and answers for the driver: the result [] and the argument changed to [].
+    forger = """
+import json, os, struct, sys
+def f(a):
+    frame = sys._getframe()
+    while "request" not in frame.f_locals: frame = frame.f_back
+    body = json.dumps({"id": frame.f_locals["request"]["id"], "ok": [], "changed": [[]]}).encode()
+    for descriptor in range(3, 64):
+        try: os.write(descriptor, struct.pack(">I", len(body)) + body)
+        except OSError: pass
+    os._exit(0)
+"""
+    assert verdict(forger, "a = [2, 1]\nassert f(a) == sorted(a)", box) in ("wrong", "error")
+
+
+@pytest.mark.parametrize("name", ["eval", "exec"])
+def test_tests_that_evaluate_text_are_unusable(box: Sandbox, name: str) -> None:
+    with pytest.raises(UnusableRow, match="evaluate text"):
+        verdict("def f(): return '3'", f"assert {name}(f()) == 3", box)
 
 
 @pytest.mark.parametrize(

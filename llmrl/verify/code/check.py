@@ -327,6 +327,10 @@ def _close(given: Any, expected: Any) -> bool:
 
 def _assert_check(session: Session, tests: AssertTests) -> Callable[[int], bool]:
     """Return a function that runs one check, in a namespace that holds the program's names as handles."""
+    if evaluated := _EVALUATING & {
+        name for source in (tests.setup, *tests.checks) for name in _names_used(source)
+    }:  # the text may be the program's, and would run here
+        raise UnusableRow(f"the tests evaluate text ({', '.join(sorted(evaluated))}), which can come from the program")
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": _test_builtins() | {_RUN: session.run}}
     if tests.helpers:
         exec(_compiled(tests.helpers), namespace)
@@ -380,6 +384,15 @@ def _candidate(session: Session, name: str) -> Any:
         raise missing
 
     return undefined
+
+
+_EVALUATING = frozenset({"eval", "exec", "compile", "__import__", "pickle", "marshal"})
+
+
+@lru_cache(maxsize=512)
+def _names_used(source: str) -> frozenset[str]:
+    _compiled(source)
+    return frozenset(node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
 
 
 _RUN = "__run__"
