@@ -117,6 +117,8 @@ UP = read_row(
         ("print(1)\n``` This prints.", "print(1)\n"),
         ("print(1)\n```\nBetter:\n```python\nprint(2)\n```", "print(2)\n"),
         ("Solution\n```\nA\n```\nDone", "A\n"),
+        ("x = 5\n```\nprint(1)\n```", "print(1)\n"),
+        ("print(1)\n```\nUse:\n```python\nadd(1", "add(1\n"),
         ("x is 1.\n```\nA\n", "A\n"),
         # Labels.
         ("```python3.11\nA\n```\n```\n9\n```", "A\n"),
@@ -743,3 +745,11 @@ def test_the_limit_on_output_grows_with_what_is_expected(box: Sandbox) -> None:
     row = {"input_output": {"inputs": ["x"], "outputs": ["a" * 9_000_000]}}
     assert verdicts("print('a' * 9_000_000)", box, SLOW, **row) == ["passed"]
     assert verdicts("print('a' * 90_000_000)", box, SLOW, **row) == ["wrong"]
+
+
+def test_a_method_of_solution_may_be_the_entry_point(box: Sandbox) -> None:
+    row = {"entry_point": "Solution().f", "test": "def check(candidate):\n    assert candidate(x=[1, 2]) == 3\n"}
+    program = "class Solution:\n    def f(self, x: List[int]) -> int: return "
+    assert verdicts(program + "sum(x)", box, **row) == ["passed"]
+    assert verdicts(program + "4", box, **row) == ["wrong"]
+    assert verdicts("pass", box, **row) == ["error"]

@@ -111,10 +111,11 @@ def blocks(text: str) -> list[Block]:
     """
     found: list[Block] = []
     position = 0
+    continues = _closes_first(text)
     while (fence := _FENCE.search(text, position)) is not None:
         label = fence["label"].strip()
         is_label = not re.search(r"\s", label)
-        if not found and (not label or not is_label) and is_code(text[: fence.start("fence")]):
+        if not found and continues and (not label or not is_label) and is_code(text[: fence.start("fence")]):
             found.append(Block("python", text[: fence.start("fence")]))
             position = fence.end()
         elif fence["before"].strip() and not is_label:  # a sentence with backticks in it
@@ -126,6 +127,14 @@ def blocks(text: str) -> list[Block]:
             indent = len(fence["before"]) if not fence["before"].strip() else _width_of_bullet(fence["before"])
             found.append(Block(language, _shifted(text[start:end].rstrip("\n") + "\n", indent)))
     return found
+
+
+def _closes_first(text: str) -> bool:
+    """Return whether the fences of a text make pairs only if its first one closes a block."""
+    labels = [fence["label"].strip() for fence in _FENCE.finditer(text)]
+    labelled = [bool(label) and not re.search(r"\s", label) for label in labels]
+    # A last fence with a label opens a block that was cut off.
+    return (len(labels) + (labelled[-1] if labelled else 0)) % 2 == 1
 
 
 def _end_of_block(text: str, start: int, fence: str, kind: Block) -> tuple[int, int]:

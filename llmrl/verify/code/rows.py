@@ -136,6 +136,9 @@ _MARKDOWN = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | 
 
 def _humaneval(row: Mapping[str, Any]) -> Row:
     entry = str(row["entry_point"])
+    if entry.startswith("Solution()."):  # LeetCodeDataset
+        tests = AssertTests(checks=[f"{row['test']}\ncheck(candidate)\n"], entry_point=entry)
+        return Row(tests=tests, names=["Solution"], conventions="judge")
     prompt = str(row.get("prompt") or "")
     if "```" in prompt:
         prompt = next((block for block in _MARKDOWN.findall(prompt) if defines(block, entry)), "")
