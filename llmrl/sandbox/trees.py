@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import tarfile
 import tempfile
@@ -18,6 +19,8 @@ from llmrl.errors import UserError
 
 MAX_FILE = 16 << 20
 """Larger files of an edited tree are not taken."""
+MAX_TREE = 1 << 30
+"""Nor are files beyond this many bytes in all."""
 _GIT_SECONDS = 600.0
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -128,13 +131,15 @@ def apply_patch(folder: Path, patch: str, what: str) -> None:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Return the regular files below a folder. Links, devices, `.git` and files over `MAX_FILE` are left out."""
     found: dict[str, bytes] = {}
+    left = MAX_TREE
     for inner, folders, names in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if name != ".git" and not os.path.islink(os.path.join(inner, name))]
         for name in names:
             path = os.path.join(inner, name)
             content = _read(path)
-            if content is not None:
+            if content is not None and len(content) <= left:
                 found[os.path.relpath(path, folder)] = content
+                left -= len(content)
     return found
 
 
@@ -146,7 +151,7 @@ def _read(path: str) -> bytes | None:
         return None
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if status.st_size > MAX_FILE or not os.path.isfile(path) or os.path.islink(path):
+        if status.st_size > MAX_FILE or not stat.S_ISREG(status.st_mode):
             return None
         return file.read(MAX_FILE + 1)[:MAX_FILE]
 
@@ -161,7 +166,8 @@ def changes(before: Path, after: Path) -> Changes:
 def write(folder: Path, edits: Mapping[str, bytes | None]) -> None:
     """Change files below a folder. Paths that lead out of it, or through a link, are left out."""
     root = os.path.realpath(folder)
-    for name, content in edits.items():
+    # Removals first: a file may make room for a folder of its name.
+    for name, content in sorted(edits.items(), key=lambda edit: edit[1] is not None):
         path = Path(folder, name)
         parent = os.path.realpath(path.parent)
         if (parent != root and not parent.startswith(f"{root}/")) or ".git" in Path(name).parts or path.is_dir():
@@ -169,7 +175,10 @@ def write(folder: Path, edits: Mapping[str, bytes | None]) -> None:
         if path.is_symlink() or (content is None and path.exists()):
             path.unlink()
         if content is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError:  # a file is in the way
+                continue
             mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
             path.write_bytes(content)
             path.chmod(mode)

@@ -29,7 +29,8 @@ def box() -> Iterator[LocalSandbox]:
 
 
 def verdicts(box: Any, program: str, *, stop_early: bool = False, limits: Limits = LIMITS, **row: Any) -> list[str]:
-    return [result.verdict for result in run_tests(program, read_row(row), box, limits, stop_early=stop_early)]
+    results = run_tests(program, read_row(row), box, limits, stop_early=stop_early, total_seconds=600.0)
+    return [result.verdict for result in results]
 
 
 KODCODE = """
@@ -137,6 +138,23 @@ def test_a_unittest_class_is_judged(box: LocalSandbox) -> None:
     assert verdicts(box, other, **BIGCODEBENCH) == ["error"] * 3
 
 
+def test_functions_of_the_tests_can_be_called_by_the_program(box: LocalSandbox) -> None:
+    test = "from solution import f\ndef test_it():\n    assert f(lambda x: x + 1) == 3\n"
+    assert verdicts(box, "def f(g): return g(2)", test=test) == ["passed"]
+    inside = "from solution import f\ndef test_it():\n    def g(x):\n        assert x == 3\n    f(g)\n"
+    swallowing = "def f(g):\n    try: g(2)\n    except BaseException: pass"
+    assert verdicts(box, swallowing, test=inside) == ["wrong"]
+
+
+def test_the_limits_are_those_of_each_test(box: LocalSandbox) -> None:
+    test = "from solution import f\n" + "".join(f"def test_{n}():\n    f()\n" for n in range(3))
+    program = (
+        "import time\ndef f():\n    start = time.process_time()\n    while time.process_time() < start + 0.7: pass"
+    )
+    limits = Limits(cpu_seconds=1, wall_seconds=60.0, memory_mb=256)
+    assert verdicts(box, program, test=test, limits=limits) == ["passed"] * 3
+
+
 def test_a_check_function_is_still_a_check_function(box: LocalSandbox) -> None:
     row = {"test": "def check(candidate):\n    assert candidate(1) == 2\n", "entry_point": "f"}
     assert verdicts(box, "def f(x):\n    return x + 1", **row) == ["passed"]
@@ -199,7 +217,7 @@ def test_harmless_uses_of_those_modules_are_not_refused() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        "f(lambda: 1)",
+        "import threading\n    f(threading.Lock())",
         "import pytest\n    pytest.deprecated_call()",
         "import not_installed_anywhere",
     ],

@@ -99,7 +99,7 @@ def _number_of(tests: Tests) -> int:
 
 def _run_suite(program: str, tests: SuiteTests, box: Sandbox, clock: _Clock, stop_early: bool) -> list[TestResult]:
     try:
-        results = run_suite(program, tests, box, clock.next_limits, stop_early=stop_early)
+        results = run_suite(program, tests, box, clock.next_limits, clock.spend, stop_early=stop_early)
     except BrokenSuite as error:
         raise UnusableRow(str(error)) from None
     return [TestResult(verdict=result.verdict, detail=result.detail) for result in results]
@@ -120,6 +120,10 @@ class _Clock:
         wall = min(self.limits.wall_seconds, self.left)
         total = None if self.left == math.inf else self.left
         return replace(self.limits, cpu_seconds=cpu, wall_seconds=wall, total_seconds=total)
+
+    def spend(self, seconds: float) -> None:
+        """Take the time of a run off what is left."""
+        self.left -= seconds
 
 
 _OUT_OF_TIME = TestResult(verdict="timeout", detail="time limit for all tests together")

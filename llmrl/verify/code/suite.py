@@ -21,7 +21,7 @@ from llmrl.sandbox import Limits, ProgramEnded, Raised, Sandbox, SandboxUnavaila
 from llmrl.sandbox.local import LocalSandbox
 
 _HERE = Path(__file__).parent
-_TEST_SECONDS = 40.0
+_TEST_SECONDS, _TEST_CPU_SECONDS = 40.0, 60.0
 """Time the tests have on top of the program's limits, for their own work."""
 _MAX_RESTARTS = 3
 _MODULE_NAMES = ("solution", "main", "program")
@@ -223,7 +223,13 @@ def _of_path(path: str) -> str | None:
 
 
 def run_suite(
-    program: str, tests: SuiteTests, box: Sandbox, next_limits: Callable[[], Limits | None], *, stop_early: bool
+    program: str,
+    tests: SuiteTests,
+    box: Sandbox,
+    next_limits: Callable[[], Limits | None],
+    spend: Callable[[float], None],
+    *,
+    stop_early: bool,
 ) -> list[SuiteResult]:
     """Run a test file against a program.
 
@@ -232,6 +238,7 @@ def run_suite(
         tests: from `read_suite`.
         box: where both run, each in a process of its own.
         next_limits: limits of the next run of the program, or None when all time is used up.
+        spend: called with the time of each run.
         stop_early: end with the first test that does not pass.
 
     Returns:
@@ -259,8 +266,9 @@ def run_suite(
                 return [*results, SuiteResult("", kind, ended.detail)]
             results += _one_run(session, tests, [result.name for result in results], stop_early, box, limits)
             ended_early = session.ended is not None
+        spend(session.seconds)
         failed = any(result.verdict != "passed" for result in results)
-        if not ended_early or (stop_early and failed) or results[-1].verdict == "timeout":
+        if not ended_early or not results or (stop_early and failed) or results[-1].verdict == "timeout":
             break
     if not results:
         raise BrokenSuite("the test file has no test")
@@ -273,7 +281,12 @@ def _one_run(
     settings = {"source": tests.source, "helpers": tests.helpers, "names": sorted(tests.names), "done": done}
     settings |= {"modules": sorted(tests.modules), "stop_early": stop_early}
     guest = _guest(tests.source + tests.helpers)
-    own = replace(limits, cpu_seconds=limits.cpu_seconds + 10, wall_seconds=limits.wall_seconds + _TEST_SECONDS)
+    own = replace(
+        limits,
+        cpu_seconds=limits.cpu_seconds + _TEST_CPU_SECONDS,
+        wall_seconds=limits.wall_seconds + _TEST_SECONDS,
+        total_seconds=None,
+    )
     # A box of a second pool: threads that each hold one box of a pool could wait for ever for another one of it.
     with (box.twin() if isinstance(box, LocalSandbox) else box).open(guest, own) as runner:
         try:
@@ -294,6 +307,8 @@ def _one_run(
 
 
 def _answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
+    if request.pop("next_test", False):
+        session.next_test()
     try:
         return session.forward(request)
     except ProgramEnded as ended:

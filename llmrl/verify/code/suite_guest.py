@@ -36,7 +36,8 @@ class Conversation:
 
     def __init__(self, body: Callable[[Conversation], dict[str, Any]]) -> None:
         self.body = body
-        self.calls_back = False
+        self.calls_back = True
+        self.begins_test = False
         self.requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.count = 0
@@ -74,70 +75,49 @@ class Conversation:
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request of the session and wait for its answer."""
         self.count += 1
-        self.requests.put(request)
+        self.requests.put(request | {"next_test": self.begins_test})
+        self.begins_test = False
         answer = self.answers.get()
         if "ended" in answer:
             raise ProgramEnded(*answer["ended"])
         return answer
 
+    def next_test(self) -> None:
+        """Let the program's limits of one test begin again with the next request."""
+        self.begins_test = True
+
+    @property
+    def seconds(self) -> float:
+        """Not measured here."""
+        return 0.0
+
 
 class Program(Session):
-    """The program under test. Its exceptions carry its message, and its own exception classes can be caught."""
+    """The program under test."""
 
     def __init__(self, talk: Conversation) -> None:
         super().__init__(talk, lambda: None)
         self.talk = talk
-        self.known: dict[str, type[BaseException]] = {}
         self.missing: set[str] = set()
 
     def request(self, do: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().request(do, *args, **kwargs)
-        except Raised as error:
-            raise self._with_message(error) from None
         except CannotTravel as error:
             self.talk.unusable = str(error)
             raise
 
-    def _with_message(self, error: Raised) -> BaseException:
-        name, _, text = error.detail.partition(": ")
-        kind: Any = self.known.get(name, type(error))
-        if name == "SystemExit":
-            kind = type("Raised", (Raised, SystemExit), {})
-        try:
-            copy = type(name, (kind,), {"__str__": lambda _: text, "detail": error.detail})(text)
-        except TypeError:  # a class that requires other arguments
-            return error
-        return copy
-
     def lookup(self, name: str) -> Any:
-        """Return what a name means in the program; an exception class of the program becomes one that tests can catch.
+        """Return what a name means in the program.
 
         Raises:
             AttributeError: the program does not define it.
         """
         try:
-            value = self.name(name)
+            return self.name(name)
         except Raised as error:
             self.missing.add(name)
             raise AttributeError(error.detail) from None
-        if type(value) is Handle and value._type in ("type", "ABCMeta") and self._is_exception(value):
-            return self.known[name]
-        return value
-
-    def _is_exception(self, value: Handle) -> bool:
-        lineage = super().request("getattr", value, "__mro__")
-        names = [
-            super(Program, self).request("getattr", item, "__name__") if type(item) is Handle else item.__name__
-            for item in (lineage if type(lineage) is tuple else ())
-        ]
-        if "BaseException" not in names or type(names[0]) is not str:
-            return False
-        kinds = (self.known.get(name) or getattr(sys.modules["builtins"], name, None) for name in names[1:])
-        base = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseException))
-        bases = (base,) if issubclass(base, Raised) else (Raised, base)
-        self.known[names[0]] = type(names[0], bases, {})
-        return True
 
 
 class ProgramModule(types.ModuleType):
@@ -173,8 +153,13 @@ class Record:
         return bool(self.talk.unusable) or self.program.ended is not None or failed
 
     def wants(self, name: str) -> bool:
-        self.calls = self.talk.count
         return name not in self.done and not self.stopped
+
+    def begin(self) -> None:
+        """Note that a test begins."""
+        self.calls = self.talk.count
+        self.program.failed = None
+        self.program.next_test()
 
     def add(self, name: str, error: BaseException | None) -> None:
         """Note how a test ended. If the program ended during it, it failed, even if the test caught that."""
@@ -183,8 +168,10 @@ class Record:
             self.talk.unusable = str(error)
         elif ended is not None:
             self.results.append([name, "timeout" if ended.kind == "timeout" else "error", ended.detail])
-        elif error is None:
+        elif error is None and self.program.failed is None:
             self.results.append([name, "passed", ""])
+        elif error is None:
+            self.results.append([name, "wrong", "AssertionError in what the test gave the program to call"])
         elif isinstance(error, Raised):
             self.results.append([name, "error", error.detail])
         elif isinstance(error, NameError) or (isinstance(error, ImportError) and self.program.missing):
@@ -264,7 +251,7 @@ class _Counting:
             run = test.run
 
             def counted(result: Any = None, run: Any = run) -> Any:
-                self.record.calls = self.record.talk.count
+                self.record.begin()
                 return run(result)
 
             test.run = counted  # type: ignore[method-assign]
@@ -296,6 +283,7 @@ def run_functions(functions: list[Function], fixtures: dict[str, Fixture], recor
             name = f"{test.name}<{index}>" if varied else test.name
             if not record.wants(name):
                 continue
+            record.begin()
             try:
                 test.run(fixtures, dict(zip((name for name, _ in varied), chosen, strict=True)))
             except (Skipped, unittest.SkipTest):

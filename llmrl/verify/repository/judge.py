@@ -151,7 +151,8 @@ def judge(
         edits = edit if isinstance(edit, dict) else _patched(prepared, edit, folder, kind)
         if edits is None:
             return Judgement(resolved=False, reason="the patch does not apply", tests={})
-        taken = {path: content for path, content in edits.items() if not is_protected(path, task, prepared.before)}
+        named = {os.path.normpath(path): content for path, content in edits.items()}
+        taken = {path: content for path, content in named.items() if not is_protected(path, task, prepared.before)}
         setting = _Setting(task, prepared, kind, python, limits, guard)
         return setting.compare(taken, folder / "judged", setting.left_in_place()).judgement()
 

@@ -85,6 +85,11 @@ def test_changes_are_read_and_written_without_following_links(tmp_path: Path) ->
     (out / "same").symlink_to(tmp_path / "secret")
     write(out, {"../outside": b"x", "door/outside": b"x", ".git/config": b"x", "a/b": b"x", "same": b"new"})
     assert not (tmp_path / "outside").exists() and (tmp_path / "secret").read_text() == "SECRET"
+    write(out, {"same/now/a/folder": b"x", "same": None, "a/b/c": b"a file is in the way"})
+    assert (out / "same" / "now" / "a" / "folder").read_bytes() == b"x"
+    (out / "same" / "now" / "a" / "folder").unlink()
+    shutil.rmtree(out / "same")
+    write(out, {"same": b"new"})
     assert (out / "a" / "b").read_bytes() == b"x" and (out / "same").read_bytes() == b"new"
 
 
