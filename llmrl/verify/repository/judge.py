@@ -23,7 +23,6 @@ from typing import Any
 
 from llmrl.errors import UserError
 from llmrl.sandbox import BoxDied, Limits
-from llmrl.sandbox import __file__ as _sandbox_file
 from llmrl.sandbox.commands import ENVIRONMENT, CommandBox, give_to_box
 from llmrl.sandbox.trees import Changes, apply_patch, changes, export, files_of, write
 from llmrl.verify.repository.compare import BrokenTask, Comparison, Guard, Judgement
@@ -284,7 +283,6 @@ def _run(
     write(tree, {path: file.source.encode("utf-8", "surrogateescape") for path, file in files.items()})
     here = Path(__file__).parent
     shutil.copy(here / "harness.py", harness / "harness.py")
-    shutil.copy(Path(_sandbox_file).parent / "wire.py", harness / "llmrl_wire.py")
     give_to_box(tree)
     give_to_box(out)
     command, folders = python_paths(python)
@@ -294,10 +292,13 @@ def _run(
     argv = [command, "-B", "-s", str(harness / "harness.py"), json.dumps(settings)]
     try:
         with CommandBox(kind, read=[*folders, str(harness)], write=[str(tree), str(out)]) as box:
-            box.run(argv, cwd=str(tree), env=env, limits=limits, stack_mb=64)
-    except BoxDied:
-        pass  # what was written so far counts
-    return _records(out / "results.jsonl")
+            said = box.run(argv, cwd=str(tree), env=env, limits=limits, stack_mb=64).stderr
+    except BoxDied as error:
+        said = str(error)  # what was written so far counts
+    records = _records(out / "results.jsonl")
+    if not any("ready" in record for record in records):  # written before anything of the repository is loaded
+        raise BrokenTask(f"pytest does not start with {python}: {said.strip()[-500:]}")
+    return records
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ _CONFIGURATION = {
 }
 _PATTERNS = ("*.pth", "*.pyc", "*.pyo", "*.so", "*.pyd", "*.egg-link", "test_*.py", "*_test.py", "tests.py")
 _FOLDERS = ("__pycache__", ".git", "*.dist-info", "*.egg-info", ".pytest_cache", ".hypothesis")
-_MACHINERY = {"pytest", "_pytest", "pluggy", "iniconfig", "py", "tomli", "packaging", "exceptiongroup", "llmrl_wire"}
+_MACHINERY = {"pytest", "_pytest", "pluggy", "iniconfig", "py", "tomli", "packaging", "exceptiongroup"}
 
 
 def is_protected(path: str, task: RepositoryTask, before: Path) -> bool:

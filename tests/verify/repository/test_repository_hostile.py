@@ -55,7 +55,7 @@ EDITS: dict[str, dict[str, str]] = {
     "a plugin by entry point": {"evil-1.0.dist-info/entry_points.txt": "[pytest11]\nevil = evil\n", "evil.py": SET_UP,
                                 "evil-1.0.dist-info/METADATA": "Name: evil\nVersion: 1.0\n"},
     "shadows of the standard library": {"json.py": "dumps = lambda *a, **k: '{}'", "src/unittest/__init__.py": "",
-                                        "builtins.py": "", "llmrl_wire.py": ""},
+                                        "builtins.py": "", "harness.py": ""},
     "an exit with success": {SOURCE: "import os\nos._exit(0)\n"},
     "an exit while a test runs": {SOURCE: "import os\ndef roman(n): os._exit(0)\ndef words(t): return t.split(' ')\n"},
     "a patched test runner": {SOURCE: BUGGY + TAKE_OVER + "take_over()\n"},
