@@ -1,7 +1,7 @@
 """Calling functions of a program in the box from test code outside it.
 
 A program and calls with plain values go in; plain values, handles for objects that stay in the box, or the exception
-come out. A handle equals nothing; every other operation on it happens inside the box.
+come out. Operations on a handle happen inside the box, except its comparison with values from outside.
 """
 
 from __future__ import annotations
