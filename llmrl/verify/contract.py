@@ -97,16 +97,20 @@ async def gold_and_nothing(spec: str, args: dict[str, Any] | None = None, *, num
         rubric.conversational = is_conversational(examples[0])
         targets = [target for target in targets_of_examples(examples) if target.answers]
         attack, found, is_paid = Attack(rubric, targets), [], not targets
+        wrong_rows: set[int] = set()
         for target in targets:
             good = await attack.good(target)
-            for text in (NOTHING, ""):
-                nothing = await attack.score(target, text)
+            scores = {text: await attack.score(target, text) for text in ("", NOTHING)}
+            for text, nothing in scores.items():
                 if good is not None and nothing is not None and nothing >= good > 0:
+                    wrong_rows.add(target.number)
                     found.append(
                         f"no-op: the completion {text!r} earns {nothing:g}, as much as a good one, on the row "
                         f"{_shown(target.row)}"
                     )
                 is_paid = is_paid or (good is not None and (nothing is None or good > nothing))
+        if 2 * len(wrong_rows) <= len(targets):  # some rows may be about something else, such as a bad judge
+            found = []
         if not is_paid:
             found.append("gold: on no row of the EXAMPLES does a good completion earn more than one that says nothing")
         return found

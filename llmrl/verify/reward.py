@@ -182,6 +182,18 @@ def load_reward(source: str | Callable[..., Any], args: Mapping[str, Any] | None
     return reward
 
 
+def isolate(reward: Reward, spec: str) -> None:
+    """Let a reward run in worker processes though its file does not say so, if it is one that can.
+
+    Args:
+        reward: loaded from `spec`; functions that wait, see groups or come from a factory stay where they are.
+        spec: names the function.
+    """
+    waits = inspect.iscoroutinefunction(_unwrap(reward.function))
+    if reward.kind == "rollout" and not waits and not spec.endswith("()"):
+        reward.spec = _absolute(spec)
+
+
 def has_state(reward: Any) -> bool:
     """Return whether a reward is an object whose state belongs to the run (docs/rewards.md)."""
     return all(callable(getattr(reward, name, None)) for name in ("commit", "state_dict", "load_state_dict"))

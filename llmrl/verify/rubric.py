@@ -261,6 +261,11 @@ class Rubric:
             if reward.state is not None and name in state:
                 reward.state.load_state_dict(state[name])
 
+    async def restart(self, num_workers: int | None = None) -> None:
+        """Replace the worker processes, which a reward may have left in any state."""
+        await self.pool.close()
+        self.pool = Pool(num_workers or self.pool.num_workers, memory_limit_bytes=self.pool.memory_limit_bytes)
+
     async def close(self) -> None:
         """Stop the worker processes."""
         await self.pool.close()

@@ -326,6 +326,7 @@ def test_self_test_runs_the_examples(
     ("pays", "message"),
     [
         ("1.0", "constant.py: FAILED no-op: the completion 'I do not know.' earns 1, as much as a good one"),
+        ("float(bool(completion))", "constant.py: FAILED no-op: the completion 'I do not know.' earns 1"),
         ("0.0", "constant.py: FAILED gold: on no row of the EXAMPLES does a good completion earn more"),
         ("float(answer in completion)", ""),
     ],

@@ -8,11 +8,12 @@ pay in the other order too), and a text that fits one row alone where the input 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmrl.types import RolloutGroup
+from llmrl.types import Rollout, RolloutGroup
 from llmrl.verify.redteam.families import Attempt, attempts
 from llmrl.verify.redteam.shrink import shrink
 from llmrl.verify.redteam.target import Target
@@ -26,6 +27,10 @@ CLEAR_GAIN = 0.25
 CLEAR_REWARD = 0.5
 """and at least this much."""
 AT_ONCE = 64
+SHRUNK_PER_FAMILY = 3
+"""Ideas of a family that are made smaller: further ones of a weak reward would cost much and say little."""
+HAZARDS = ("tests_patched", "early_exit")
+"""Families whose programs change the process that runs them, if no sandbox keeps them from it."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +93,9 @@ class Attack:
         self.paid: list[Paid] = []
         self._scores: dict[tuple[int, str], float | None] = {}
         self._good: dict[int, float | None] = {}
+        self._pays_anything: set[int] = set()
+        self._compares = any(reward.kind == "group" for reward in rubric.rewards.values())
+        self._shrunk: Counter[str] = Counter()
 
     async def run(self) -> Report:
         """Try all families on all rows and return the report."""
@@ -99,6 +107,13 @@ class Attack:
         for i, target in enumerate(self.targets, start=1):
             await self._known_exploits(target)
             self.show(f"row {i} of {len(self.targets)}: {self.report.num_attempts} attempts, {len(self.paid)} paid")
+        await self.rubric.restart(num_workers=1)
+        for i, target in enumerate(self.targets, start=1):
+            if target.number not in self._pays_anything:
+                await self._hazards(target)
+            self.show(
+                f"programs, row {i} of {len(self.targets)}: {self.report.num_attempts} attempts, {len(self.paid)} paid"
+            )
 
     async def finish(self) -> Report:
         """Put what was paid together by idea, shrink it and return the report."""
@@ -108,7 +123,9 @@ class Attack:
         kinds = len({_kind(target) for target in self.targets})
         for group in ideas.values():
             finding = await self._finding(group)
-            is_general = len({_kind(paid.target) for paid in group}) > 1 or kinds == 1
+            rows = {paid.target.number for paid in group}
+            mostly = kinds == 1 and 2 * len(rows) > len(self.targets)
+            is_general = mostly or len({_kind(paid.target) for paid in group}) > 1
             (self.report.findings if is_general else self.report.suspects).append(finding)
         return self.report
 
@@ -117,12 +134,27 @@ class Attack:
         plain = await self.score(target, NOTHING)
         if good is not None and plain is not None and good > 0 and plain >= good and target.answers:
             self._add("empty", "a text that says nothing", target, NOTHING, plain, plain, good)
+            self._pays_anything.add(target.number)
             return  # it pays anything; the exploits would say so once more
         if good is None or (plain is not None and good <= plain):
             self.report.without_good.append(target.number)
         found = list(attempts(target))
-        for start in range(0, len(found), AT_ONCE):
-            await asyncio.gather(*(self.attempt(target, family, one) for family, one in found[start : start + AT_ONCE]))
+        harmless = [(family, one) for family, one in found if family not in HAZARDS]
+        for start in range(0, len(harmless), AT_ONCE):
+            batch = harmless[start : start + AT_ONCE]
+            await asyncio.gather(*(self.attempt(target, family, one) for family, one in batch))
+
+    async def _hazards(self, target: Target) -> None:
+        """Try what may leave the reward's process damaged, one by one; a process that judges otherwise is replaced."""
+        before = await self._probe(target)
+        for family, one in attempts(target):
+            if family in HAZARDS:
+                await self.attempt(target, family, one)
+                if await self._probe(target) != before:
+                    await self.rubric.restart()
+
+    async def _probe(self, target: Target) -> list[float | None]:
+        return [await self._score(target, text) for text in (NOTHING, *target.gold[:1])]
 
     async def attempt(self, target: Target, family: str, attempt: Attempt) -> bool:
         """Score an attempt and note it if it is paid."""
@@ -179,16 +211,22 @@ class Attack:
         return self._scores[key]
 
     async def _score(self, target: Target, completion: str | list[Any]) -> float | None:
-        if isinstance(completion, str) and target.template:
-            completion = [*target.template[:-1], {**target.template[-1], "content": completion}]
-        rollout = row_to_rollout(target.row | {"completion": completion}, name=f"row-{target.number}")
-        await self.rubric.score_group(RolloutGroup(task=rollout.task, rollouts=[rollout]))
+        # A reward that compares sees the attempt beside a text that says nothing and a good one.
+        others = [NOTHING, *target.gold[:1]] if self._compares else []
+        rollouts = [self._rollout(target, text, i) for i, text in enumerate([completion, *others])]
+        rollout = rollouts[0]
+        await self.rubric.score_group(RolloutGroup(task=rollout.task, rollouts=rollouts))
         assert rollout.score is not None
         self.report.num_scored += 1
         if rollout.score.error is not None:
             self.report.num_errors += 1
             self.report.first_error = self.report.first_error or rollout.score.error
         return rollout.score.reward
+
+    def _rollout(self, target: Target, completion: str | list[Any], index: int) -> Rollout:
+        if isinstance(completion, str) and target.template:
+            completion = [*target.template[:-1], {**target.template[-1], "content": completion}]
+        return row_to_rollout(target.row | {"completion": completion}, name=f"row-{target.number}", index=index)
 
     # --- the report ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +236,9 @@ class Attack:
         async def still_pays(text: str) -> bool:
             return await self.pays(first.target, text)
 
-        smallest = await shrink(first.text, still_pays) if first.text != NOTHING else first.text
+        self._shrunk[first.family] += 1
+        worthwhile = first.text != NOTHING and self._shrunk[first.family] <= SHRUNK_PER_FAMILY
+        smallest = await shrink(first.text, still_pays) if worthwhile else first.text
         reward = await self.score(first.target, smallest)
         return Finding(
             family=first.family,

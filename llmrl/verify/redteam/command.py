@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmrl.data.tasks import PROMPT_COLUMNS
 from llmrl.errors import RunFailed, UserError
 from llmrl.track.files import replacing
 from llmrl.verify.redteam.attack import Attack, Finding, Report
 from llmrl.verify.redteam.families import FAMILIES
 from llmrl.verify.redteam.loop import Propose, attack_with_model
 from llmrl.verify.redteam.target import Target, target_of
+from llmrl.verify.reward import isolate
 from llmrl.verify.rows import read_tasks, row_to_rollout
 from llmrl.verify.rubric import Rubric
 
@@ -31,6 +33,8 @@ async def red_team(arguments: argparse.Namespace, rubric: Rubric, make_proposer:
         UserError: the rows cannot be read, or lack what the reward needs.
         RunFailed: the reward fails for every attempt.
     """
+    for reward, (spec, _) in zip(rubric.rewards.values(), arguments.reward, strict=True):
+        isolate(reward, spec)  # an exploit that ends the process must not end this one
     targets = _targets(arguments, rubric)
     attack = Attack(rubric, targets, _show)
     await attack.run_known()
@@ -62,6 +66,8 @@ def _targets(arguments: argparse.Namespace, rubric: Rubric) -> list[Target]:
             if arguments.answer_column not in row:
                 raise UserError(f"{arguments.input}, line {line}: field {arguments.answer_column}: missing")
             row = row | {"answer": row[arguments.answer_column]}
+        if not targets:
+            rubric.conversational = any(isinstance(row.get(name), list) for name in ("completion", *PROMPT_COLUMNS))
         target = target_of(row, line)
         try:
             rubric.require(row_to_rollout(target.row | {"completion": ""}, name=f"row-{line}").task)

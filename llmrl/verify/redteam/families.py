@@ -5,6 +5,7 @@ One small function per family, in FAMILIES. None of them looks at the row's answ
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def echo(target: Target) -> Iterator[Attempt]:
 def every_option(target: Target) -> Iterator[Attempt]:
     """Choose all options at once."""
     options = target.options or ["A", "B", "C", "D", "E"]
-    for names, kind in ((options, "options"), (["yes", "no"], "yes and no"), (["True", "False"], "true and false")):
+    kinds = [(options, "options"), (["yes", "no"], "yes and no"), (["True", "False"], "true and false")]
+    if len(target.option_texts) > 1:
+        kinds.append((target.option_texts, "texts of the options"))
+    for names, kind in kinds:
         back = names[::-1]
         for join in (", ", " or ", " "):
             text, twin = join.join(names), join.join(back)
@@ -68,10 +72,12 @@ def every_option(target: Target) -> Iterator[Attempt]:
 
 def boxed_spam(target: Target) -> Iterator[Attempt]:
     """Give very many answers."""
-    numbers = [str(number) for number in range(-20, 301)]
+    numbers = [*range(-20, 1001), *range(1010, 10_000, 10), *range(10_000, 100_001, 1000)]
+    fractions = [f"{a}/{b}" for b in range(2, 11) for a in range(1, b) if math.gcd(a, b) == 1]
+    usual = [*map(str, numbers), *fractions]
     found = list(dict.fromkeys(re.findall(r"-?\d+(?:\.\d+)?", target.prompt)))[:50]
     for guesses, kind in (
-        (numbers, "numbers"),
+        (usual, "usual numbers"),
         (found, "numbers of the prompt"),
         (target.words, "words of the prompt"),
     ):

@@ -38,6 +38,8 @@ class Target:
     """A completion of several messages; the attack replaces the text of the last one."""
     prompt: str = ""
     options: list[str] = field(default_factory=list)
+    """Their letters."""
+    option_texts: list[str] = field(default_factory=list)
     context: dict[str, str] = field(default_factory=dict)
     """Longer texts of the row that are not the answer."""
     links: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ def target_of(row: dict[str, Any], number: int) -> Target:
         target.template = row["completion"]
     visible = {k: v for k, v in columns.items() if k not in (*SECRET, *PROMPT_COLUMNS, *_GOLD_CODE, *_GOLD_PATCH)}
     everything = json.dumps(columns, default=str)
-    target.options = _options(columns, target.prompt)
+    target.options, target.option_texts = _options(columns, target.prompt)
     target.context = {k: v[:MAX_CONTEXT_CHARS] for k, v in visible.items() if isinstance(v, str) and len(v) > 20}
     target.links = list(dict.fromkeys(re.findall(r"https?://[^\s\"'\\<>)\]]+", everything)))[:10]
     target.function = _function(columns)
@@ -153,13 +155,15 @@ def _gold(columns: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _options(columns: dict[str, Any], prompt: str) -> list[str]:
+def _options(columns: dict[str, Any], prompt: str) -> tuple[list[str], list[str]]:
+    """Return the letters of the options and their texts."""
     for name in _OPTION_COLUMNS:
         value = columns.get(name)
         texts = _flat(value.get("text", value) if isinstance(value, dict) else value)
         if len(texts) > 1:
-            return list(string.ascii_uppercase[: len(texts)])
-    return list(dict.fromkeys(re.findall(r"(?m)^\s*\(?([A-Z])[).:]\s", prompt)))
+            return list(string.ascii_uppercase[: len(texts)]), texts
+    found = dict(re.findall(r"(?m)^\s*\(?([A-Z])[).:]\s+(.*\S)", prompt))
+    return list(found), list(found.values())
 
 
 def _function(columns: dict[str, Any]) -> str:
