@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from llmrl.errors import LlmrlError, RunFailed, UserError
-from llmrl.track.files import replacing
+from llmrl.errors import Interrupted, LlmrlError, RunFailed, UserError
 from llmrl.types import Rollout, RolloutGroup, Score
 from llmrl.verify.contract import ExampleResult, gold_and_nothing, run_examples
+from llmrl.verify.partial import PartialFile
 from llmrl.verify.pool import available_cores
 from llmrl.verify.redteam.command import MakeProposer, add_options, check_options, red_team
 from llmrl.verify.reward_args import ARGS_HELP, AddArgs, AddReward, AddTarget, parts_of, with_dotted
@@ -55,9 +55,17 @@ def run(argv: list[str], make_proposer: MakeProposer | None = None) -> int:
     except LlmrlError as error:
         print(f"llmrl verify: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("llmrl verify: interrupted, nothing was written", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt as stop:
+        print(f"llmrl verify: {str(stop) or 'interrupted'}{_how_to_go_on(argv)}", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
+
+
+def _how_to_go_on(argv: list[str]) -> str:
+    """Return where the finished rows of a command that was stopped are, if it scored a file."""
+    words = [word for word in argv if word.startswith("--output=")]
+    output = words[0].partition("=")[2] if words else argv[argv.index("--output") + 1] if "--output" in argv else ""
+    partial = Path(f"{output}.partial")
+    return f"; finished rows are in {partial}, and the same command goes on from there" if partial.is_file() else ""
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -117,6 +125,8 @@ class _Tally:
     total: float = 0.0
     parts: dict[str, list[float]] = field(default_factory=dict)
     first_error: str | None = None
+    problem: str | None = None
+    """The first row that no reward could be given."""
 
     def add(self, score: Score) -> None:
         if score.error is not None:
@@ -150,6 +160,8 @@ class _Group:
     lines: list[int]
     rows: list[dict[str, Any]]
     rollouts: list[Rollout]
+    problems: dict[int, str]
+    """By its place in the group, why a row cannot be scored."""
 
 
 async def _verify(arguments: argparse.Namespace) -> int:
@@ -157,12 +169,22 @@ async def _verify(arguments: argparse.Namespace) -> int:
     rubric = Rubric(parts, num_workers=arguments.num_workers, strict=True)
     tally = _Tally()
     started = time.perf_counter()
+    what = [arguments.reward, arguments.answer_column, arguments.time_limit_s, [str(part) for part in parts]]
+    stat = arguments.input.stat() if arguments.input.is_file() else None
+    what += [str(arguments.input.absolute()), None if stat is None else [stat.st_size, stat.st_mtime_ns]]
+    output = PartialFile(arguments.output, what)
     try:
-        with replacing(arguments.output) as output, _progress(tally) as advance:
-            groups = _read_groups(arguments.input, rubric, arguments.answer_column)
+        with output, _progress(tally) as advance:
+            groups = _take_over(_read_groups(arguments.input, rubric, arguments.answer_column), output, tally)
             await _score_all(groups, rubric, arguments, output, tally, advance)
             if not tally.rows:
                 raise UserError(f"--input {arguments.input}: it has no rows")
+            if tally.problem is not None and not tally.scored:
+                raise UserError(tally.problem)
+    except UserError:
+        if not tally.scored:
+            output.drop()
+        raise
     finally:
         await rubric.close()
     print(f"{tally.summary()}\n{arguments.output}, {time.perf_counter() - started:.1f} s")
@@ -178,7 +200,7 @@ async def _score_all(
     groups: Iterable[_Group],
     rubric: Rubric,
     arguments: argparse.Namespace,
-    output: IO[str],
+    output: PartialFile,
     tally: _Tally,
     advance: Any,
 ) -> None:
@@ -186,22 +208,37 @@ async def _score_all(
     window = 32 + 8 * arguments.num_workers
     waiting: deque[tuple[_Group, asyncio.Task[None]]] = deque()
 
+    async def score(group: _Group) -> None:
+        rollouts = [rollout for k, rollout in enumerate(group.rollouts) if k not in group.problems]
+        if rollouts:
+            await rubric.score_group(RolloutGroup(task=rollouts[0].task, rollouts=rollouts))
+
     async def finish_first() -> None:
         group, task = waiting.popleft()
-        try:
-            await task
-        except RowError as error:
-            raise UserError(f"{arguments.input}, line {group.lines[error.index]}, {error}") from None
-        for row, rollout in zip(group.rows, group.rollouts, strict=True):
-            assert rollout.score is not None
-            tally.add(rollout.score)
-            output.write(result_line(row, rollout.score))
+        while True:
+            try:
+                await task
+                break
+            except RowError as error:
+                where = f"{arguments.input}, line {group.lines[error.index]}, {error}"
+                if not tally.scored:
+                    raise UserError(where) from None
+                group.problems[error.index] = where  # the rewards are right for other rows: this one has an error
+                task = asyncio.create_task(score(group))
+        lines = ""
+        for k, (row, rollout) in enumerate(zip(group.rows, group.rollouts, strict=True)):
+            problem = group.problems.get(k)
+            found = rollout.score if problem is None else Score(reward=None, error=problem)
+            assert found is not None
+            tally.add(found)
+            tally.problem = tally.problem or problem
+            lines += result_line(row, found)
+        output.write(lines)
         advance()
 
     try:
         for group in groups:
-            scoring = rubric.score_group(RolloutGroup(task=group.rollouts[0].task, rollouts=group.rollouts))
-            waiting.append((group, asyncio.create_task(scoring)))
+            waiting.append((group, asyncio.create_task(score(group))))
             if len(waiting) >= window:
                 await finish_first()
         while waiting:
@@ -218,6 +255,8 @@ def _read_groups(file: Path, rubric: Rubric, answer_column: str | None) -> Itera
         lines, rows = [line for line, _ in numbered], [row for _, row in numbered]
         if i == 0:
             rubric.conversational = is_conversational(rows[0])
+        problems: dict[int, str] = {}
+        rollouts: list[Rollout] = []
         try:
             rollouts = [
                 row_to_rollout(row, name=f"{file.stem}-{lines[0]}", index=j, answer_column=answer_column)
@@ -225,8 +264,26 @@ def _read_groups(file: Path, rubric: Rubric, answer_column: str | None) -> Itera
             ]
             rubric.require(rollouts[0].task)
         except UserError as error:
-            raise UserError(f"{_where(file, lines)}: {error}") from None
-        yield _Group(lines, rows, rollouts)
+            problems = dict.fromkeys(range(len(rows)), f"{_where(file, lines)}: {error}")
+            rollouts = rollouts or [row_to_rollout(row, name="", index=j) for j, row in enumerate(rows)]
+        yield _Group(lines, rows, rollouts, problems)
+
+
+def _take_over(groups: Iterator[_Group], output: PartialFile, tally: _Tally) -> Iterator[_Group]:
+    """Leave out the groups that an earlier start has finished, and count them."""
+    for group in groups:
+        if output.left < len(group.rows):
+            break
+        for row in output.keep(len(group.rows)):
+            tally.add(Score(reward=row["reward"], parts=row["parts"], error=row["error"]))
+    else:
+        output.go_on()
+        return
+    if tally.rows:
+        print(f"going on behind the {tally.rows} rows that {output.file} has", file=sys.stderr)
+    output.go_on()
+    yield group
+    yield from groups
 
 
 def _where(file: Path, lines: list[int]) -> str:

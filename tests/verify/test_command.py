@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from llmrl.verify.command import run
 
 pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -205,10 +207,10 @@ def test_any_text_is_read_and_written(folder: Path, text: str) -> None:
         ),
         ([{"completion": [{"role": "user"}]}], ["mine.py"], (), "line 1, field completion: its first message"),
         (
-            [{"delay": 0, **OK}, OK],
+            [OK, OK | {"x": 1}],
             ["mine.py:slow_first"],
             (),
-            "rows.jsonl, line 2: reward slow_first: its parameter 'delay'",
+            "rows.jsonl, line 1: reward slow_first: its parameter 'delay'",
         ),
         ([OK], ["mine.py"], ("--answer_column", "gold"), "rows.jsonl, line 1: field gold: missing"),
         (
@@ -224,10 +226,10 @@ def test_any_text_is_read_and_written(folder: Path, text: str) -> None:
             "rows.jsonl, line 2, unit_tests: the row has no tests in a known format",
         ),
         (
-            [{"answer": "1", **OK}, {"question": "?", **OK}],
+            [{"question": "?", **OK}, {"answer": "1", **OK}],
             ["qa_match"],
             (),
-            "rows.jsonl, line 2, the row has no gold answer",
+            "rows.jsonl, line 1, the row has no gold answer",
         ),
         ([OK], ["mine.py:parts"], (), "line 1, field reward: reward parts returned, as its part 'why', 'because'"),
         ([], ["mine.py"], (), "it has no rows"),
@@ -354,3 +356,80 @@ def test_gsm8k_rows_work_with_their_own_columns(folder: Path, shared_data: Path)
     answered = [row | {"completion": f"So \\boxed{{{row['answer'].split('####')[1].strip()}}}."} for row in rows]
     code, scores = verify(folder, answered, "math_answer")
     assert (code, {row["reward"] for row in scores}) == (0, {1.0})
+
+
+# --- what is stopped goes on ------------------------------------------------------------------------------------------
+
+COUNTED = """
+import os, signal
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
+
+def counted(completion, stops=False):
+    with CALLS.open("a") as calls:
+        calls.write(completion + "\\n")
+    if stops and not CALLS.with_name("went_on").exists():
+        os.kill(os.getpid(), getattr(signal, stops))
+    return float(completion)
+"""
+
+
+def scored(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().split()
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+def test_a_command_that_is_stopped_goes_on_from_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], stop: str
+) -> None:
+    (folder / "counted.py").write_text(COUNTED)
+    rows: list[Any] = [{"completion": str(i), "id": i // 2} for i in range(300)]
+    rows[200]["stops"] = stop
+    command = [sys.executable, "-m", "llmrl", "verify", "--reward", "counted.py:counted", "--num_workers", "1"]
+    command += ["--input", str(write(folder / "rows.jsonl", rows)), "--output", str(folder / "scores.jsonl")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    stopped = start()
+    assert stopped.returncode == {"SIGINT": 130, "SIGTERM": 143}[stop], stopped.stderr
+    assert "finished rows are in" in stopped.stderr and "Traceback" not in stopped.stderr
+    partial = folder / "scores.jsonl.partial"
+    finished = len(partial.read_text().splitlines()) - 1
+    assert finished > 0 and not (folder / "scores.jsonl").exists()
+    with partial.open("a") as file:
+        file.write('{"half a li')
+    (folder / "went_on").touch()
+    before = len(scored(folder))
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert f"going on behind the {finished} rows" in done.stderr
+    found = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in found] == [float(i) for i in range(300)]
+    assert sorted(map(int, scored(folder)[before:])) == list(range(finished, 300)), "finished rows are not paid again"
+    assert "300 rows: mean reward 149.5000, 300 scored" in done.stdout
+    assert not partial.exists()
+
+
+def test_the_part_of_another_command_is_not_taken_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = folder / "scores.jsonl.partial"
+    target.write_text('{"partial": "of something else"}\n{"completion": "abc", "reward": 7}\n')
+    code, scores = verify(folder, [OK], "mine.py")
+    assert (code, scores) == (2, [])
+    assert "is the unfinished output of another command" in capsys.readouterr().err
+    target.unlink()
+    assert verify(folder, [OK], "mine.py")[0] == 0
+
+
+def test_a_bad_row_costs_that_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"answer": "abc", **OK}, {"question": "?", **OK}, {"answer": "x", **OK}]
+    code, scores = verify(folder, rows, "qa_match")
+    assert code == 1
+    assert [row["reward"] for row in scores] == [0.0, None, 0.0]
+    assert "rows.jsonl, line 2, the row has no gold answer" in scores[1]["error"]
+    assert "3 rows: mean reward 0.0000, 2 scored, 0 abstained, 1 errors" in capsys.readouterr().out
+    code, scores = verify(folder, [{"delay": 0, **OK}, OK, {"delay": 0.5, **OK}], "mine.py:slow_first")
+    assert code == 1 and [row["reward"] for row in scores] == [0.0, None, 0.5]
+    assert "line 2: reward slow_first: its parameter 'delay'" in scores[1]["error"]
