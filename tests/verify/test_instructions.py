@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from llmrl.errors import UserError
-from llmrl.verify.checks.instructions import CHECKS, MORE_CHECKS, follows, sentences
+from llmrl.verify.checks.ifbench import IFBENCH_CHECKS
+from llmrl.verify.checks.instructions import CHECKS, MORE_CHECKS, follows
+from llmrl.verify.checks.text_parts import sentences
 from llmrl.verify.spec import resolve
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and then it sleeps for a very long time"
@@ -81,6 +83,44 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("count:count_unique", {}, ["one two"], ["one One"]),
     ("paragraphs:paragraphs", {}, ["a *** b"], ["a"]),
     ("paragraphs:paragraphs2", {}, ["a\n\nb"], ["a\nb"]),
+    ("count:word_count_range", {"min_words": 2, "max_words": 3}, ["a b", "a b c"], ["a", "a b c d"]),
+    ("count:unique_word_count", {"N": 2}, ["one two", "One, two one"], ["one One, one."]),
+    ("count:numbers", {"N": 2}, ["1,000 and 2.5"], ["1", "1 2 3"]),
+    ("count:punctuation", {}, ["a. b, c! d? e; f: g?!"], ["a. b, c! d? e; f: g", "a. b, c? e; f: g?!"]),
+    ("count:conjunctions", {"small_n": 2}, ["a and b, or c"], ["a and b and c"]),
+    ("count:pronouns", {"N": 3}, ["She/her and It."], ["she and her"]),
+    (
+        "count:keywords_multiple",
+        dict(zip(("keyword1", "keyword2", "keyword3", "keyword4", "keyword5"), "vwxyz")),
+        ["V ww xxx yyyyy zzzzzzz"],
+        ["v w xxx yyyyy zzzzzzz"],
+    ),
+    ("words:palindrome", {}, ["level " * 10, "Level, radar. " * 5], ["level " * 9, "abba " * 10]),
+    ("words:prime_lengths", {}, ["It was not.", "to see trees"], ["This one", "a bee"]),
+    ("words:repeats", {"small_n": 1}, ["a b"], ["a b A."]),
+    ("words:last_first", {}, ["I see you. You see me."], ["I see you. We go."]),
+    ("words:no_consecutive", {}, ["a big apple"], ["big bad"]),
+    ("words:alphabet", {}, ["A big cat", "yes zebra and"], ["A cat", "1 big cat"]),
+    ("words:vowel", {}, ["a bed in it"], ["a bed is out", "a\nb"]),
+    ("words:consonants", {}, ["this string"], ["this is"]),
+    ("words:paragraph_last_first", {}, ["a b a.\n\nc c"], ["a b", "a a\nb c"]),
+    ("sentence:keyword", {"word": "tea", "N": 2}, ["No. Tea is."], ["Tea. No.", "Tea."]),
+    (
+        "sentence:increment",
+        {"small_n": 1},
+        ["One. Two two. Three three three."],
+        ["One. Two.", "One. Three three three."],
+    ),
+    ("format:parentheses", {}, ["([{([x])}])"], ["((((x))))", "(((((x"]),
+    ("format:quotes", {}, ['"a \'b "c" d\' e"'], ["\"a 'b' c\""]),
+    ("format:quote_unquote", {}, ['"a" is a letter.'], ['He says "a".', '"a" "b" c']),
+    ("format:newline", {}, ["a\nb", "a\n\nb"], ["a b"]),
+    ("format:list", {"sep": "..."}, ["...a\n...b"], ["...a"]),
+    ("format:no_whitespace", {}, ["a-b"], ["a b", "a\tb"]),
+    ("format:output_template", {}, ["My Answer: a My Conclusion: b Future Outlook: c"], ["My Answer: a"]),
+    ("format:options", {"options": ["Yes", "No."]}, ["yes", "No"], ["Yes and no", "maybe"]),
+    ("format:options", {"options": "yes/no/maybe"}, ["Maybe."], ["yes/no"]),
+    ("format:thesis", {}, ["<i>So.</i> Because", "<em>So.</em> x"], ["<i></i> x", "<i>So.</i>", "So."]),
     ("copy:copy", {"prompt_to_repeat": "Say it."}, ["say it."], ["Say it. Done"]),
 ]
 
@@ -92,7 +132,7 @@ def test_each_instruction(name: str, arguments: dict[str, Any], good: list[str],
 
 
 def test_every_id_has_a_case_and_refuses_an_empty_response() -> None:
-    assert {case[0] for case in CASES} == set(CHECKS) | set(MORE_CHECKS)
+    assert {case[0] for case in CASES} == set(CHECKS) | set(MORE_CHECKS) | set(IFBENCH_CHECKS)
     assert len(CHECKS) == 25
     for name, arguments, _, _ in CASES:
         assert not follows(" \n", name, arguments)

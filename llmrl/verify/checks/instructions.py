@@ -1,4 +1,4 @@
-"""Verifiable instructions: the 25 checks of IFEval (arXiv 2311.07911) and simple ones of the same kind.
+"""Verifiable instructions: the 25 checks of IFEval (arXiv 2311.07911), and more of the same kind.
 
 A response and the arguments of one instruction go in, whether it was followed comes out. Written from the published
 definitions; words and sentences are found by regular expressions instead of NLTK's models, and the language by
@@ -12,25 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llmrl.verify.checks.ifbench import IFBENCH_CHECKS
+from llmrl.verify.checks.text_parts import sentences
+
 Check = Callable[..., bool]
 
 # --- parts of a text --------------------------------------------------------------------------------------------------
-
-_ABBREVIATIONS = re.compile(
-    r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Lt|Mt|Inc|Ltd|Jr|Sr|Co|vs|etc|e\.g|i\.e|U\.S|a\.m|p\.m|Ph\.D|No)\.|\b[A-Z]\.(?=\s?[A-Z])"
-)
-_SENTENCE_END = re.compile(r"(?:[.!?]+[\"')\]\u201d]*(?=\s|$)|[\u3002\uff01\uff1f]+)")
-
-
-def sentences(text: str) -> list[str]:
-    """Split a text into sentences; abbreviations, initials and decimals do not end one."""
-    hidden = _ABBREVIATIONS.sub(lambda match: match.group().replace(".", "\0"), " ".join(text.split()))
-    pieces, start = [], 0
-    for match in _SENTENCE_END.finditer(hidden):
-        pieces.append(hidden[start : match.end()])
-        start = match.end()
-    pieces.append(hidden[start:])
-    return [piece.replace("\0", ".").strip() for piece in pieces if re.search(r"\w", piece)]
 
 
 def words(text: str) -> list[str]:
@@ -260,11 +247,10 @@ def find_check(instruction: str) -> Check:
     Raises:
         ValueError: the id is unknown.
     """
-    check = CHECKS.get(instruction) or MORE_CHECKS.get(instruction)
+    known = CHECKS | MORE_CHECKS | IFBENCH_CHECKS
+    check = known.get(instruction)
     if check is None:
-        raise ValueError(
-            f"the instruction id {instruction!r} is unknown; known: {', '.join(sorted(CHECKS | MORE_CHECKS))}"
-        )
+        raise ValueError(f"the instruction id {instruction!r} is unknown; known: {', '.join(sorted(known))}")
     return check
 
 
@@ -273,7 +259,7 @@ def follows(response: str, instruction: str, arguments: Mapping[str, Any], *, lo
 
     Args:
         response: what the policy wrote, without thinking.
-        instruction: an id of CHECKS or MORE_CHECKS.
+        instruction: an id of CHECKS, MORE_CHECKS or IFBENCH_CHECKS.
         arguments: its keyword arguments; those that are None are left out, as data sets store them.
         loose: also accept the response without its first or last line, and without asterisks (IFEval's loose accuracy).
 
