@@ -23,6 +23,8 @@ EXAMPLES = [
     {**_ROW, "completion": r"\boxed{\text{Paris}}", "reward": 1.0},
     {**_ROW, "completion": "Answer: B) Paris", "reward": 1.0},
     {**_ROW, "completion": "<think>A?</think>B", "reward": 1.0},
+    {**_ROW, "completion": "Option B: Paris", "reward": 1.0},
+    {**_ROW, "completion": "The answer is: b.", "reward": 1.0},
     {**_ROW, "answer": 1, "completion": "Final answer: B", "reward": 1.0},
     {**_ROW, "answer": "Paris", "completion": "The correct option is B.", "reward": 1.0},
     {"choices": {"label": ["A", "B"], "text": ["dry", "wet"]}, "answer": "B", "completion": "B", "reward": 1.0},
@@ -67,7 +69,9 @@ def multiple_choice(
     """
     texts = options_by_letter(options if options is not None else choices)
     gold = _gold(answer, texts)
-    found = extract_answer(prefilled + completion, require_box=require_box).answer
+    # NFKC makes a full-width letter a plain one; letters of other alphabets stay what they are.
+    text = unicodedata.normalize("NFKC", prefilled + completion)
+    found = extract_answer(text, require_box=require_box).answer
     chosen, reason = _chosen(found, texts)
     info = {"extracted": found, "chosen": "".join(sorted(chosen)), "gold": "".join(sorted(gold))}
     return Score(reward=float(chosen == gold), info=info | ({"reason": reason} if reason else {}))
@@ -109,8 +113,11 @@ def _chosen(found: str | None, texts: dict[str, str]) -> tuple[frozenset[str], s
     by_text = [letter for letter, text in texts.items() if _same(text, normalize(found)) or _same(text, found)]
     if len(by_text) == 1:
         return frozenset(by_text), ""
-    letters = chosen_letters(normalize(found))
-    letter, text = letter_and_text(normalize(found))
+    normal = normalize(found).strip("!*_ ")
+    if len(normal) == 1 and normal.upper() in texts:
+        return frozenset(normal.upper()), ""
+    letters = chosen_letters(normal)
+    letter, text = letter_and_text(normal)
     if letter and texts and any(_same(text, other) for name, other in texts.items() if name != letter):
         return frozenset(), f"the letter {letter} with the text of another option"
     return letters, "" if letters else "no option, or several"

@@ -89,12 +89,10 @@ def _text(content: Any) -> str:
 
 
 def _example_judge(name: str, case: dict[str, str]) -> dict[str, Any] | None:
-    """Prefer the response that names more of the criteria's words; always A for `order`; abstain on `???`."""
+    """Prefer the response that names more of the criteria's words; abstain on `???`."""
     first, second = case["response_A"], case["response_B"]
     if "???" in (first, second):
         return None
-    if case.get("criteria") == "order":
-        return {"reason": "the first", "verdict": "A better"}
     a, b = (sum(word in text.split() for word in case.get("criteria", "").split()) for text in (first, second))
     return {"reason": "words", "verdict": "tie" if a == b else "A better" if a > b else "B much better"}
 
@@ -109,10 +107,8 @@ EXAMPLES = [
     {**_ROW, "completion": "a red apple or a cherry", "reward": 1.0},
     {**_ROW, "completion": "a red cherry", "reward": 0.5},
     {**_ROW, "completion": "a banana", "reward": 0.0},
-    # The judge's preference for a position cancels.
-    {**_ROW, "criteria": "order", "completion": "a banana", "reward": 0.5},
-    # A copy of the reference is worth as much as the reference, without a question.
-    {**_ROW, "criteria": "order", "completion": "an apple is red", "reward": 0.5},
+    # A copy of the reference is worth as much as the reference.
+    {**_ROW, "completion": "an apple is red", "reward": 0.5},
     # The judge cannot tell: an abstention. So it is without anybody to compare with.
     {**_ROW, "completion": "???", "reward": None},
     {**_ROW, "reference": None, "completion": "a red apple", "reward": None},

@@ -218,5 +218,7 @@ def _free_formula(run: str) -> str | None:
 def _lone_word(tail: str) -> str | None:
     """Return a completion that is nothing but one word or one option letter."""
     text = tail.strip().strip("*`_ .").strip()
-    match = re.fullmatch(r"(?:option|choice)?\s*\(?([A-Za-z]{1,30})\)?", text)
+    match = re.fullmatch(
+        r"(?:[Oo]ption|[Cc]hoice)?\s*\(?([A-Za-z]{1,30})\)?|(?:[Oo]ption|[Cc]hoice) [A-J]\)?[:.)] .{1,200}", text
+    )
     return text if match else None
