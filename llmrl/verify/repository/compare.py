@@ -28,6 +28,31 @@ class Judgement:
     """passed, failed, missing, skipped, or wrong_value: no exception, and a value other than expected."""
 
 
+def check_guard(task: RepositoryTask, files: dict[str, Withheld], guard: Guard) -> None:
+    """Check that the tests that must begin to pass compare values which were withheld.
+
+    Raises:
+        BrokenTask: too few of them do, or their names are not pytest's.
+    """
+    named = [name for name in task.fail_to_pass if "::" not in name and " (" in name]
+    if named:
+        raise BrokenTask(f"{named[0]!r} is not the name of a pytest test")
+    guarded = [_is_guarded(name, files) for name in task.fail_to_pass]
+    if all(guarded) if guard == "every" else any(guarded):
+        return
+    raise BrokenTask(
+        f"{task.fail_to_pass[guarded.index(False)]} compares nothing with a value that can be withheld, so a program "
+        "could claim that it passes; `guard: some` asks for one such test of the row only"
+    )
+
+
+def _is_guarded(name: str, files: dict[str, Withheld]) -> bool:
+    if "::" not in name:
+        return any(name.replace(".", "::") in file.functions for file in files.values())
+    path, _, inner = name.partition("::")
+    return path in files and inner.partition("[")[0] in files[path].functions
+
+
 class _Opaque:
     """A value that is not plain."""
 
@@ -39,7 +64,6 @@ class Comparison:
     task: RepositoryTask
     files: dict[str, Withheld]
     records: list[dict[str, Any]]
-    guard: Guard
     opaque: set[str] = field(default_factory=set)
     """Comparisons whose value was not plain, so that it could not be compared outside."""
 
@@ -77,7 +101,8 @@ class Comparison:
         if name in self.outcomes or "::" in name:
             return name
         wanted = name.replace(".", "::")
-        return next((node for node in self.outcomes if node.endswith(f"::{wanted}")), name)
+        found = (node for node in self.outcomes if node.partition("::")[0] in self.files)
+        return next((node for node in found if node.endswith(f"::{wanted}")), name)
 
     def outcome(self, name: str) -> str:
         node = self.find(name)
@@ -115,26 +140,12 @@ class Comparison:
         return any(token == other for name, values in self.values.items() if name != node for _, other, _ in values)
 
     def judgement(self) -> Judgement:
-        """Return the verdict.
-
-        Raises:
-            BrokenTask: the tests do not hold enough withheld values, or their names are not pytest's.
-        """
-        guarded = [self.function(self.find(name)) is not None for name in self.task.fail_to_pass]
-        named = [name for name in self.task.fail_to_pass if "::" not in name and " (" in name]
-        if named:
-            raise BrokenTask(f"{named[0]!r} is not the name of a pytest test")
+        """Return the verdict."""
         tests = {name: self.outcome(name) for name in (*self.task.fail_to_pass, *self.task.pass_to_pass)}
         failed = [name for name, outcome in tests.items() if outcome != "passed"]
         if failed:
             reason = f"{len(failed)} of {len(tests)} tests did not pass, first {failed[0]}: {tests[failed[0]]}"
             return Judgement(resolved=False, reason="; ".join([reason, *self.problems[:1]]), tests=tests)
-        if not (all(guarded) if self.guard == "every" else any(guarded)):
-            open_one = self.task.fail_to_pass[guarded.index(False)]
-            raise BrokenTask(
-                f"{open_one} compares nothing with a value that can be withheld, so a program could claim that it "
-                "passes; `guard: some` asks for one such test of the row only"
-            )
         return Judgement(resolved=True, reason="", tests=tests)
 
 

@@ -25,7 +25,7 @@ from llmrl.errors import UserError
 from llmrl.sandbox import BoxDied, Limits
 from llmrl.sandbox.commands import ENVIRONMENT, CommandBox, give_to_box
 from llmrl.sandbox.trees import Changes, apply_patch, changes, export, files_of, write
-from llmrl.verify.repository.compare import BrokenTask, Comparison, Guard, Judgement
+from llmrl.verify.repository.compare import BrokenTask, Comparison, Guard, Judgement, check_guard
 from llmrl.verify.repository.protect import is_protected
 from llmrl.verify.repository.task import RepositoryTask
 from llmrl.verify.repository.withhold import Withheld, withhold
@@ -169,8 +169,9 @@ class _Setting:
 
     def compare(self, edits: Changes, folder: Path, leave: frozenset[str]) -> Comparison:
         files = _withheld_files(self.task, self.prepared.tests, leave)
+        check_guard(self.task, files, self.guard)
         records = _run(self.prepared, edits, files, folder, self.kind, self.python, self.limits)
-        return Comparison(self.task, files, records, self.guard)
+        return Comparison(self.task, files, records)
 
     def left_in_place(self) -> frozenset[str]:
         """Return the comparisons whose value is not plain for the known fix, so that it stays in the tests.

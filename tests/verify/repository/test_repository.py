@@ -191,6 +191,19 @@ def test_rows_that_cannot_be_judged_say_so(row: dict[str, Any], kind: str) -> No
 
 
 @pytest.mark.slow
+def test_a_row_of_r2e_gym_is_judged(row: dict[str, Any], kind: str) -> None:
+    fix = git(Path(row["repository"]), "rev-parse", "HEAD^").strip()
+    r2e = {
+        "repository": row["repository"],
+        "commit_hash": fix,
+        "execution_result_content": {"test_file_names": ["test_1.py"], "test_file_codes": [NEW_TESTS]},
+        "expected_output_json": {"TestLarge.test_hundreds": "PASSED", "test_small": "PASSED", "test_x": "FAILED"},
+    }
+    assert outcome(r2e, {SOURCE: FIXED.encode()}, kind) == (True, "")
+    assert not outcome(r2e, {SOURCE: BUGGY.encode(), "r2e_tests/test_1.py": b"def test_small(): pass"}, kind)[0]
+
+
+@pytest.mark.slow
 def test_the_reward(row: dict[str, Any]) -> None:
     try:
         command_box_kind()
