@@ -106,7 +106,7 @@ def _validator(schema: Any) -> Any:
         raise UserError(
             f"json_schema: the column `schema` is {type(schema).__name__}; it must be an object or its text"
         )
-    kind = validator_for(schema, default=jsonschema.Draft202012Validator)
+    kind: Any = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:

@@ -56,7 +56,8 @@ def use(conventions: str) -> None:
         conventions: `python`, or `judge` for those of LeetCode and LiveCodeBench.
     """
     if conventions == "judge":
-        vars(builtins).update(judge_names())
+        for name, value in judge_names().items():
+            setattr(builtins, name, value)
         sys.setrecursionlimit(RECURSION_LIMIT)
 
 

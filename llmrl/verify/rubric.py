@@ -243,11 +243,14 @@ class Rubric:
         """
         events: list[dict[str, Any]] = []
         for name, reward in self.rewards.items():
-            for group in groups if reward.state is not None else ():
+            state = reward.state
+            if state is None:
+                continue
+            for group in groups:
                 info: dict[str, Any] = {}
                 for rollout in group.rollouts:
                     info |= (rollout.score.info.get(name) or {}) if rollout.score is not None else {}
-                if info and (event := reward.state.commit(group, info)):
+                if info and (event := state.commit(group, info)):
                     events.append({"reward": name, "position": group.position, **event})
         return events
 

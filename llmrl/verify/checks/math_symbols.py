@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from math import prod
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from llmrl.verify.checks.math_spelling import closing
 
@@ -204,5 +204,5 @@ def _load() -> None:
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for pair in (("\\frac{x}{2}+9", "\\sqrt{y}"), ("(1,2]", "x>1"), ("\\{1,2\\}", "\\sin x")):
-        read = [first_parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in pair]
+        read: Any = [first_parse(f"\\boxed{{{text}}}", parsing_timeout=cast("Any", None)) for text in pair]
         first_verify(*read, timeout_seconds=None)

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from llmrl.sandbox import BoxDied, CannotTravel, Limits, ProgramEnded, Raised, Sandbox, Session, default_sandbox
 from llmrl.sandbox.native import NativeSandbox
@@ -89,7 +89,7 @@ def _run_suite(program: str, tests: SuiteTests, box: Sandbox, clock: _Clock, sto
         results = run_suite(program, tests, box, clock.next_limits, clock.spend, stop_early=stop_early)
     except BrokenSuite as error:
         raise UnusableRow(str(error)) from None
-    return [TestResult(verdict=result.verdict, detail=result.detail) for result in results]
+    return [TestResult(verdict=cast("Verdict", result.verdict), detail=result.detail) for result in results]
 
 
 @dataclass(slots=True)

@@ -33,7 +33,7 @@ class Tree:
             return {"d": [[self.of(key, depth + 1), self.of(item, depth + 1)] for key, item in dict.items(value)]}
         for base, tag in ((list, None), (tuple, "t"), (set, "s"), (frozenset, "z")):
             if isinstance(value, base):
-                items = [self.of(item, depth + 1) for item in base.__iter__(value)]
+                items = [self.of(item, depth + 1) for item in base.__iter__(value)]  # pyright: ignore[reportArgumentType]
                 return items if tag is None else {tag: items}
         return {"h": [0, kind.__name__[:100]]}
 
@@ -99,8 +99,7 @@ def main():
 
     recorder = Recorder(settings["results"])
     recorder.record(ready=True)
-    builtins.__witness__ = recorder.witness
-    builtins.__withheld__ = Token
+    vars(builtins).update(__witness__=recorder.witness, __withheld__=Token)  # pyright: ignore[reportAttributeAccessIssue]
     root = settings["root"]
     source = os.path.join(root, "src")
     sys.path[:0] = [root] + ([source] if os.path.isdir(source) else [])

@@ -49,7 +49,7 @@ def is_protected(path: str, task: RepositoryTask, before: Path) -> bool:
 
 def _shadows(parts: tuple[str, ...], before: Path) -> bool:
     """Return whether a new top-level module would take the place of the standard library's or the test runner's."""
-    top = parts[1:] if parts[0] == "src" and len(parts) > 1 else parts
+    top = list(parts[1:] if parts[0] == "src" and len(parts) > 1 else parts)
     name = top[0].partition(".")[0]
     is_module = len(top) > 1 or top[0].endswith(".py")
     known = name in sys.stdlib_module_names or name in _MACHINERY
