@@ -279,6 +279,8 @@ def test_an_abstention_anywhere_is_an_abstention(silent: str) -> None:
         (f"{GOOD} {SOURCE}", "copy of the source"),
         (OTHER, "copy of the exemplar"),
         (OTHER.upper(), "copy of the exemplar"),
+        (OTHER[:-2] + OTHER[-1:], "copy of the exemplar"),
+        (OTHER[1:], "copy of the exemplar"),
         (SENTENCES["fr"], "not in language de"),
         (SENTENCES["zh"], "not in language de"),
         (GOOD * 9, "length is"),
@@ -293,6 +295,13 @@ def test_a_fault_earns_zero_without_asking_the_judge(translation: str, fault: st
         result = score(translation, **options)
         assert result.reward == 0.0 and fault in result.info["fault"]
     assert asked == []
+
+
+def test_short_sources_in_ideographs_are_found_in_a_translation() -> None:
+    assert copied_share("他昨天去了北京。", "He went to Beijing yesterday. 他昨天去了北京") == 1
+    assert copied_share("他昨天去了北京。", "He went to Beijing yesterday.") == 0
+    assert copied_share("北京", "北京") == 1 and copied_share("北京", "Beijing 北京") == 0, "too short to tell"
+    assert copied_share("He left.", "He left. Er ging.") == 0, "too short to tell"
 
 
 def test_short_exemplars_agree_by_chance() -> None:

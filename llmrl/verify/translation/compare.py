@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rapidfuzz.distance import Levenshtein
+
 from llmrl.errors import UserError
 from llmrl.types import Score
 from llmrl.verify.judge.judge import AnyJudge, Canary, Question, both_orders, get_judge
@@ -25,8 +27,10 @@ Mode = Literal["compare", "grade", "light", "metric"]
 
 LEVELS = {"much_worse": -2, "worse": -1, "comparable": 0, "better": 1, "much_better": 2}
 THOUGHTS = {"no_analysis": 0, "slight_analysis": 1, "detailed_analysis": 2}
-COPY_CHARS = 12
-"""Letters per window in the search for copies."""
+COPY_CHARS, COPY_IDEOGRAPHS = 12, 4
+"""Letters per window in the search for copies; ideographs say about three times as much."""
+EDITED = 50
+"""A text that differs from another in one of this many letters (or in one letter at all) is a copy of it."""
 COPIED_SHARE = 0.8
 """Share of copied windows from which a text is a copy. Human translations full of names reach 0.79."""
 
@@ -62,7 +66,8 @@ class TranslationConfig:
     """Smallest allowed ratio of characters, translation over source."""
     max_length_ratio: float = 8.0
     min_copy_chars: int = 12
-    """A letter-by-letter copy of the exemplar earns 0 from this length on; shorter texts may agree by chance."""
+    """A copy of the exemplar, or one with a letter in 50 changed, earns 0 from this length on; shorter ones may agree by
+    chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +233,14 @@ def parse_output(completion: str, *, require_thought: bool = True) -> Output | N
 def copied_share(source: str, translation: str) -> float:
     """Return the share of the shorter text that occurs verbatim in the other: 1 for a copy, even one with additions.
 
-    Windows of 12 letters are counted, ignoring case, spaces and punctuation. Shorter texts are compared as a whole.
+    Windows of 12 letters, or of 4 where the source is written in ideographs, are counted, ignoring case, spaces and
+    punctuation. Shorter texts are compared as a whole.
     """
     a, b = _letters(source), _letters(translation)
-    if min(len(a), len(b)) < COPY_CHARS:
+    size = COPY_IDEOGRAPHS if len(IDEOGRAPH.findall(a)) > len(a) / 2 else COPY_CHARS
+    if min(len(a), len(b)) < size:
         return float(a == b)
-    windows_a, windows_b = _windows(a), _windows(b)
+    windows_a, windows_b = _windows(a, size), _windows(b, size)
     return len(windows_a & windows_b) / min(len(windows_a), len(windows_b))
 
 
@@ -294,7 +301,7 @@ def _first_fault(completion: str, row: TranslationRow, config: TranslationConfig
         return output, f"not in language {row.target_language}"
     if row.exemplar is not None:
         letters = _letters(output.translation)
-        if len(letters) >= config.min_copy_chars and letters == _letters(row.exemplar):
+        if len(letters) >= config.min_copy_chars and _is_edited(letters, _letters(row.exemplar)):
             return output, "copy of the exemplar"
     return output, None
 
@@ -360,8 +367,17 @@ def _letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _windows(letters: str) -> set[str]:
-    return {letters[i : i + COPY_CHARS] for i in range(len(letters) - COPY_CHARS + 1)}
+IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+
+
+def _windows(letters: str, size: int) -> set[str]:
+    return {letters[i : i + size] for i in range(len(letters) - size + 1)}
+
+
+def _is_edited(letters: str, original: str) -> bool:
+    """Return whether a text is another one, with hardly a letter changed, added or left out."""
+    allowed = max(1, len(original) // EDITED)
+    return Levenshtein.distance(letters, original, score_cutoff=allowed) <= allowed
 
 
 def config_from(options: dict[str, Any]) -> TranslationConfig:
