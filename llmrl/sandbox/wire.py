@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +115,7 @@ def decode(tree: Any, object_of: Callable[..., Any]) -> Any:
         BadValue: `encode` does not write such a tree, or keys were chosen to collide in a hash table.
     """
     try:
+        _check_numbers(tree)
         return _value(tree, object_of)
     except BadValue:
         raise
@@ -157,11 +160,39 @@ def _tagged_scalar(tag: str, content: Any) -> Any:
     raise BadValue(f"unknown tag {tag!r}")
 
 
+MAX_EQUAL_HASHES = 64
+"""Values with one hash that a message may hold: a table of n of them takes n squared steps."""
+_MODULUS = sys.hash_info.modulus
+
+
 def _hashable(keys: list[Any]) -> list[Any]:
-    """Refuse keys with few distinct hashes, because building a table of n such keys takes n squared steps."""
-    if len(keys) > 64 and len({hash(key) for key in keys}) < len(keys) // 4:
+    """Refuse keys that share a hash."""
+    if len(keys) > MAX_EQUAL_HASHES and max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES:
         raise BadValue("keys chosen to collide")
     return keys
+
+
+def _check_numbers(tree: Any) -> None:
+    """Refuse numbers that share a hash, which a test may put into a set. Smaller ones than the modulus cannot.
+
+    Texts are hashed with a secret of this process, and tuples of numbers collide where the numbers do.
+    """
+    large: list[int] = []
+    waiting = [tree]
+    while waiting:
+        part = waiting.pop()
+        if type(part) is list:
+            waiting += part
+        elif type(part) is dict:
+            for tag, content in part.items():
+                waiting.append(int(content, 16) if tag == "i" and type(content) is str else content)
+        elif type(part) is int and not -_MODULUS < part < _MODULUS:
+            large.append(part)
+    if len(large) > MAX_EQUAL_HASHES:
+        large.sort()
+        distinct = [number for k, number in enumerate(large) if k == 0 or number != large[k - 1]]
+        if max(Counter(map(hash, distinct)).values()) > MAX_EQUAL_HASHES:
+            raise BadValue("numbers chosen to collide")
 
 
 def _no_constant(name: str) -> Any:

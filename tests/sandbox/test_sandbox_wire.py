@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 import time
 from typing import Any
 
@@ -109,12 +110,52 @@ def test_a_frame_that_is_not_an_object_is_refused(body: bytes) -> None:
 def test_colliding_keys_are_refused_before_a_table_is_built() -> None:
     keys = [{"i": format(number * (2**61 - 1), "x")} for number in range(40_000)]
     started = time.process_time()
-    wire.decode({"t": keys}, lambda number, name: None)
+    wire.decode({"t": [{"i": format(2**100 + number, "x")} for number in range(40_000)]}, lambda number, name: None)
     as_tuple = time.process_time() - started
-    for tree in ({"s": keys}, {"z": keys}, {"d": [[key, 1] for key in keys]}):
+    for tree in ({"t": keys}, {"s": keys}, {"z": keys}, {"d": [[key, 1] for key in keys]}):
         started = time.process_time()
         with pytest.raises(wire.BadValue, match="collide"):
             wire.decode(tree, lambda number, name: None)
         # Building the table would compare each key with all before it: hundreds of times the work of a tuple.
         assert time.process_time() - started < 50 * as_tuple
     assert wire.decode({"s": list(range(10_000))}, lambda number, name: None) == set(range(10_000))
+
+
+MODULUS = sys.hash_info.modulus
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [k * MODULUS + 1 for k in range(1, 2000)],
+        [-k * MODULUS - 1 for k in range(1, 2000)],
+        [[(k * MODULUS + 1,)] for k in range(1, 2000)],
+        {k: (k + 1) * MODULUS + 7 for k in range(2000)},
+    ],
+    ids=["numbers", "below zero", "inside tuples", "values of a dict"],
+)
+def test_numbers_that_share_a_hash_are_refused(value: Any) -> None:
+    with pytest.raises(wire.BadValue, match="chosen to collide"):
+        through_wire(value)
+
+
+def test_keys_that_share_a_hash_among_many_that_do_not_are_refused() -> None:
+    keys = [*range(40_000), *(k * MODULUS + 1 for k in range(1, 100))]
+    for tree in ({"s": keys}, {"d": [[key, 0] for key in keys]}, {"z": keys}):
+        with pytest.raises(wire.BadValue, match="chosen to collide"):
+            wire.decode(tree, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [2**100] * 5000,
+        [2**100 + k for k in range(5000)],
+        [k * MODULUS + 1 for k in range(1, 60)],
+        list(range(-5000, 5000)),
+        [float(k) * 2.0**60 for k in range(3000)],
+        {k: 3**k for k in range(500)},
+    ],
+)
+def test_large_numbers_of_honest_programs_pass(value: Any) -> None:
+    assert through_wire(value) == value

@@ -66,8 +66,8 @@ class TranslationConfig:
     """Smallest allowed ratio of characters, translation over source."""
     max_length_ratio: float = 8.0
     min_copy_chars: int = 12
-    """A copy of the exemplar, or one with a letter in 50 changed, earns 0 from this length on; shorter ones may agree by
-    chance."""
+    """A copy of the exemplar, or one with a letter in 50 changed, earns 0 from this length on; shorter ones may agree
+    by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
