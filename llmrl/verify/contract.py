@@ -50,13 +50,17 @@ def examples_of(rubric: Rubric) -> list[dict[str, Any]]:
             f"reward {name}: its file has no EXAMPLES for it. Add a list of dicts: `completion`, the columns that the "
             "function names, and the `reward` it must give (None where it must abstain)"
         )
+    if not isinstance(examples, (list, tuple)):
+        raise UserError(f"reward {name}: EXAMPLES must be a list of dicts, not {type(examples).__name__}")
     for i, example in enumerate(examples):
         where = f"reward {name}, EXAMPLES[{i}]"
+        if not isinstance(example, dict):
+            raise UserError(f"{where}: must be a dict with `completion` and `reward`, not {example!r:.60}")
         check_row(example, where)
         expected = example.get("reward", "missing")
         if expected is not None and not isinstance(expected, (int, float)):
             raise UserError(f"{where}, field reward: must be a number or None, not {expected!r}")
-    return examples
+    return [*examples]
 
 
 async def run_examples(spec: str, args: dict[str, Any] | None = None, *, num_workers: int = 1) -> list[ExampleResult]:

@@ -314,6 +314,8 @@ def self_test(folder: Path, examples: str, capsys: pytest.CaptureFixture[str]) -
         ("", 2, "no EXAMPLES"),
         ("EXAMPLES = [{'completion': 'ab'}]", 2, "EXAMPLES[0], field reward"),
         ("EXAMPLES = [{'reward': 1}]", 2, "EXAMPLES[0], field completion"),
+        ("EXAMPLES = 'ab'", 2, "EXAMPLES must be a list of dicts, not str"),
+        ("EXAMPLES = [['ab', 1]]", 2, "EXAMPLES[0]: must be a dict with"),
     ],
 )
 def test_self_test_runs_the_examples(
