@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,12 @@ def _vllm_server(
         raise UserError(
             f"rollout.engine vllm_server: the servers would load {model.path} quantized, and take no other weights: "
             "use rollout.engine vllm or hf, or model.quantization with a model that is not quantized"
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or parallel.world)
+    if here < parallel.world and not (rollout.server and rollout.server.urls):
+        raise UserError(
+            "rollout.engine vllm_server: a run starts servers on its main machine only, where the processes of the "
+            "others cannot reach them: start servers with `llmrl serve` and name them in rollout.server.urls"
         )
     served, own = policy.served_config, policy.model_config
     if served.tie_word_embeddings != own.tie_word_embeddings:

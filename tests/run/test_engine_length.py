@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen2Config
 
 from llmrl import Trainer
-from llmrl.config import RolloutConfig, VllmConfig
-from llmrl.run.engines import with_length
+from llmrl.config import ModelConfig, RolloutConfig, VllmConfig
+from llmrl.errors import UserError
+from llmrl.model.policy import Policy
+from llmrl.run.engines import start_engine, with_length
 from llmrl.tiny import build_tiny_model, byte_tokenizer
+from tests.invariance.cases import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -46,3 +52,13 @@ def test_a_model_of_many_positions_starts_beside_a_small_cache(tmp_path: Path) -
     trainer = Trainer(options, model=str(tmp_path / "model"), reward=lambda completion: float(len(completion) % 2),
                       train_dataset=rows)  # fmt: skip
     assert "step" not in trainer.train() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_servers_of_a_run_on_several_machines_have_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    policy = Policy(tiny_model(), temperature=1.0, keep_reference=False)
+    processes: Any = SimpleNamespace(world=16, rank=0, is_main=True, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"start servers with `llmrl serve` and name them in rollout\.server\.urls"):
+        start_engine(
+            ModelConfig(path="m"), RolloutConfig(engine="vllm_server"), policy, processes, log_dir=Path("unused")
+        )
