@@ -37,6 +37,10 @@ ADAPTER_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/weight_i
 WORKER_CALL = "/collective_rpc"
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TEMPERATURE = 0.5
+RUN_PREFIX = "llmrl-"
+"""How the names of runs begin that `VllmServerEngine` gives to weights."""
+MAX_INTRUSIONS = 3
+"""Another run that pushes once by mistake costs a push; one that keeps pushing ends this run."""
 PER_CLIENT = 32
 """Requests that one client of httpx has at once."""
 KEPT_S = 3.0
@@ -73,6 +77,8 @@ class VllmServer:
         self.label: str | None = None
         self.adapter: str | None = None
         self.held = Held()
+        self._intrusions = 0
+        """How often another run's weights were found."""
         self.ready_to_receive = False
         self.routes: frozenset[str] = frozenset()
         self.model = ""
@@ -120,14 +126,28 @@ class VllmServer:
         """Raise ReplicaLost unless the server is healthy and serves the weights it last got, or newer ones of this run.
 
         It can serve newer ones if another process of the run pushes, before this process learns of the push.
+
+        Raises:
+            RunFailed: another run keeps pushing to it.
         """
         await self.check_alive()
         if self.label is None:
             return
         serves = await self.served_label()
         run, _, version = serves.rpartition("/")
-        if self.label is not None and (run != self.run or int(version) < self.version):
-            raise ReplicaLost(f"serves weights {serves!r} instead of {self.label!r}: it was restarted")
+        if self.label is None or (run == self.run and int(version) >= self.version):
+            return
+        if run.startswith(RUN_PREFIX) and run != self.run:
+            self._intrusions += 1
+            why = "another run pushes to it"
+            if self._intrusions >= MAX_INTRUSIONS:
+                raise RunFailed(
+                    f"{self.name} got weights of another run ({run}) {self._intrusions} times: two runs share it, and "
+                    "each takes it from the other. Give each run servers of its own (rollout.server.urls)"
+                )
+        else:
+            why = "it was restarted"
+        raise ReplicaLost(f"serves weights {serves!r} instead of {self.label!r}: {why}")
 
     async def check_alive(self) -> None:
         """Raise ReplicaFailed unless the server reports that it is healthy."""

@@ -22,7 +22,7 @@ from llmrl.engines.vllm.adapters import AdapterFolders
 from llmrl.engines.vllm.agreement import Agreement
 from llmrl.engines.vllm.delivery import Delivery, NcclDelivery, SharedMemoryDelivery
 from llmrl.engines.vllm.digests import differences, sent_adapter, sent_base, sent_weights
-from llmrl.engines.vllm.http import ADAPTER_ROUTES, WEIGHT_ROUTES, VllmServer, open_files
+from llmrl.engines.vllm.http import ADAPTER_ROUTES, RUN_PREFIX, WEIGHT_ROUTES, VllmServer, open_files
 from llmrl.engines.vllm.launch import ServerProcesses, start_servers
 from llmrl.engines.vllm.options import VllmConfig, VllmServerConfig
 from llmrl.engines.vllm.replicas import ReplicaFailed, ReplicaLost, Replicas
@@ -122,7 +122,7 @@ class VllmServerEngine:
         self._num_adapters = 0
         self._base: dict[str, str] | None = None
         self.version: int | None = None
-        self.run = f"llmrl-{uuid.uuid4().hex[:8]}"
+        self.run = f"{RUN_PREFIX}{uuid.uuid4().hex[:8]}"
         """Prefix of the labels this run gives to weights, so that no other run's weights are taken for its own."""
         self._connected = False
         self._temperatures: set[float] = {0.0, 1.0}

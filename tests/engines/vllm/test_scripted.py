@@ -177,6 +177,12 @@ def test_two_runs_on_the_same_servers_are_distinguished(servers: list[FakeVllm])
         ours.replicas.slots[0].checked_at = -math.inf
         await draw(ours, 1)
         assert "serves weights 'llmrl-" in said[0], "version 5 of another run is not our version 5"
+        assert "another run pushes to it" in said[0]
+        with pytest.raises(RunFailed, match=r"got weights of another run \(llmrl-\w+\) 3 times: two runs share it"):
+            for version in range(6, 20):
+                await theirs.load_weights(nothing, version=version)
+                ours.replicas.slots[0].checked_at = -math.inf
+                await draw(ours, 1)
         await ours.close()
         await theirs.close()
 
