@@ -115,6 +115,8 @@ class _Server:
     def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self.control = control
         self.scratch: str | None = (config["write_paths"] or [None])[0]
+        # Where the interpreter lies below the scratch folder, that is where it is mounted.
+        self.mounted = set(os.listdir(self.scratch)) if self.scratch else set()
         self.installer = seccomp.Installer()
         self.null = os.open("/dev/null", os.O_RDWR)
         self.statm = os.open("/proc/self/statm", os.O_RDONLY)
@@ -148,7 +150,7 @@ class _Server:
             "status": os.waitstatus_to_exitcode(status),
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "memory_mb": usage.ru_maxrss / 1024,
-            "dirty": bool(self.scratch and os.listdir(self.scratch)),
+            "dirty": bool(self.scratch and set(os.listdir(self.scratch)) != self.mounted),
         }
         self.control.send(json.dumps(report).encode())
 
