@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llmrl.engines.hf import engine as engine_module
 from llmrl.engines.hf import fast as hf_fast
 from llmrl.engines.hf.engine import HFEngine
 from llmrl.engines.hf.fast import FastDecoder
@@ -611,3 +613,40 @@ def test_a_float32_head_rounds_no_logit_to_bfloat16(decoder: str, marked: bool) 
     else:
         assert torch.equal(logits.float(), logits.bfloat16().float()) and not torch.allclose(logits.float(), exact)
     asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral-sliding"])
+def test_long_prompts_are_admitted_in_parts_between_which_the_loop_turns(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed_requests()
+    wanted = asyncio.run(draw(engine_of(name), requests))
+    monkeypatch.setattr(engine_module, "ADMITTED_TOKENS", 20)
+    engine, turns = engine_of(name), 0
+    sizes: list[tuple[int, int]] = []
+    admit = engine._decoder.admit
+
+    def noting(prompts: Any) -> Tensor:
+        sizes.append((sum(map(len, set(prompts))), turns))
+        return admit(prompts)
+
+    monkeypatch.setattr(engine._decoder, "admit", noting)
+
+    async def main() -> list[Completion]:
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        heart = asyncio.ensure_future(turn())
+        found = await draw(engine, requests)
+        heart.cancel()
+        return found
+
+    found = asyncio.run(main())
+    assert len(sizes) > 4 and all(tokens <= 30 for tokens, _ in sizes), "a single prompt may be longer"
+    assert all(later > earlier for (_, earlier), (_, later) in itertools.pairwise(sizes))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)

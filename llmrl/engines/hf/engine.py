@@ -37,6 +37,8 @@ SELF_CHECK_PARAMETERS = 50_000_000
 """Up to this size, a new engine compares its fast decoder with transformers."""
 CHECKED_LENGTH = 32
 """Tokens of each of the two sequences that are compared."""
+ADMITTED_TOKENS = 4096
+"""Tokens of prompts that are computed before others on the event loop have their turn."""
 MORE_DRAWS = 8
 """Rounding errors drawn when the decoder looks wrong, before it is called wrong."""
 
@@ -214,6 +216,11 @@ class HFEngine:
                 waiting = len(self._waiting)
                 await asyncio.sleep(0)
             while self._waiting or self._rows:
+                self._drop_cancelled()
+                while self._waiting and len(self._rows) < self.max_num_seqs:
+                    self._admit()
+                    await asyncio.sleep(0)  # judges, other engines and timers have their turn between long prompts
+                    self._drop_cancelled()
                 self._step()
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -234,13 +241,11 @@ class HFEngine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Admit as many requests as fit, then draw one token for every row."""
-        self._drop_cancelled()
-        while self._waiting and len(self._rows) < self.max_num_seqs:
-            self._admit()
+        """Draw one token for every row."""
         if self._rows:
             self._accept(self._decoder.step(self._state.last[: len(self._rows)]), first=0)
 
+    @torch.inference_mode()
     def _drop_cancelled(self) -> None:
         if any(request.future.done() for request in self._waiting):
             self._waiting = deque(request for request in self._waiting if not request.future.done())
@@ -248,11 +253,18 @@ class HFEngine:
         if cancelled:
             self._remove(cancelled)
 
+    @torch.inference_mode()
     def _admit(self) -> None:
-        """Give free rows to waiting requests and sample their first token."""
-        first = len(self._rows)
-        count = min(self.max_num_seqs - first, len(self._waiting))
-        requests = [self._waiting.popleft() for _ in range(count)]
+        """Give free rows to waiting requests, up to `ADMITTED_TOKENS` of prompts, and sample their first token."""
+        first, tokens, prompts, requests = len(self._rows), 0, set[tuple[int, ...]](), list[Request]()
+        while self._waiting and first + len(requests) < self.max_num_seqs:
+            prompt = self._waiting[0].prompt
+            if prompt not in prompts:  # those that share a prompt are computed once, and together
+                tokens += len(prompt)
+                if prompts and tokens > ADMITTED_TOKENS:
+                    break
+                prompts.add(prompt)
+            requests.append(self._waiting.popleft())
         for request in requests:
             request.oldest_version = self.version
         self._rows += requests
