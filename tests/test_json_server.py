@@ -152,7 +152,8 @@ def test_slow_clients_are_closed_and_the_others_served() -> None:
                 connection.settimeout(60)
                 while connection.recv(65536):  # an answer or nothing, and then the end
                     pass
-        assert not server.clients or len(server.clients) < 5
+        while server.clients:  # bounded by the test's own limit
+            time.sleep(0.01)
         assert post(server).status_code == 200
 
 

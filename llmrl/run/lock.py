@@ -31,6 +31,9 @@ def lock(folder: Path) -> None:
     file = (folder / FILE).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(file, folder / FILE):  # its last holder has removed it meanwhile
+            file.close()
+            return lock(folder)
     except BlockingIOError:
         file.seek(0)
         holder = _describe(file.read())
@@ -52,7 +55,15 @@ def lock(folder: Path) -> None:
 def unlock(folder: Path) -> None:
     """Let other processes train in the folder again."""
     if file := _held.pop(folder.resolve(), None):
+        (folder / FILE).unlink(missing_ok=True)
         file.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _describe(text: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,23 @@ def test_a_run_gives_its_folder_back_at_its_end(tmp_path: Path) -> None:
     process = hold(tmp_path)
     process.kill()
     process.wait()
+
+
+def test_a_lock_that_was_removed_under_us_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, removed = locks.fcntl.flock, []
+
+    def flock(file: Any, how: int) -> None:
+        real(file, how)
+        if not removed:
+            removed.append((tmp_path / locks.FILE).unlink())
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    locks.lock(tmp_path)
+    assert (tmp_path / locks.FILE).is_file()
+    with pytest.raises(AssertionError):  # "held" never comes
+        hold(tmp_path)
+    locks.unlock(tmp_path)
+    assert not (tmp_path / locks.FILE).exists()
 
 
 def test_a_second_trainer_in_one_process_takes_the_place_of_the_first(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ BAD: list[tuple[str, dict[str, Any], Any, dict[str, Any], str]] = [
     ("unit_tests", {"test_list": ["assert f(1 == 2"]}, None, {}, "does not compile"),
     ("unit_tests", {"input_output": '{"inputs": ["1"'}, None, {}, "input_output: not JSON"),
     ("unit_tests", {"input_output": {"inputs": ["1", "2"], "outputs": ["1"]}}, None, {}, "2 inputs but 1 outputs"),
-    ("unit_tests", {"tests": ["assert 1"]}, None, {}, "no tests in a known format"),
+    ("unit_tests", {"checks": ["assert 1"]}, None, {}, "no tests in a known format"),
     ("unit_tests", {"test_list": ["assert f()"]}, None, {"outcome": "most"}, "outcome 'most' is unknown"),
     ("qa_match", {"golden_answers": [" "]}, None, {}, "no gold answer"),
     ("qa_match", {}, "Paris", {"normalizer": "squad"}, "normalizer 'squad' is unknown"),

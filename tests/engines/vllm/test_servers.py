@@ -267,11 +267,12 @@ def test_a_killed_server_costs_no_rollout_and_serves_the_current_version_when_it
 ) -> None:
     """Kill -9 in the middle of a batch of a training run."""
     scored: list[str] = []
+    killed: list[None] = []
 
     def reward(completion: str) -> float:
         scored.append(completion)
-        if len(scored) == 20:  # the second step has begun to finish
-            os.kill(processes.processes[0].popen.pid, signal.SIGKILL)
+        if len(scored) > 16 and engine.replicas.slots[1].in_flight and not killed:  # from the second step on
+            killed.append(os.kill(processes.processes[0].popen.pid, signal.SIGKILL))
         return float(len(set(completion)))
 
     tasks = [Task(id=f"task-{i}", messages=[{"role": "user", "content": f"{i}+{i}="}]) for i in range(8)]
