@@ -103,6 +103,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, run: Trainer, stage: str, number: sig
         monkeypatch.setattr(target, name, sending)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
 @pytest.mark.parametrize("after", [0, 1, 2, 3], ids="after step {}".format)
 @pytest.mark.parametrize("staleness", [0, 1], ids=["", "stale"])
